@@ -1,0 +1,350 @@
+//! The messages. Everything that comes from a sandbox is a claim to be checked, never a fact.
+
+use serde::{Deserialize, Serialize};
+
+/// What the job process asks a fresh sandbox process to do, once.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+pub enum Order {
+    /// Compile the component in the payload (`length` bytes) and say what it is. Runs none of its code.
+    Compile {
+        /// Length of the component in the payload file, in bytes.
+        length: u64,
+    },
+    /// Run `run` once on one volume. The compiled component arrives in a file of its own.
+    Run(Run),
+    /// Open `restore.image` and serve [`ImageRead`]s until the socket closes.
+    OpenImage(OpenImage),
+}
+
+/// Which of the contract's two worlds a component is for.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum World {
+    /// Sees the bytes; exports `backup` and `restore`.
+    Provider,
+    /// Cannot see the bytes; exports `blind-backup`.
+    BlindProvider,
+}
+
+/// Limits that the sandbox process enforces on its own guest code.
+///
+/// The job process enforces the same from outside, so that an escape gains nothing.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub struct GuestLimits {
+    /// Sum of all linear memories, in bytes.
+    pub memory: u64,
+    /// CPU time of the guest's thread, in milliseconds.
+    pub cpu_ms: u64,
+}
+
+/// `backup.run` or `blind-backup.run`.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+pub struct Run {
+    /// The world that the component was inspected to be for.
+    pub world: World,
+    /// Limits on the guest's code.
+    pub limits: GuestLimits,
+    /// `job.context`.
+    pub context: Context,
+    /// `volume.snapshot.info`.
+    pub volume: VolumeInfo,
+    /// Whether a `reader` is granted; only in [`World::Provider`].
+    pub reader: bool,
+    /// Whether a `discarder` is granted.
+    pub discarder: bool,
+    /// What `run` returned for this volume in the base.
+    pub base: Option<Vec<u8>>,
+    /// `content.reader.max-read`, in bytes.
+    pub max_read: u32,
+    /// `archive.output-stream.max-write`, in bytes.
+    pub max_write: u32,
+}
+
+/// `restore.image.open`.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+pub struct OpenImage {
+    /// Limits on the guest's code.
+    pub limits: GuestLimits,
+    /// `job.context`.
+    pub context: Context,
+    /// What `run` returned for this volume.
+    pub receipt: Vec<u8>,
+    /// Largest answer to one `image.read` or `objects.read`, in bytes.
+    pub max_read: u32,
+}
+
+/// The parts of `job.context` that need no call.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+pub struct Context {
+    /// Opaque and unique.
+    pub id: String,
+    /// The provider's settings (TOML).
+    pub settings: String,
+}
+
+/// `volume.volume-info`.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct VolumeInfo {
+    /// Stable across backups.
+    pub name: String,
+    /// In bytes.
+    pub size: u64,
+    /// A power of two, in bytes.
+    pub block_size: u32,
+    /// What is tracked.
+    pub mode: BitmapMode,
+}
+
+/// `volume.bitmap-mode`.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum BitmapMode {
+    /// Nothing is tracked.
+    None,
+    /// Tracking starts with this backup.
+    New,
+    /// Only what changed since the base.
+    Reuse,
+}
+
+/// `types.encoding`.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Encoding {
+    /// As it is.
+    Identity,
+    /// Zstandard frames.
+    Zstd,
+}
+
+/// A range as a guest passed it: anything at all.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub struct RawRange {
+    /// First byte.
+    pub offset: u64,
+    /// Number of bytes.
+    pub length: u64,
+}
+
+/// What the sandbox sends: one granted call, or that it is done.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+pub enum Call {
+    /// `volume.dirty-regions.next`.
+    NextRegions {
+        /// As the guest passed it.
+        limit: u32,
+    },
+    /// `volume.discarder.discard`.
+    Discard(RawRange),
+    /// `content.reader.read`.
+    Read {
+        /// First byte.
+        offset: u64,
+        /// Number of bytes.
+        length: u32,
+    },
+    /// `archive.writer.put`.
+    Put(RawRange, Encoding),
+    /// `archive.writer.create`.
+    Create {
+        /// As the guest passed it.
+        name: String,
+        /// For the whole object.
+        encoding: Encoding,
+    },
+    /// `archive.output-stream.write`: the bytes lie in the payload.
+    Write {
+        /// From [`Answer::Stream`].
+        stream: u32,
+        /// Number of bytes in the payload.
+        length: u32,
+    },
+    /// `archive.output-stream.splice`.
+    Splice {
+        /// From [`Answer::Stream`].
+        stream: u32,
+        /// Of the volume.
+        range: RawRange,
+    },
+    /// `archive.output-stream.claim`.
+    Claim {
+        /// From [`Answer::Stream`].
+        stream: u32,
+        /// Of the volume.
+        range: RawRange,
+    },
+    /// `archive.output-stream.finish`.
+    Finish {
+        /// From [`Answer::Stream`].
+        stream: u32,
+    },
+    /// The guest dropped the stream unfinished. Answered with [`Answer::Unit`].
+    DropStream {
+        /// From [`Answer::Stream`].
+        stream: u32,
+    },
+    /// `job.context.attachment`.
+    Attachment {
+        /// As the guest passed it.
+        name: String,
+    },
+    /// `job.context.log`.
+    Log {
+        /// As the guest chose it.
+        level: LogLevel,
+        /// As the guest passed it.
+        message: String,
+    },
+    /// `stored.objects.size`.
+    ObjectSize {
+        /// As the guest passed it.
+        name: String,
+    },
+    /// `stored.objects.read`.
+    ObjectRead {
+        /// As the guest passed it.
+        name: String,
+        /// First byte.
+        offset: u64,
+        /// Number of bytes.
+        length: u32,
+    },
+    /// The order is done, one way or the other. For [`Order::OpenImage`] it is sent once after `open` and then
+    /// once per [`ImageRead`].
+    Done(Outcome),
+}
+
+/// `job.level`.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum LogLevel {
+    /// For the provider's author.
+    Debug,
+    /// Progress worth keeping.
+    Info,
+    /// Something is odd.
+    Warn,
+    /// Something failed.
+    Error,
+}
+
+/// How an order ended.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+pub enum Outcome {
+    /// [`Order::Compile`]: the compiled component lies in the payload.
+    Compiled {
+        /// Length of the compiled component in the payload file, in bytes.
+        length: u64,
+        /// What the component imports and exports.
+        interface: Interface,
+    },
+    /// [`Order::Run`]: what `run` returned.
+    Receipt(Vec<u8>),
+    /// [`Order::OpenImage`]: the image is open.
+    Opened,
+    /// [`ImageRead`]: the bytes lie in the payload.
+    Bytes {
+        /// Number of bytes.
+        length: u32,
+    },
+    /// The guest returned an error.
+    GuestError(ErrorCode),
+    /// The guest did not return: it trapped, passed a limit, or cannot be run.
+    Failed(Failure),
+}
+
+/// What a component imports and exports, by full interface name, such as `fleecebox:provider/volume@0.1.0`.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Interface {
+    /// In the component's order.
+    pub imports: Vec<String>,
+    /// In the component's order.
+    pub exports: Vec<String>,
+}
+
+/// Why a guest did not return.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub enum Failure {
+    /// The bytes are no component; with the parser's reason.
+    NotAComponent(String),
+    /// The compiled form is of another version of the runtime: compile again.
+    Stale,
+    /// It does not export what its world says, or imports what is not linked; with the reason.
+    CannotLink(String),
+    /// It trapped; with the trap's first line.
+    Trapped(String),
+    /// It passed its memory limit.
+    Memory,
+    /// It passed its CPU-time limit.
+    CpuTime,
+}
+
+/// The job's answer to one [`Call`].
+#[derive(Debug, Clone, Serialize, Deserialize)]
+pub enum Answer {
+    /// Done; nothing to give back.
+    Unit,
+    /// For [`Call::NextRegions`]: (offset, length, is-zero).
+    Regions(Vec<(u64, u64, bool)>),
+    /// For [`Call::Read`], [`Call::ObjectRead`], [`Call::Attachment`]: the bytes lie in the payload.
+    Bytes {
+        /// Number of bytes.
+        length: u32,
+    },
+    /// For [`Call::Attachment`]: there is none.
+    Nothing,
+    /// For [`Call::Create`].
+    Stream(u32),
+    /// For [`Call::Finish`] and [`Call::ObjectSize`], in bytes.
+    Size(u64),
+    /// The call failed in a way that the guest may see.
+    Error(ErrorCode),
+}
+
+/// For an open image, in place of an answer: read these bytes next.
+#[derive(Debug, Clone, Copy, Serialize, Deserialize)]
+pub struct ImageRead {
+    /// First byte of the volume.
+    pub offset: u64,
+    /// Number of bytes.
+    pub length: u32,
+}
+
+/// `types.error-code`.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub enum ErrorCode {
+    /// The job was cancelled.
+    Cancelled,
+    /// The range was discarded.
+    Discarded,
+    /// An object of that name exists in this backup.
+    Exists,
+    /// Storage or the snapshot failed.
+    Io,
+    /// Not a single plain component.
+    InvalidName,
+    /// Not part of what this backup covers.
+    NotDirty,
+    /// There is no such object.
+    NotFound,
+    /// Not a range of whole blocks of the volume.
+    OutOfRange,
+    /// A limit of the policy.
+    QuotaExceeded(Quota),
+    /// More than the host takes at once.
+    TooLarge,
+    /// Anything else.
+    Other(Option<String>),
+}
+
+/// `types.quota`.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Quota {
+    /// Number of objects.
+    Objects,
+    /// Bytes stored, before encoding.
+    OutputBytes,
+    /// Bytes read.
+    ReadBytes,
+}
