@@ -67,7 +67,10 @@ impl Extent {
     pub fn grown_to_blocks(self, block: u32, size: u64) -> Self {
         let mask = u64::from(block) - 1;
         let start = self.start & !mask;
-        let end = self.end.checked_add(mask).map_or(size, |end| (end & !mask).min(size));
+        let end = self
+            .end
+            .checked_add(mask)
+            .map_or(size, |end| (end & !mask).min(size));
         Self { start, end }
     }
 
@@ -75,7 +78,11 @@ impl Extent {
     pub fn shrunk_to_blocks(self, block: u32, size: u64) -> Option<Self> {
         let mask = u64::from(block) - 1;
         let start = self.start.checked_add(mask)? & !mask;
-        let end = if self.end >= size { size } else { self.end & !mask };
+        let end = if self.end >= size {
+            size
+        } else {
+            self.end & !mask
+        };
         Self::between(start, end)
     }
 
@@ -92,7 +99,10 @@ impl Extent {
             let all = rest?;
             let cut = all.start.saturating_add(length).min(all.end);
             rest = Self::between(cut, all.end);
-            Some(Self { start: all.start, end: cut })
+            Some(Self {
+                start: all.start,
+                end: cut,
+            })
         })
     }
 }
@@ -169,17 +179,27 @@ impl ExtentSet {
 
     /// Whether every byte of `extent` is in the set.
     pub fn contains(&self, extent: Extent) -> bool {
-        self.runs.range(..=extent.start).next_back().is_some_and(|(_, &end)| end >= extent.end)
+        self.runs
+            .range(..=extent.start)
+            .next_back()
+            .is_some_and(|(_, &end)| end >= extent.end)
     }
 
     /// Whether any byte of `extent` is in the set.
     pub fn overlaps(&self, extent: Extent) -> bool {
-        self.runs.range(..extent.end).next_back().is_some_and(|(_, &end)| end > extent.start)
+        self.runs
+            .range(..extent.end)
+            .next_back()
+            .is_some_and(|(_, &end)| end > extent.start)
     }
 
     /// The parts of `extent` that are in the set, in ascending order.
     pub fn within(&self, extent: Extent) -> impl Iterator<Item = Extent> + '_ {
-        let first = self.runs.range(..=extent.start).next_back().map_or(extent.start, |(&start, _)| start);
+        let first = self
+            .runs
+            .range(..=extent.start)
+            .next_back()
+            .map_or(extent.start, |(&start, _)| start);
         self.runs
             .range(first..extent.end)
             .filter_map(move |(&start, &end)| Extent { start, end }.intersection(extent))
