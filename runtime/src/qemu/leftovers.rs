@@ -1,0 +1,87 @@
+//! What a job that died left inside QEMU. When a QMP client goes away, all that it made stays.
+//!
+//! Only call this under the VM's lock: what is found may otherwise belong to a job that is alive.
+
+use super::ids::{JobId, OwnId, Role};
+use super::monitor::{Monitor, MonitorError};
+use super::present;
+use super::removal::{self, Remains, RemovalError, ServerFate};
+use std::collections::BTreeMap;
+
+/// Everything of one dead job but its bitmaps, which only the archive can judge
+/// (see [`super::bitmap::find`]).
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct Leftover {
+    /// Ids to remove.
+    pub remains: Remains,
+    /// Files behind the fleecing nodes, as QEMU names them: delete them after [`remove`], if they lie
+    /// in a folder for fleecing images.
+    pub fleecing_files: Vec<String>,
+}
+
+/// Looks for things of ours by their ids, grouped by the job that made them.
+///
+/// # Errors
+/// Those of [`Monitor::query`].
+pub async fn find(monitor: &Monitor) -> Result<BTreeMap<JobId, Leftover>, MonitorError> {
+    let mut found: BTreeMap<JobId, Leftover> = BTreeMap::new();
+    for export in present::exports(monitor).await? {
+        if let Some(OwnId {
+            job,
+            role: Role::Export,
+            ..
+        }) = OwnId::parse(&export.id)
+        {
+            found
+                .entry(job)
+                .or_default()
+                .remains
+                .exports
+                .push(export.id);
+        }
+    }
+    for job in present::jobs(monitor).await? {
+        if let Some(OwnId {
+            job: owner,
+            role: Role::Job,
+            ..
+        }) = OwnId::parse(&job.id)
+        {
+            found.entry(owner).or_default().remains.jobs.push(job.id);
+        }
+    }
+    for node in present::nodes(monitor).await? {
+        match OwnId::parse(&node.name) {
+            Some(OwnId {
+                job,
+                role: Role::Access,
+                ..
+            }) => {
+                found.entry(job).or_default().remains.access.push(node.name);
+            }
+            Some(OwnId {
+                job,
+                role: Role::Fleecing,
+                ..
+            }) => {
+                let leftover = found.entry(job).or_default();
+                leftover.remains.fleecing.push(node.name);
+                leftover.fleecing_files.push(node.filename);
+            }
+            // A filter goes with its job.
+            _ => {}
+        }
+    }
+    Ok(found)
+}
+
+/// Removes it in the order of a teardown; returns what could not be removed.
+///
+/// `server` is for the caller to know, from the dead job's journal: QEMU cannot say who started it.
+pub async fn remove(
+    monitor: &Monitor,
+    leftover: &Leftover,
+    server: ServerFate,
+) -> Vec<RemovalError> {
+    removal::remove(monitor, &leftover.remains, server).await
+}

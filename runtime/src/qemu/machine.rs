@@ -1,0 +1,444 @@
+//! The VM as its monitor shows it: its disks, and whether it runs.
+//!
+//! Look for leftovers first ([`super::leftovers`]): a filter that a dead job left above a disk would be
+//! taken for the disk's own node.
+
+use super::ids::OwnId;
+use super::monitor::{Monitor, MonitorError};
+use super::present::{self, Device, DirtyInfo, Node};
+use serde_json::json;
+use std::collections::BTreeSet;
+use std::fmt;
+
+/// Drivers of devices that pass SCSI commands to the host's device, around bitmaps and filters.
+const PASS_THROUGH: [&str; 2] = ["scsi-block", "scsi-generic"];
+
+/// Which disks to take.
+#[derive(Debug, Clone)]
+pub enum Choice {
+    /// Every writable disk that is plugged into a device.
+    All,
+    /// These, each named by the id of its device, of its drive or of its block node.
+    Named(Vec<String>),
+}
+
+/// A disk that can be backed up.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Disk {
+    /// Stable across restarts of the VM: the id of the device such as `scsi0`, else of the drive such
+    /// as `drive-scsi0`, else of the node.
+    pub name: String,
+    /// The block node on which bitmaps, filter and exports work.
+    pub node: String,
+    /// In bytes, as the guest sees it.
+    pub size: u64,
+    /// The node's driver, such as `raw` or `qcow2`.
+    pub format: String,
+    /// The image as QEMU names it: a path as QEMU sees it, a URI, or `json:{…}`. To be shown, not opened.
+    pub filename: String,
+    /// All named bitmaps on the node, also other people's.
+    pub bitmaps: Vec<Bitmap>,
+    /// Whether a bitmap can be stored in the image, so that it survives a restart of the VM.
+    pub can_persist: bool,
+}
+
+impl Disk {
+    /// The bitmap of that name.
+    pub fn bitmap(&self, name: &str) -> Option<&Bitmap> {
+        self.bitmaps.iter().find(|bitmap| bitmap.name == name)
+    }
+}
+
+/// A dirty bitmap.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Bitmap {
+    /// Its name, unique on its node.
+    pub name: String,
+    /// Bytes per bit.
+    pub granularity: u32,
+    /// Bytes that it calls dirty.
+    pub dirty: u64,
+    /// Whether it still follows writes.
+    pub recording: bool,
+    /// Whether an export or a job uses it.
+    pub busy: bool,
+    /// Whether it is stored in the image when QEMU closes it.
+    pub persistent: bool,
+    /// QEMU was killed while it was open: it can only be removed.
+    pub inconsistent: bool,
+}
+
+impl Bitmap {
+    /// Whether an incremental backup may rely on it now.
+    ///
+    /// # Errors
+    /// Why not.
+    pub fn usable(&self) -> Result<(), Unusable> {
+        if self.inconsistent {
+            Err(Unusable::Inconsistent)
+        } else if self.busy {
+            Err(Unusable::Busy)
+        } else if !self.recording {
+            Err(Unusable::NotRecording)
+        } else {
+            Ok(())
+        }
+    }
+}
+
+/// Why a bitmap cannot be the base of an incremental backup.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
+pub enum Unusable {
+    /// The disk has no such bitmap.
+    #[error("it is missing")]
+    Missing,
+    /// QEMU ended without storing it.
+    #[error("QEMU ended without storing it")]
+    Inconsistent,
+    /// An export or a job uses it.
+    #[error("something else is using it")]
+    Busy,
+    /// It does not follow writes any more, so some may be missing in it.
+    #[error("it stopped following writes")]
+    NotRecording,
+}
+
+/// A device that [`Choice::All`] leaves out.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Skipped {
+    /// As [`Disk::name`].
+    pub name: String,
+    /// Why.
+    pub reason: SkipReason,
+}
+
+/// Why a device cannot or need not be backed up.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
+pub enum SkipReason {
+    /// Nothing is inserted.
+    #[error("it holds no medium")]
+    NoMedium,
+    /// The guest cannot write to it.
+    #[error("it is read-only")]
+    ReadOnly,
+    /// It has no bytes.
+    #[error("it is empty")]
+    Empty,
+    /// A drive that no device uses.
+    #[error("no device uses it")]
+    Unattached,
+}
+
+/// The disks that were chosen, and what was left out.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Disks {
+    /// In QEMU's order, or in the order of the names given.
+    pub disks: Vec<Disk>,
+    /// Empty where disks were named.
+    pub skipped: Vec<Skipped>,
+}
+
+/// Why the VM's disks cannot be taken as chosen.
+#[derive(Debug, thiserror::Error)]
+pub enum MachineError {
+    /// The monitor failed.
+    #[error(transparent)]
+    Monitor(#[from] MonitorError),
+    /// No device holds a writable disk, as in `qemu-storage-daemon`.
+    #[error("no device holds a writable disk; disks can be chosen by node name, of {}", List(.available))]
+    NoDisks {
+        /// Names that can be chosen.
+        available: Vec<String>,
+    },
+    /// No disk has that name.
+    #[error("there is no disk {name}; there is {}", List(.available))]
+    Unknown {
+        /// The name given.
+        name: String,
+        /// Names that can be chosen.
+        available: Vec<String>,
+    },
+    /// A disk that was named cannot be backed up.
+    #[error("disk {name} cannot be backed up: {reason}")]
+    Unfit {
+        /// The name given.
+        name: String,
+        /// Why.
+        reason: SkipReason,
+    },
+    /// Two of the chosen disks are one, or have one name.
+    #[error("disk {name} (node {node}) is chosen twice")]
+    Twice {
+        /// The second one's name.
+        name: String,
+        /// The second one's node.
+        node: String,
+    },
+    /// The device hands SCSI commands to the host's device, around QEMU's block layer.
+    #[error(
+        "disk {name} is a {driver} device: its writes pass around dirty bitmaps and snapshots, so it cannot be backed up; name the other disks to leave it out"
+    )]
+    PassThrough {
+        /// The disk.
+        name: String,
+        /// The device's driver.
+        driver: String,
+    },
+}
+
+struct List<'a>(&'a [String]);
+
+impl fmt::Display for List<'_> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self.0 {
+            [] => f.write_str("none"),
+            names => f.write_str(&names.join(", ")),
+        }
+    }
+}
+
+/// The disks of the VM (QMP `query-block`, `query-named-block-nodes`).
+///
+/// A device whose top node is a filter of somebody else, such as `throttle`, shows that node; name the
+/// node below it to have bitmaps stored in the image.
+///
+/// # Errors
+/// Any [`MachineError`].
+pub async fn disks(monitor: &Monitor, choice: &Choice) -> Result<Disks, MachineError> {
+    let devices = present::devices(monitor).await?;
+    let nodes = present::nodes(monitor).await?;
+    let mut found = Disks {
+        disks: Vec::new(),
+        skipped: Vec::new(),
+    };
+    match choice {
+        Choice::All => {
+            for device in &devices {
+                match fitness(device.inserted.as_ref()).and_then(|node| match &device.qdev {
+                    Some(_) => Ok(node),
+                    None => Err(SkipReason::Unattached),
+                }) {
+                    Ok(node) => {
+                        refuse_pass_through(monitor, device).await?;
+                        found.disks.push(disk(name(device), node));
+                    }
+                    Err(reason) => found.skipped.push(Skipped {
+                        name: name(device),
+                        reason,
+                    }),
+                }
+            }
+            if found.disks.is_empty() {
+                return Err(MachineError::NoDisks {
+                    available: available(&devices, &nodes),
+                });
+            }
+        }
+        Choice::Named(names) => {
+            for chosen in names {
+                found
+                    .disks
+                    .push(named(monitor, chosen, &devices, &nodes).await?);
+            }
+        }
+    }
+    refuse_doubles(&found.disks)?;
+    Ok(found)
+}
+
+async fn named(
+    monitor: &Monitor,
+    chosen: &str,
+    devices: &[Device],
+    nodes: &[Node],
+) -> Result<Disk, MachineError> {
+    let unfit = |reason| MachineError::Unfit {
+        name: chosen.into(),
+        reason,
+    };
+    if let Some(device) = devices.iter().find(|device| is_named(device, chosen)) {
+        refuse_pass_through(monitor, device).await?;
+        let node = fitness(device.inserted.as_ref()).map_err(unfit)?;
+        return Ok(disk(name(device), node));
+    }
+    match nodes.iter().find(|node| node.name == chosen) {
+        Some(node) => Ok(disk(chosen.into(), fitness(Some(node)).map_err(unfit)?)),
+        None => Err(MachineError::Unknown {
+            name: chosen.into(),
+            available: available(devices, nodes),
+        }),
+    }
+}
+
+/// Whether `chosen` is one of the device's names. Its node counts too, so that a device chosen by its
+/// node has the same stable name as when it is chosen otherwise.
+fn is_named(device: &Device, chosen: &str) -> bool {
+    let node = device.inserted.as_ref().map(|node| node.name.as_str());
+    let qdev = device.qdev.as_deref();
+    !chosen.is_empty()
+        && (qdev.map(qdev_id) == Some(Some(chosen))
+            || device.drive == chosen
+            || node == Some(chosen))
+}
+
+fn fitness(node: Option<&Node>) -> Result<&Node, SkipReason> {
+    match node {
+        None => Err(SkipReason::NoMedium),
+        Some(node) if node.read_only => Err(SkipReason::ReadOnly),
+        Some(node) if node.image.virtual_size == 0 => Err(SkipReason::Empty),
+        Some(node) => Ok(node),
+    }
+}
+
+fn disk(name: String, node: &Node) -> Disk {
+    // A qcow2 of version 2 ("compat": "0.10") has no room for bitmaps.
+    let compat = &node.image.format_specific["data"]["compat"];
+    Disk {
+        name,
+        node: node.name.clone(),
+        size: node.image.virtual_size,
+        format: node.driver.clone(),
+        filename: node.filename.clone(),
+        bitmaps: bitmaps(node),
+        can_persist: node.driver == "qcow2" && compat != "0.10",
+    }
+}
+
+/// The named bitmaps of a node.
+pub(super) fn bitmaps(node: &Node) -> Vec<Bitmap> {
+    let named = node.bitmaps.iter().filter(|bitmap| !bitmap.name.is_empty());
+    named
+        .map(|bitmap: &DirtyInfo| Bitmap {
+            name: bitmap.name.clone(),
+            granularity: bitmap.granularity,
+            dirty: bitmap.count,
+            recording: bitmap.recording,
+            busy: bitmap.busy,
+            persistent: bitmap.persistent,
+            inconsistent: bitmap.inconsistent,
+        })
+        .collect()
+}
+
+fn name(device: &Device) -> String {
+    let node = || device.inserted.as_ref().map(|node| node.name.clone());
+    let drive = || Some(device.drive.clone()).filter(|drive| !drive.is_empty());
+    let qdev = device.qdev.as_deref();
+    qdev.and_then(qdev_id)
+        .map(str::to_owned)
+        .or_else(drive)
+        .or_else(node)
+        .or_else(|| qdev.map(str::to_owned))
+        .unwrap_or_default()
+}
+
+/// The id that the user gave to a device. QEMU shows it plain, or as the path of the device or of a
+/// part of it (`/machine/peripheral/vda/virtio-backend`); devices without an id live elsewhere in the tree.
+fn qdev_id(qdev: &str) -> Option<&str> {
+    if !qdev.starts_with('/') {
+        return Some(qdev).filter(|id| !id.is_empty());
+    }
+    let id = qdev.strip_prefix("/machine/peripheral/")?.split('/').next();
+    id.filter(|id| !id.is_empty())
+}
+
+async fn refuse_pass_through(monitor: &Monitor, device: &Device) -> Result<(), MachineError> {
+    let Some(qdev) = &device.qdev else {
+        return Ok(());
+    };
+    let path = if qdev.starts_with('/') {
+        qdev.clone()
+    } else {
+        format!("/machine/peripheral/{qdev}")
+    };
+    let arguments = json!({ "path": path, "property": "type" });
+    match monitor.query::<String>("qom-get", arguments).await {
+        Ok(driver) if PASS_THROUGH.contains(&driver.as_str()) => Err(MachineError::PassThrough {
+            name: name(device),
+            driver,
+        }),
+        Ok(_) => Ok(()),
+        // A device that QEMU cannot find by this path is none of SCSI's, which all have an id or a path.
+        Err(e) if e.is_refusal() => Ok(()),
+        Err(e) => Err(e.into()),
+    }
+}
+
+fn refuse_doubles(disks: &[Disk]) -> Result<(), MachineError> {
+    let (mut names, mut nodes) = (BTreeSet::new(), BTreeSet::new());
+    for disk in disks {
+        if !names.insert(&disk.name) | !nodes.insert(&disk.node) {
+            return Err(MachineError::Twice {
+                name: disk.name.clone(),
+                node: disk.node.clone(),
+            });
+        }
+    }
+    Ok(())
+}
+
+/// What a user may choose from: devices where there are any, and the nodes that somebody named.
+fn available(devices: &[Device], nodes: &[Node]) -> Vec<String> {
+    let fit = |node: &&Node| fitness(Some(node)).is_ok();
+    let given = |node: &&Node| !node.name.starts_with('#') && OwnId::parse(&node.name).is_none();
+    let devices = devices
+        .iter()
+        .filter(|d| fitness(d.inserted.as_ref()).is_ok());
+    let nodes = nodes.iter().filter(fit).filter(given);
+    let mut names: Vec<_> = devices.map(name).collect();
+    for node in nodes {
+        if !names.contains(&node.name) {
+            names.push(node.name.clone());
+        }
+    }
+    names
+}
+
+/// Whether the guest's CPUs run, and QEMU's word for its state, such as `running` or `paused`.
+#[derive(Debug, Clone, PartialEq, Eq, serde::Deserialize)]
+pub struct RunState {
+    /// Whether the CPUs run.
+    pub running: bool,
+    /// QMP's `RunState`, or a word that a later version invents.
+    pub status: String,
+}
+
+/// Asks for the run state (QMP `query-status`); nothing where there is no VM, as in `qemu-storage-daemon`.
+///
+/// # Errors
+/// Those of [`Monitor::query`].
+pub async fn run_state(monitor: &Monitor) -> Result<Option<RunState>, MonitorError> {
+    match monitor.query("query-status", json!({})).await {
+        Ok(state) => Ok(Some(state)),
+        Err(e) if e.is_unknown_command() => Ok(None),
+        Err(e) => Err(e),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+
+    #[test]
+    fn a_device_has_the_id_that_its_user_gave() {
+        assert_eq!(qdev_id("scsi0"), Some("scsi0"));
+        assert_eq!(
+            qdev_id("/machine/peripheral/vda/virtio-backend"),
+            Some("vda")
+        );
+        assert_eq!(qdev_id("/machine/peripheral/vda"), Some("vda"));
+        assert_eq!(qdev_id("/machine/peripheral-anon/device[1]"), None);
+        assert_eq!(qdev_id("/machine/system.flash1"), None);
+        assert_eq!(qdev_id(""), None);
+    }
+
+    proptest! {
+        #[test]
+        fn no_path_makes_the_parser_panic(text: String, tail in "(/machine/peripheral/)?[a-z/]{0,9}") {
+            for path in [&text, &tail] {
+                prop_assert!(qdev_id(path).is_none_or(|id| !id.is_empty() && path.contains(id)));
+            }
+        }
+    }
+}

@@ -1,0 +1,116 @@
+//! What exists inside QEMU at this moment: block nodes, jobs, exports. Fields and enum values that
+//! are not needed stay unread, so that those of other versions do no harm.
+
+use super::monitor::{Monitor, MonitorError};
+use serde::Deserialize;
+use serde_json::json;
+
+/// `BlockDeviceInfo` of qapi/block-core.json.
+#[derive(Debug, Clone, Deserialize)]
+pub(super) struct Node {
+    #[serde(rename = "node-name", default)]
+    pub(super) name: String,
+    #[serde(rename = "drv")]
+    pub(super) driver: String,
+    #[serde(rename = "file", default)]
+    pub(super) filename: String,
+    #[serde(rename = "ro", default)]
+    pub(super) read_only: bool,
+    pub(super) image: Image,
+    #[serde(rename = "dirty-bitmaps", default)]
+    pub(super) bitmaps: Vec<DirtyInfo>,
+}
+
+/// `ImageInfo`.
+#[derive(Debug, Clone, Deserialize)]
+pub(super) struct Image {
+    #[serde(rename = "virtual-size")]
+    pub(super) virtual_size: u64,
+    /// Differs from driver to driver.
+    #[serde(rename = "format-specific", default)]
+    pub(super) format_specific: serde_json::Value,
+}
+
+/// `BlockDirtyInfo`.
+#[derive(Debug, Clone, Deserialize)]
+pub(super) struct DirtyInfo {
+    /// QEMU's own bitmaps, such as a mirror's, have none.
+    #[serde(default)]
+    pub(super) name: String,
+    /// Dirty bytes.
+    pub(super) count: u64,
+    pub(super) granularity: u32,
+    pub(super) recording: bool,
+    pub(super) busy: bool,
+    #[serde(default)]
+    pub(super) persistent: bool,
+    #[serde(default)]
+    pub(super) inconsistent: bool,
+}
+
+/// `BlockInfo`: one device and what is plugged into it.
+#[derive(Debug, Clone, Deserialize)]
+pub(super) struct Device {
+    /// The drive's id, empty with `-blockdev`.
+    #[serde(rename = "device", default)]
+    pub(super) drive: String,
+    /// The id of the device in QEMU's tree, or its path there.
+    #[serde(default)]
+    pub(super) qdev: Option<String>,
+    #[serde(default)]
+    pub(super) inserted: Option<Node>,
+}
+
+/// `JobInfo`.
+#[derive(Debug, Clone, Deserialize)]
+pub(super) struct Job {
+    pub(super) id: String,
+    pub(super) status: String,
+    #[serde(default)]
+    pub(super) error: Option<String>,
+}
+
+/// `BlockJobInfo`.
+#[derive(Debug, Clone, Deserialize)]
+pub(super) struct BlockJob {
+    #[serde(rename = "device")]
+    pub(super) id: String,
+    #[serde(rename = "io-status", default)]
+    pub(super) io_status: String,
+}
+
+/// `BlockExportInfo`.
+#[derive(Debug, Clone, Deserialize)]
+pub(super) struct Export {
+    pub(super) id: String,
+    #[serde(rename = "type")]
+    pub(super) kind: String,
+    #[serde(rename = "shutting-down", default)]
+    pub(super) shutting_down: bool,
+}
+
+/// Every named node, without its backing chain repeated inside it.
+pub(super) async fn nodes(monitor: &Monitor) -> Result<Vec<Node>, MonitorError> {
+    monitor
+        .query("query-named-block-nodes", json!({ "flat": true }))
+        .await
+}
+
+pub(super) async fn devices(monitor: &Monitor) -> Result<Vec<Device>, MonitorError> {
+    match monitor.query("query-block", json!({})).await {
+        Err(e) if e.is_unknown_command() => Ok(Vec::new()),
+        result => result,
+    }
+}
+
+pub(super) async fn jobs(monitor: &Monitor) -> Result<Vec<Job>, MonitorError> {
+    monitor.query("query-jobs", json!({})).await
+}
+
+pub(super) async fn block_jobs(monitor: &Monitor) -> Result<Vec<BlockJob>, MonitorError> {
+    monitor.query("query-block-jobs", json!({})).await
+}
+
+pub(super) async fn exports(monitor: &Monitor) -> Result<Vec<Export>, MonitorError> {
+    monitor.query("query-block-exports", json!({})).await
+}

@@ -1,0 +1,95 @@
+//! What this QEMU can do, asked from itself by `query-qmp-schema`, never guessed from its version.
+
+use super::monitor::{Monitor, MonitorError};
+use serde::Deserialize;
+use serde_json::json;
+use std::collections::{HashMap, HashSet};
+
+/// Commands and their arguments.
+#[derive(Debug, Default)]
+pub struct Schema {
+    /// Command → the name of the object type of its arguments.
+    commands: HashMap<String, String>,
+    /// Object type → its members.
+    objects: HashMap<String, HashSet<String>>,
+}
+
+/// One `SchemaInfo` of QEMU's qapi/introspect.json, as far as it matters here.
+#[derive(Deserialize)]
+struct Entity {
+    name: String,
+    #[serde(rename = "meta-type")]
+    meta_type: String,
+    #[serde(rename = "arg-type", default)]
+    arg_type: String,
+    /// Of an object these are records; of other entities they are something else.
+    #[serde(default)]
+    members: serde_json::Value,
+}
+
+impl Schema {
+    /// Asks QEMU.
+    ///
+    /// # Errors
+    /// Those of [`Monitor::query`].
+    pub async fn probe(monitor: &Monitor) -> Result<Self, MonitorError> {
+        Ok(Self::of(
+            monitor.query("query-qmp-schema", json!({})).await?,
+        ))
+    }
+
+    fn of(entities: Vec<Entity>) -> Self {
+        let mut schema = Self::default();
+        for entity in entities {
+            match entity.meta_type.as_str() {
+                "command" => {
+                    schema.commands.insert(entity.name, entity.arg_type);
+                }
+                "object" => {
+                    let members = entity.members.as_array().into_iter().flatten();
+                    let names = members.filter_map(|m| Some(m.get("name")?.as_str()?.to_owned()));
+                    schema.objects.insert(entity.name, names.collect());
+                }
+                _ => {}
+            }
+        }
+        schema
+    }
+
+    /// Whether QEMU knows the command.
+    pub fn has_command(&self, name: &str) -> bool {
+        self.commands.contains_key(name)
+    }
+
+    /// Whether the command takes `member` whatever its other arguments are: members that only one
+    /// variant of a union has do not count.
+    pub fn command_has_argument(&self, command: &str, member: &str) -> bool {
+        self.commands
+            .get(command)
+            .and_then(|arguments| self.objects.get(arguments))
+            .is_some_and(|members| members.contains(member))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn arguments_are_found_through_the_type_that_the_command_refers_to() {
+        let schema = Schema::of(
+            serde_json::from_value(json!([
+                { "name": "blockdev-backup", "meta-type": "command", "arg-type": "19", "ret-type": "2" },
+                { "name": "19", "meta-type": "object", "members": [{ "name": "target", "type": "str" }, { "name": "on-cbw-error", "default": null, "type": "7" }] },
+                { "name": "7", "meta-type": "enum", "values": ["a"], "members": [{ "name": "a" }] },
+                { "name": "target", "meta-type": "invented-later", "members": 5 },
+            ]))
+            .unwrap(),
+        );
+        assert!(schema.has_command("blockdev-backup"));
+        assert!(!schema.has_command("target"));
+        assert!(schema.command_has_argument("blockdev-backup", "on-cbw-error"));
+        assert!(!schema.command_has_argument("blockdev-backup", "cbw-timeout"));
+        assert!(!schema.command_has_argument("target", "target"));
+    }
+}

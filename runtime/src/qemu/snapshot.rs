@@ -1,0 +1,561 @@
+//! The point in time of all disks, in one transaction, and the exports that read as of it.
+//!
+//! [`take`] either makes all of it or takes back what it made. If its future is dropped half-way,
+//! things stay inside QEMU (see [`super::leftovers`]) and the guest may stay frozen (see
+//! [`super::watchdog`]).
+
+use super::agent::{Agent, AgentError};
+use super::bitmap::{self, BitmapPlan, Tracking};
+use super::ids::{JobId, OwnId, Role};
+use super::machine::{Disk, Unusable};
+use super::monitor::{Monitor, MonitorError};
+use super::present;
+use super::removal::{self, Remains, RemovalError, ServerFate};
+use super::schema::Schema;
+use serde_json::{Value, json};
+use std::fmt;
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+use tokio::time::Instant;
+
+/// Seconds that a guest's write may wait for its old data to be copied before the snapshot is given
+/// up instead, where QEMU offers that. Guests give up on a request after 30 to 60 s.
+const CBW_TIMEOUT_SECONDS: u32 = 20;
+
+/// What to freeze, and for whom.
+#[derive(Debug, Clone)]
+pub struct Request {
+    /// Goes into every id.
+    pub job: JobId,
+    /// Granularity of new bitmaps in bytes: a power of two, 512 or more (QMP `block-dirty-bitmap-add`).
+    pub block_size: u32,
+    /// One for each disk.
+    pub plans: Vec<Plan>,
+    /// Where the exports go.
+    pub server: NbdServer,
+}
+
+/// One disk of a point in time.
+#[derive(Debug, Clone)]
+pub struct Plan {
+    /// The disk, as [`super::machine::disks`] found it just before.
+    pub disk: Disk,
+    /// A sparse file of exactly the disk's size, made by the caller, by an absolute path that QEMU can
+    /// open for writing. The caller keeps a descriptor, and deletes the file in the end.
+    pub fleecing: PathBuf,
+    /// What happens to its bitmaps.
+    pub bitmap: BitmapPlan,
+}
+
+/// Which NBD server the exports are added to. QEMU has one per process.
+#[derive(Debug, Clone)]
+pub enum NbdServer {
+    /// One that is started on this unix socket, by an absolute path that QEMU can create.
+    Start(PathBuf),
+    /// One that somebody else started and keeps running, on this unix socket.
+    Shared(PathBuf),
+}
+
+impl NbdServer {
+    /// The socket.
+    pub fn socket(&self) -> &Path {
+        match self {
+            Self::Start(socket) | Self::Shared(socket) => socket,
+        }
+    }
+}
+
+/// Why there is no point in time. What had been made was taken back, but for what `left` names.
+#[derive(Debug)]
+pub struct SnapshotError {
+    /// What went wrong.
+    pub cause: Cause,
+    /// The guest could not be thawed either: the watchdog must go on trying.
+    pub frozen: Option<AgentError>,
+    /// What could not be taken back.
+    pub left: Vec<UndoError>,
+}
+
+impl fmt::Display for SnapshotError {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{}", self.cause)?;
+        if let Some(e) = &self.frozen {
+            write!(f, "; the guest may still be frozen: {e}")?;
+        }
+        for e in &self.left {
+            write!(f, "; {e}")?;
+        }
+        Ok(())
+    }
+}
+
+impl std::error::Error for SnapshotError {
+    fn source(&self) -> Option<&(dyn std::error::Error + 'static)> {
+        Some(&self.cause)
+    }
+}
+
+/// What went wrong on the way to a point in time.
+#[derive(Debug, thiserror::Error)]
+pub enum Cause {
+    /// The old bitmap of a disk is not one to rely on.
+    #[error("disk {disk} has no usable bitmap {bitmap}: {reason}")]
+    Bitmap {
+        /// The disk.
+        disk: String,
+        /// The bitmap.
+        bitmap: String,
+        /// Why.
+        reason: Unusable,
+    },
+    /// QEMU cannot open the fleecing image.
+    #[error(
+        "QEMU cannot open the fleecing image {path}: {source}. The VM's QEMU must be able to open this path for writing: one that runs as another user, or confined as libvirt does, needs a fleecing folder that it may use"
+    )]
+    Fleecing {
+        /// The file.
+        path: PathBuf,
+        /// What QEMU said.
+        source: MonitorError,
+    },
+    /// The guest's file systems could not be frozen.
+    #[error("cannot freeze the guest's file systems: {0}")]
+    Freeze(#[source] AgentError),
+    /// The transaction failed, for all disks.
+    #[error("the point in time could not be taken: {0}")]
+    Transaction(#[source] MonitorError),
+    /// The guest stays frozen; see [`SnapshotError::frozen`].
+    #[error("the guest's file systems did not thaw after the point in time")]
+    Thaw,
+    /// The node that reads as of the point in time cannot be made.
+    #[error("disk {disk} cannot be read as of the point in time: {source}")]
+    Access {
+        /// The disk.
+        disk: String,
+        /// What QEMU said.
+        source: MonitorError,
+    },
+    /// An NBD server is running already, and QEMU cannot say where.
+    #[error(
+        "this QEMU runs an NBD server already and cannot say where; name its socket with the key `nbd` of this VM in the configuration"
+    )]
+    ServerRunning,
+    /// The NBD server cannot be started.
+    #[error("QEMU cannot start an NBD server on {path}: {source}")]
+    Server {
+        /// Its socket.
+        path: PathBuf,
+        /// What QEMU said.
+        source: MonitorError,
+    },
+    /// An export cannot be added.
+    #[error("disk {disk} cannot be exported: {source}")]
+    Export {
+        /// The disk.
+        disk: String,
+        /// What QEMU said.
+        source: MonitorError,
+    },
+}
+
+/// A step of taking back that failed.
+#[derive(Debug, thiserror::Error)]
+pub enum UndoError {
+    /// A thing inside QEMU may still be there.
+    #[error(transparent)]
+    Removal(#[from] RemovalError),
+    /// A disk's bitmaps are not as they were before.
+    #[error("the bitmaps of disk {disk} could not be put back: {source}")]
+    Bitmap {
+        /// The disk.
+        disk: String,
+        /// Why.
+        source: MonitorError,
+    },
+}
+
+/// All disks as of one moment, ready to be read. Dropping it leaves everything in place.
+#[derive(Debug)]
+pub struct PointInTime {
+    /// In the order of the request.
+    pub volumes: Vec<Volume>,
+    /// The unix socket of the NBD server.
+    pub socket: PathBuf,
+    /// How long the guest's file systems were frozen, where they were, the agent's part included.
+    pub frozen: Option<Duration>,
+    job: JobId,
+    server: ServerFate,
+}
+
+/// One disk of a [`PointInTime`].
+#[derive(Debug, Clone)]
+pub struct Volume {
+    /// The NBD name of its export, which is also the export's id.
+    pub export: String,
+    /// The NBD meta context that tells what is dirty, where the old bitmap is used.
+    pub dirty_context: Option<String>,
+    /// What was asked for.
+    pub plan: Plan,
+}
+
+/// Why the snapshot can no longer be believed.
+#[derive(Debug, thiserror::Error)]
+pub enum Broken {
+    /// The monitor failed.
+    #[error(transparent)]
+    Monitor(#[from] MonitorError),
+    /// The job that keeps old data is gone.
+    #[error("the snapshot of disk {disk} is gone: its job does not exist any more")]
+    Gone {
+        /// The disk.
+        disk: String,
+    },
+    /// The job ended, is ending, or met an error.
+    #[error("the snapshot of disk {disk} is broken: its job is {status}{}", .error.as_ref().map(|e| format!(" ({e})")).unwrap_or_default())]
+    Failed {
+        /// The disk.
+        disk: String,
+        /// QMP's `JobStatus`, or `BlockDeviceIoStatus`.
+        status: String,
+        /// What QEMU said.
+        error: Option<String>,
+    },
+}
+
+/// Takes the point in time: fleecing nodes; freeze, where there is an agent; one transaction; thaw;
+/// then the nodes and exports to read by.
+///
+/// The caller arms the watchdog before, where there is an agent, and disarms it afterwards unless
+/// [`SnapshotError::frozen`] says that the guest is still frozen.
+///
+/// # Errors
+/// A [`SnapshotError`]; tracking then is what it was before.
+pub async fn take(
+    monitor: &Monitor,
+    schema: &Schema,
+    request: Request,
+    agent: Option<&mut Agent>,
+) -> Result<PointInTime, SnapshotError> {
+    let mut server = ServerFate::Keep;
+    let mut frozen = Frozen::default();
+    match make(monitor, schema, &request, agent, &mut server, &mut frozen).await {
+        Ok(()) => Ok(PointInTime {
+            volumes: volumes(&request),
+            socket: request.server.socket().into(),
+            frozen: frozen.time,
+            job: request.job,
+            server,
+        }),
+        Err(cause) => Err(SnapshotError {
+            cause,
+            frozen: frozen.still,
+            left: undo(monitor, &request, server).await,
+        }),
+    }
+}
+
+impl PointInTime {
+    /// The job in whose name all was made.
+    pub fn job(&self) -> JobId {
+        self.job
+    }
+
+    /// Whether we started the NBD server: the journal needs it, as QEMU cannot say so later.
+    pub fn server(&self) -> ServerFate {
+        self.server
+    }
+
+    /// Whether every disk's job still keeps old data (QMP `query-jobs`, `query-block-jobs`).
+    ///
+    /// A snapshot that QEMU gave up (`break-snapshot`) may show nowhere but in reads: read a cluster
+    /// that was never trimmed as well.
+    ///
+    /// # Errors
+    /// A [`Broken`].
+    pub async fn check_alive(&self, monitor: &Monitor) -> Result<(), Broken> {
+        let jobs = present::jobs(monitor).await?;
+        let block_jobs = present::block_jobs(monitor).await?;
+        for (index, volume) in (0..).zip(&self.volumes) {
+            let id = id(self.job, Role::Job, index);
+            let disk = || volume.plan.disk.name.clone();
+            let Some(job) = jobs.iter().find(|job| job.id == id) else {
+                return Err(Broken::Gone { disk: disk() });
+            };
+            let failed = |status: &str| Broken::Failed {
+                disk: disk(),
+                status: status.into(),
+                error: job.error.clone(),
+            };
+            // A drain pauses a job for a moment; that is no harm.
+            let keeps = ["running", "paused", "ready", "standby"].contains(&job.status.as_str());
+            if !keeps || job.error.is_some() {
+                return Err(failed(&job.status));
+            }
+            let trouble = block_jobs
+                .iter()
+                .find(|job| job.id == id && !["ok", ""].contains(&job.io_status.as_str()));
+            if let Some(job) = trouble {
+                return Err(failed(&job.io_status));
+            }
+        }
+        Ok(())
+    }
+
+    /// Takes everything down but the bitmaps, which [`bitmap::accept`] or [`bitmap::back_out`] settle
+    /// next. May be called again after a failure. The fleecing files are the caller's to delete.
+    ///
+    /// Returns what could not be removed; all steps are tried.
+    pub async fn teardown(&self, monitor: &Monitor) -> Vec<RemovalError> {
+        removal::remove(monitor, &remains(self.job, self.volumes.len()), self.server).await
+    }
+}
+
+/// What is known of the guest's file systems.
+#[derive(Default)]
+struct Frozen {
+    time: Option<Duration>,
+    still: Option<AgentError>,
+}
+
+async fn make(
+    monitor: &Monitor,
+    schema: &Schema,
+    request: &Request,
+    agent: Option<&mut Agent>,
+    server: &mut ServerFate,
+    frozen: &mut Frozen,
+) -> Result<(), Cause> {
+    for plan in &request.plans {
+        check_bitmap(plan)?;
+    }
+    for (index, plan) in (0..).zip(&request.plans) {
+        add_fleecing(monitor, &id(request.job, Role::Fleecing, index), plan).await?;
+    }
+
+    let actions = actions(request, schema);
+    match agent {
+        None => transaction(monitor, actions).await?,
+        Some(agent) => {
+            let start = Instant::now();
+            if let Err(e) = agent.freeze().await {
+                return Err(match e {
+                    // Freezing failed, and so did thawing after it.
+                    AgentError::StillFrozen { .. } => {
+                        frozen.still = Some(e);
+                        Cause::Thaw
+                    }
+                    e => Cause::Freeze(e),
+                });
+            }
+            let taken = transaction(monitor, actions).await;
+            frozen.still = agent.thaw().await.err();
+            frozen.time = Some(start.elapsed());
+            taken?;
+            if frozen.still.is_some() {
+                return Err(Cause::Thaw);
+            }
+        }
+    }
+
+    for (index, plan) in (0..).zip(&request.plans) {
+        add_access(monitor, request.job, index)
+            .await
+            .map_err(|source| Cause::Access {
+                disk: plan.disk.name.clone(),
+                source,
+            })?;
+    }
+    if let NbdServer::Start(path) = &request.server {
+        start_server(monitor, path).await?;
+        *server = ServerFate::StopIfUnused;
+    }
+    for (index, plan) in (0..).zip(&request.plans) {
+        add_export(monitor, request.job, index, plan)
+            .await
+            .map_err(|source| Cause::Export {
+                disk: plan.disk.name.clone(),
+                source,
+            })?;
+    }
+    Ok(())
+}
+
+/// Takes back what [`make`] got done: everything is looked for, so it need not say how far it came.
+async fn undo(monitor: &Monitor, request: &Request, server: ServerFate) -> Vec<UndoError> {
+    let remains = remains(request.job, request.plans.len());
+    let removed = removal::remove(monitor, &remains, server).await;
+    let mut left: Vec<_> = removed.into_iter().map(UndoError::from).collect();
+    for plan in &request.plans {
+        // A bitmap that was found unusable is left for the caller to judge.
+        if check_bitmap(plan).is_err() {
+            continue;
+        }
+        match bitmap::back_out(monitor, &plan.disk.node, &plan.bitmap).await {
+            Ok(Tracking::Restored) => {}
+            Ok(Tracking::Lost) => {
+                tracing::warn!("disk {}: the next backup reads it in full", plan.disk.name);
+            }
+            Err(source) => left.push(UndoError::Bitmap {
+                disk: plan.disk.name.clone(),
+                source,
+            }),
+        }
+    }
+    left
+}
+
+/// A disabled bitmap must not be taken for the base, nor be enabled again by a later undo.
+fn check_bitmap(plan: &Plan) -> Result<(), Cause> {
+    let Some(old) = plan.bitmap.old() else {
+        return Ok(());
+    };
+    let name = old.to_string();
+    let state = plan.disk.bitmap(&name).ok_or(Unusable::Missing);
+    state
+        .and_then(|bitmap| bitmap.usable())
+        .map_err(|reason| Cause::Bitmap {
+            disk: plan.disk.name.clone(),
+            bitmap: name,
+            reason,
+        })
+}
+
+async fn add_fleecing(monitor: &Monitor, node: &str, plan: &Plan) -> Result<(), Cause> {
+    let arguments = json!({
+        "driver": "raw",
+        "node-name": node,
+        "discard": "unmap",
+        "file": { "driver": "file", "filename": plan.fleecing, "discard": "unmap" },
+    });
+    let added = monitor.execute_raw("blockdev-add", arguments).await;
+    added.map(drop).map_err(|source| Cause::Fleecing {
+        path: plan.fleecing.clone(),
+        source,
+    })
+}
+
+async fn transaction(monitor: &Monitor, actions: Vec<Value>) -> Result<(), Cause> {
+    let arguments = json!({ "actions": actions });
+    let taken = monitor.execute_raw("transaction", arguments).await;
+    taken.map(drop).map_err(Cause::Transaction)
+}
+
+/// The order matters. A backup action drains its disk and holds the drain to the end of the
+/// transaction, while bitmap actions do not drain: with all backups first, no write falls between any
+/// two actions. Adding before disabling loses nothing even so.
+fn actions(request: &Request, schema: &Schema) -> Vec<Value> {
+    let backups = (0..).zip(&request.plans).map(|(index, plan)| {
+        let mut data = json!({
+            "job-id": id(request.job, Role::Job, index),
+            "device": plan.disk.node,
+            "target": id(request.job, Role::Fleecing, index),
+            "sync": "none",
+            "filter-node-name": id(request.job, Role::Filter, index),
+            "auto-dismiss": false,
+        });
+        // A full fleecing image then breaks the snapshot instead of the guest's write.
+        if schema.command_has_argument("blockdev-backup", "on-cbw-error") {
+            data["on-cbw-error"] = json!("break-snapshot");
+        }
+        if schema.command_has_argument("blockdev-backup", "cbw-timeout") {
+            data["cbw-timeout"] = json!(CBW_TIMEOUT_SECONDS);
+        }
+        json!({ "type": "blockdev-backup", "data": data })
+    });
+    let adds = request.plans.iter().filter_map(|plan| {
+        let mut data = json!({
+            "node": plan.disk.node,
+            "name": plan.bitmap.new_bitmap()?.to_string(),
+            "granularity": request.block_size,
+        });
+        if plan.disk.can_persist {
+            data["persistent"] = json!(true);
+        }
+        Some(json!({ "type": "block-dirty-bitmap-add", "data": data }))
+    });
+    let disables = request.plans.iter().filter_map(|plan| {
+        Some(bitmap::action(
+            "disable",
+            &plan.disk.node,
+            plan.bitmap.old()?,
+        ))
+    });
+    backups.chain(adds).chain(disables).collect()
+}
+
+async fn add_access(monitor: &Monitor, job: JobId, index: u16) -> Result<(), MonitorError> {
+    let arguments = json!({
+        "driver": "snapshot-access",
+        "node-name": id(job, Role::Access, index),
+        "file": id(job, Role::Filter, index),
+        "discard": "unmap",
+    });
+    let added = monitor.execute_raw("blockdev-add", arguments).await;
+    added.map(drop)
+}
+
+async fn start_server(monitor: &Monitor, path: &Path) -> Result<(), Cause> {
+    let arguments = json!({ "addr": { "type": "unix", "data": { "path": path } } });
+    match monitor.execute_raw("nbd-server-start", arguments).await {
+        Ok(_) => Ok(()),
+        // QMP has no class of its own for this; the words are QEMU's since the command exists.
+        Err(MonitorError::Refused { description, .. })
+            if description.contains("already running") =>
+        {
+            Err(Cause::ServerRunning)
+        }
+        Err(source) => Err(Cause::Server {
+            path: path.into(),
+            source,
+        }),
+    }
+}
+
+/// Writable, because only such an export of a snapshot-access node takes TRIM; writes are refused by
+/// the node itself. Never with an `iothread`: a later `blockdev-backup` of that node would abort QEMU.
+async fn add_export(
+    monitor: &Monitor,
+    job: JobId,
+    index: u16,
+    plan: &Plan,
+) -> Result<(), MonitorError> {
+    let export = id(job, Role::Export, index);
+    let mut arguments = json!({
+        "type": "nbd",
+        "id": export,
+        "node-name": id(job, Role::Access, index),
+        "name": export,
+        "writable": true,
+    });
+    if let Some(old) = plan.bitmap.old() {
+        arguments["bitmaps"] = json!([{ "node": plan.disk.node, "name": old.to_string() }]);
+    }
+    let added = monitor.execute_raw("block-export-add", arguments).await;
+    added.map(drop)
+}
+
+fn volumes(request: &Request) -> Vec<Volume> {
+    let volume = |(index, plan): (u16, &Plan)| Volume {
+        export: id(request.job, Role::Export, index),
+        dirty_context: plan
+            .bitmap
+            .old()
+            .map(|old| format!("qemu:dirty-bitmap:{old}")),
+        plan: plan.clone(),
+    };
+    (0..).zip(&request.plans).map(volume).collect()
+}
+
+fn remains(job: JobId, disks: usize) -> Remains {
+    let all = |role| (0..).take(disks).map(move |index| id(job, role, index));
+    Remains {
+        exports: all(Role::Export).collect(),
+        access: all(Role::Access).collect(),
+        jobs: all(Role::Job).collect(),
+        fleecing: all(Role::Fleecing).collect(),
+    }
+}
+
+fn id(job: JobId, role: Role, index: u16) -> String {
+    OwnId { job, role, index }.to_string()
+}

@@ -1,0 +1,236 @@
+//! A `qemu-storage-daemon` with two disks in a temporary folder: `raw0` and `qcow0`.
+
+use crate::qemu::bitmap::{BitmapName, BitmapPlan};
+use crate::qemu::ids::JobId;
+use crate::qemu::machine::{self, Choice, Disk};
+use crate::qemu::monitor::Monitor;
+use crate::qemu::schema::Schema;
+use crate::qemu::snapshot::{NbdServer, Plan, PointInTime, Request, SnapshotError, take};
+use serde_json::{Value, json};
+use std::fs::File;
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, Output};
+use std::time::{Duration, Instant};
+use tempfile::TempDir;
+
+pub(super) const SIZE: u64 = 16 << 20;
+pub(super) const BLOCK: u32 = 65536;
+
+pub(super) struct Daemon {
+    process: Child,
+    pub(super) folder: TempDir,
+}
+
+impl Daemon {
+    pub(super) async fn start() -> Self {
+        let folder = tempfile::tempdir().unwrap();
+        let at = |name: &str| folder.path().join(name);
+        File::create(at("raw0.img")).unwrap().set_len(SIZE).unwrap();
+        let size = SIZE.to_string();
+        run(
+            "qemu-img",
+            &[
+                "create",
+                "-q",
+                "-f",
+                "qcow2",
+                path(&at("qcow0.qcow2")),
+                &size,
+            ],
+        );
+        let process = Self::process(folder.path());
+        let daemon = Self { process, folder };
+        daemon.wait().await;
+        daemon
+    }
+
+    fn process(folder: &Path) -> Child {
+        let at = |name: &str| folder.join(name).display().to_string();
+        let mut command = Command::new("qemu-storage-daemon");
+        for (driver, node, file) in [
+            ("raw", "raw0", "raw0.img"),
+            ("qcow2", "qcow0", "qcow0.qcow2"),
+        ] {
+            let file = at(file);
+            command.args(["--blockdev", &format!("driver={driver},node-name={node},discard=unmap,file.driver=file,file.filename={file}")]);
+        }
+        let socket = at("qmp.sock");
+        command
+            .args([
+                "--chardev",
+                &format!("socket,id=m,path={socket},server=on,wait=off"),
+            ])
+            .args(["--monitor", "chardev=m"])
+            .spawn()
+            .expect("qemu-storage-daemon (Debian's qemu-utils) must be installed")
+    }
+
+    async fn wait(&self) {
+        let deadline = Instant::now() + Duration::from_secs(20);
+        while std::os::unix::net::UnixStream::connect(self.at("qmp.sock")).is_err() {
+            assert!(Instant::now() < deadline, "the daemon does not listen");
+            tokio::time::sleep(Duration::from_millis(10)).await;
+        }
+    }
+
+    /// Lets it end as on a host's shutdown, and starts it again on the same disks.
+    pub(super) async fn restart(&mut self, monitor: Monitor) {
+        monitor.execute_raw("quit", json!({})).await.unwrap();
+        drop(monitor);
+        self.process.wait().unwrap();
+        self.process = Self::process(self.folder.path());
+        self.wait().await;
+    }
+
+    /// Kills it, and starts it again on the same disks.
+    pub(super) async fn crash(&mut self) {
+        self.process.kill().unwrap();
+        self.process.wait().unwrap();
+        std::fs::remove_file(self.at("qmp.sock")).unwrap();
+        self.process = Self::process(self.folder.path());
+        self.wait().await;
+    }
+
+    pub(super) fn at(&self, name: &str) -> PathBuf {
+        self.folder.path().join(name)
+    }
+
+    pub(super) async fn monitor(&self) -> Monitor {
+        Monitor::connect(&self.at("qmp.sock")).await.unwrap()
+    }
+
+    /// A stranger's NBD server on `guest.sock` with one writable export per disk, named after it: the
+    /// guest's way to its disks. It must be there before a filter is put above them.
+    pub(super) async fn plug_guest(&self, monitor: &Monitor) {
+        let socket = self.at("guest.sock");
+        let addr = json!({ "type": "unix", "data": { "path": socket } });
+        let start = json!({ "addr": addr });
+        monitor
+            .execute_raw("nbd-server-start", start)
+            .await
+            .unwrap();
+        for disk in ["raw0", "qcow0"] {
+            let export = json!({ "type": "nbd", "id": format!("guest-{disk}"), "node-name": disk, "name": disk, "writable": true });
+            monitor
+                .execute_raw("block-export-add", export)
+                .await
+                .unwrap();
+        }
+    }
+
+    pub(super) fn shared(&self) -> NbdServer {
+        NbdServer::Shared(self.at("guest.sock"))
+    }
+
+    /// Writes as the guest.
+    pub(super) fn write(&self, disk: &str, pattern: u8, offset: u64, length: u64) {
+        let written = self.qemu_io(disk, &format!("write -P {pattern} {offset} {length}"));
+        assert!(written.status.success(), "{written:?}");
+    }
+
+    /// Whether the range of an export on the guest's server reads as `pattern` throughout.
+    pub(super) fn reads(&self, export: &str, pattern: u8, offset: u64, length: u64) -> bool {
+        let read = self.qemu_io(export, &format!("read -P {pattern} {offset} {length}"));
+        read.status.success()
+    }
+
+    fn qemu_io(&self, export: &str, command: &str) -> Output {
+        let uri = uri(export, &self.at("guest.sock"));
+        Command::new("qemu-io")
+            .args(["-f", "raw", "-c", command, &uri])
+            .output()
+            .unwrap()
+    }
+
+    /// A fleecing image of the right size.
+    pub(super) fn fleecing(&self, name: &str) -> PathBuf {
+        let path = self.at(name);
+        File::create(&path).unwrap().set_len(SIZE).unwrap();
+        path
+    }
+
+    /// A request for both disks with one bitmap plan.
+    pub(super) async fn request(
+        &self,
+        monitor: &Monitor,
+        server: NbdServer,
+        bitmap: &BitmapPlan,
+    ) -> Request {
+        let job = JobId::random().unwrap();
+        let plans = both(monitor).await.into_iter().map(|disk| Plan {
+            fleecing: self.fleecing(&format!("{job}-{}.fl", disk.name)),
+            disk,
+            bitmap: bitmap.clone(),
+        });
+        Request {
+            job,
+            block_size: BLOCK,
+            plans: plans.collect(),
+            server,
+        }
+    }
+
+    pub(super) async fn take(
+        &self,
+        monitor: &Monitor,
+        request: Request,
+    ) -> Result<PointInTime, SnapshotError> {
+        let schema = Schema::probe(monitor).await.unwrap();
+        take(monitor, &schema, request, None).await
+    }
+}
+
+impl Drop for Daemon {
+    fn drop(&mut self) {
+        let _ = self.process.kill();
+        let _ = self.process.wait();
+    }
+}
+
+/// All that QEMU shows of its block layer, bitmaps apart: what must be the same after as before.
+pub(super) async fn state(monitor: &Monitor) -> Value {
+    let mut nodes: Vec<Value> = monitor
+        .query("query-named-block-nodes", json!({ "flat": true }))
+        .await
+        .unwrap();
+    for node in &mut nodes {
+        let node = node.as_object_mut().unwrap();
+        node.remove("dirty-bitmaps");
+        node.remove("image");
+    }
+    let mut all = vec![json!(nodes)];
+    for query in [
+        "query-jobs",
+        "query-block-jobs",
+        "query-block-exports",
+        "query-block",
+    ] {
+        all.push(monitor.execute_raw(query, json!({})).await.unwrap());
+    }
+    json!(all)
+}
+
+pub(super) async fn both(monitor: &Monitor) -> Vec<Disk> {
+    let choice = Choice::Named(vec!["raw0".into(), "qcow0".into()]);
+    machine::disks(monitor, &choice).await.unwrap().disks
+}
+
+pub(super) fn uri(export: &str, socket: &Path) -> String {
+    format!("nbd+unix:///{export}?socket={}", socket.display())
+}
+
+pub(super) fn name(backup: &str) -> BitmapName {
+    BitmapName::new("archive", "tenant", "vm/disk", backup).unwrap()
+}
+
+pub(super) fn run(program: &str, arguments: &[&str]) {
+    let output = Command::new(program).args(arguments).output().unwrap();
+    assert!(
+        output.status.success(),
+        "{program} {arguments:?}: {output:?}"
+    );
+}
+
+pub(super) fn path(path: &Path) -> &str {
+    path.to_str().unwrap()
+}

@@ -1,0 +1,330 @@
+//! A process beside the job that thaws and continues the VM when the job dies.
+//!
+//! The job spawns it before it freezes or stops anything, and tells it what is at stake, one byte per
+//! order over a socket, each echoed when it is taken. When the socket closes before the order to
+//! disarm, the watchdog makes the VM run again. It has a session of its own and ignores the signals
+//! that a terminal or a service manager sends to all of a job's processes.
+
+use super::agent::{Agent, AgentError, Limits};
+use super::monitor::{Monitor, MonitorError};
+use qapi::qmp::cont;
+use std::io::{self, Write};
+use std::os::fd::{AsFd, OwnedFd};
+use std::path::{Path, PathBuf, absolute};
+use std::process::{ExitCode, Stdio};
+use std::time::Duration;
+use tokio::io::{AsyncReadExt, AsyncWriteExt};
+use tokio::net::UnixStream;
+use tokio::process::{Child, Command};
+use tokio::signal::unix::{SignalKind, signal};
+use tokio::time::{Instant, sleep, timeout};
+
+/// First argument of this program when it is the watchdog; then `--agent PATH` and `--qmp PATH`, each
+/// where there is one.
+pub const HIDDEN_ARGUMENT: &str = "__watchdog";
+
+/// How long the process may take to start, to echo an order, or to end.
+const ECHO_LIMIT: Duration = Duration::from_secs(10);
+
+/// How long a VM that does not answer is tried. Guests call a disk dead after minutes at most, and no
+/// process may stay for ever.
+const RESCUE_LIMIT: Duration = Duration::from_secs(600);
+
+/// Pause between two tries.
+const PAUSE: Duration = Duration::from_secs(1);
+
+/// What goes over the socket: orders to the watchdog, which echoes them, and its first word.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[repr(u8)]
+enum Word {
+    Ready = b'r',
+    Thaw = b't',
+    Cont = b'c',
+    Disarm = b'd',
+}
+
+/// Why there is no watchdog, or it is not known to do its duty.
+#[derive(Debug, thiserror::Error)]
+pub enum WatchdogError {
+    /// The process cannot be started.
+    #[error("cannot start the watchdog process: {0}")]
+    Start(#[source] io::Error),
+    /// It did not echo what it was told.
+    #[error("the watchdog process did not answer: {0}")]
+    Talk(#[source] io::Error),
+    /// It answered with something else.
+    #[error("the watchdog process answered {actual:#04x} where {expected:#04x} was expected")]
+    Echo {
+        /// The byte it was told.
+        expected: u8,
+        /// The byte it said.
+        actual: u8,
+    },
+}
+
+/// The job's end. Dropping it is what the job's death is: the process then does its duty.
+#[derive(Debug)]
+pub struct Watchdog {
+    socket: UnixStream,
+    child: Child,
+}
+
+impl Watchdog {
+    /// Starts the process, which is this program again, and waits until signals cannot hurt it.
+    /// `agent` and `qmp` are the sockets to thaw and to continue the VM by.
+    ///
+    /// # Errors
+    /// Any [`WatchdogError`]; nothing may be frozen or stopped then.
+    pub async fn spawn(agent: Option<&Path>, qmp: Option<&Path>) -> Result<Self, WatchdogError> {
+        let mut command = Command::new("/proc/self/exe");
+        command.arg(HIDDEN_ARGUMENT);
+        for (name, path) in [("--agent", agent), ("--qmp", qmp)] {
+            if let Some(path) = path {
+                // The process lives in the root folder, so as not to hold any other.
+                let path = absolute(path).map_err(WatchdogError::Start)?;
+                command.arg(name).arg(path);
+            }
+        }
+        command.env_clear().current_dir("/");
+        Self::start(command).await
+    }
+
+    pub(super) async fn start(mut command: Command) -> Result<Self, WatchdogError> {
+        let (socket, theirs) =
+            std::os::unix::net::UnixStream::pair().map_err(WatchdogError::Start)?;
+        socket.set_nonblocking(true).map_err(WatchdogError::Start)?;
+        let child = command
+            .stdin(OwnedFd::from(theirs))
+            .stdout(Stdio::null())
+            .spawn()
+            .map_err(WatchdogError::Start)?;
+        // The command holds the other end too; with it dropped, closing ours is noticed there and theirs here.
+        drop(command);
+        let socket = UnixStream::from_std(socket).map_err(WatchdogError::Start)?;
+        let mut watchdog = Self { socket, child };
+        watchdog.expect(Word::Ready).await?;
+        Ok(watchdog)
+    }
+
+    /// From now on the guest may be frozen.
+    ///
+    /// # Errors
+    /// Nothing may be frozen then.
+    pub async fn arm_thaw(&mut self) -> Result<(), WatchdogError> {
+        self.order(Word::Thaw).await
+    }
+
+    /// From now on the VM may be stopped by us.
+    ///
+    /// # Errors
+    /// Nothing may be stopped then.
+    pub async fn arm_cont(&mut self) -> Result<(), WatchdogError> {
+        self.order(Word::Cont).await
+    }
+
+    /// The guest is thawed and the VM runs: the process ends without doing anything.
+    ///
+    /// # Errors
+    /// It may still thaw and continue the VM, which does no harm to one that runs.
+    pub async fn disarm(mut self) -> Result<(), WatchdogError> {
+        self.order(Word::Disarm).await?;
+        let ended = timeout(ECHO_LIMIT, self.child.wait()).await;
+        ended
+            .map_err(io::Error::from)
+            .flatten()
+            .map(drop)
+            .map_err(WatchdogError::Talk)
+    }
+
+    /// The process's id.
+    pub fn process(&self) -> Option<u32> {
+        self.child.id()
+    }
+
+    async fn order(&mut self, word: Word) -> Result<(), WatchdogError> {
+        let sent = self.socket.write_all(&[word as u8]).await;
+        sent.map_err(WatchdogError::Talk)?;
+        self.expect(word).await
+    }
+
+    async fn expect(&mut self, word: Word) -> Result<(), WatchdogError> {
+        let echo = timeout(ECHO_LIMIT, self.socket.read_u8()).await;
+        let echo = echo.map_err(io::Error::from).flatten();
+        match echo.map_err(WatchdogError::Talk)? {
+            actual if actual == word as u8 => Ok(()),
+            actual => Err(WatchdogError::Echo {
+                expected: word as u8,
+                actual,
+            }),
+        }
+    }
+}
+
+/// The watchdog process, with the socket to the job as its standard input. To be called before there
+/// is any other runtime or thread. Fails if the VM could not be made to run again.
+pub fn serve(agent: Option<PathBuf>, qmp: Option<PathBuf>) -> ExitCode {
+    // In a session of its own it is not part of the terminal's. It fails for the leader of a group,
+    // which is one that no terminal signals together with the job.
+    let _ = rustix::process::setsid();
+    let runtime = tokio::runtime::Builder::new_current_thread()
+        .enable_all()
+        .build();
+    let saved = runtime.and_then(|runtime| {
+        runtime.block_on(async {
+            let stakes = watch().await?;
+            Ok(rescue(stakes, agent.as_deref(), qmp.as_deref()).await)
+        })
+    });
+    match saved {
+        Ok(true) => ExitCode::SUCCESS,
+        Ok(false) => ExitCode::FAILURE,
+        Err(e) => {
+            say(&format!("the watchdog process cannot work: {e}"));
+            ExitCode::FAILURE
+        }
+    }
+}
+
+/// What has to be done when the job dies.
+#[derive(Debug, Default, Clone, Copy, PartialEq, Eq)]
+struct Stakes {
+    thaw: bool,
+    cont: bool,
+}
+
+/// Takes orders until the job disarms or is gone.
+async fn watch() -> io::Result<Stakes> {
+    // A handler that nobody reads replaces the default action, which is to die.
+    let mut ignored = Vec::new();
+    for kind in [
+        SignalKind::interrupt(),
+        SignalKind::terminate(),
+        SignalKind::hangup(),
+        SignalKind::quit(),
+    ] {
+        ignored.push(signal(kind)?);
+    }
+    // The handlers stay for the life of the process even without their streams.
+    drop(ignored);
+
+    let stdin = std::os::unix::net::UnixStream::from(io::stdin().as_fd().try_clone_to_owned()?);
+    stdin.set_nonblocking(true)?;
+    let mut socket = UnixStream::from_std(stdin)?;
+    socket.write_u8(Word::Ready as u8).await?;
+    Ok(take_orders(&mut socket).await)
+}
+
+async fn take_orders(socket: &mut UnixStream) -> Stakes {
+    let mut stakes = Stakes::default();
+    // An error is as good as the end: the job is gone.
+    while let Ok(byte) = socket.read_u8().await {
+        match byte {
+            b if b == Word::Thaw as u8 => stakes.thaw = true,
+            b if b == Word::Cont as u8 => stakes.cont = true,
+            b if b == Word::Disarm as u8 => stakes = Stakes::default(),
+            _ => continue,
+        }
+        // A job that is gone by now shows in the next read.
+        let _ = socket.write_u8(byte).await;
+        if byte == Word::Disarm as u8 {
+            break;
+        }
+    }
+    stakes
+}
+
+/// Makes the VM run again, first its CPUs, without which no agent answers. Returns whether it does.
+async fn rescue(mut stakes: Stakes, agent: Option<&Path>, qmp: Option<&Path>) -> bool {
+    if stakes == Stakes::default() {
+        return true;
+    }
+    say("the backup job died; its watchdog makes the VM run again");
+    let deadline = Instant::now() + RESCUE_LIMIT;
+    while Instant::now() < deadline {
+        if let (true, Some(path)) = (stakes.cont, qmp) {
+            stakes.cont = !is_over("continue the VM", continue_vm(path).await);
+        }
+        if let (true, Some(path)) = (stakes.thaw, agent) {
+            stakes.thaw = !is_over("thaw the guest", thaw(path).await);
+        }
+        let wanted = (stakes.cont && qmp.is_some()) || (stakes.thaw && agent.is_some());
+        if !wanted {
+            return stakes == Stakes::default();
+        }
+        sleep(PAUSE).await;
+    }
+    say("the watchdog gives up: the VM may still be frozen or stopped");
+    false
+}
+
+/// How one try ended that did not succeed.
+enum Trouble {
+    /// Nothing listens on the socket any more, so there is no VM any more.
+    NoVm,
+    /// Anything else: to be tried again.
+    Other(String),
+}
+
+async fn continue_vm(path: &Path) -> Result<(), Trouble> {
+    let trouble = |e: MonitorError| match &e {
+        MonitorError::Connect { source, .. } if is_nobody(source) => Trouble::NoVm,
+        _ => Trouble::Other(e.to_string()),
+    };
+    let monitor = Monitor::connect(path).await.map_err(trouble)?;
+    monitor.execute(cont {}).await.map(drop).map_err(trouble)
+}
+
+async fn thaw(path: &Path) -> Result<(), Trouble> {
+    let trouble = |e: AgentError| match &e {
+        AgentError::Connect { source, .. } if is_nobody(source) => Trouble::NoVm,
+        _ => Trouble::Other(e.to_string()),
+    };
+    let mut agent = Agent::connect(path, Limits::default())
+        .await
+        .map_err(trouble)?;
+    agent.thaw().await.map_err(trouble)
+}
+
+fn is_over(what: &str, result: Result<(), Trouble>) -> bool {
+    match result {
+        Ok(()) | Err(Trouble::NoVm) => true,
+        Err(Trouble::Other(e)) => {
+            say(&format!("cannot {what} yet: {e}"));
+            false
+        }
+    }
+}
+
+/// A QEMU that lives listens on its sockets even while another client is served.
+fn is_nobody(error: &io::Error) -> bool {
+    matches!(
+        error.kind(),
+        io::ErrorKind::ConnectionRefused | io::ErrorKind::NotFound
+    )
+}
+
+/// The terminal may be gone with the job, which must not stop the rescue.
+fn say(text: &str) {
+    let _ = writeln!(io::stderr(), "fleecebox: {text}");
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    async fn stakes_after(words: &[u8]) -> Stakes {
+        let (mut job, mut watchdog) = UnixStream::pair().unwrap();
+        job.write_all(words).await.unwrap();
+        job.shutdown().await.unwrap();
+        take_orders(&mut watchdog).await
+    }
+
+    #[tokio::test]
+    async fn what_is_at_stake_is_what_was_armed_and_not_disarmed() {
+        let (thaw, cont) = (true, true);
+        assert_eq!(stakes_after(b"").await, Stakes::default());
+        assert_eq!(stakes_after(b"t").await, Stakes { thaw, cont: false });
+        assert_eq!(stakes_after(b"t?c").await, Stakes { thaw, cont });
+        assert_eq!(stakes_after(b"tcd").await, Stakes::default());
+    }
+}
