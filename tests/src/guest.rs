@@ -12,7 +12,7 @@ use crate::process::{Daemon, run, tool};
 use crate::{Agent, Disk, DiskFile, FreezeStatus, MIB, Monitors, Qmp, QmpError, eventually};
 
 /// Emulation is slow, and slower beside other tests; a quiet machine needs a few seconds.
-const BOOT_LIMIT: Duration = Duration::from_secs(60);
+const BOOT_LIMIT: Duration = Duration::from_secs(120);
 const AGENT_LIMIT: Duration = Duration::from_secs(10);
 const QUIT_LIMIT: Duration = Duration::from_secs(30);
 /// Where the guest's image is built when `FLEECEBOX_CACHE` does not say: beside the workspace's
@@ -144,7 +144,7 @@ impl Guest {
     /// Waits until both disks have reported once more: 50 further writes have begun on each.
     ///
     /// # Errors
-    /// When that takes longer than a minute, as it does in a frozen or stopped guest, or when
+    /// When that takes longer than two minutes, as it does in a frozen or stopped guest, or when
     /// the guest says that a write failed.
     pub fn wait_for_writes(&mut self) -> Result<()> {
         self.wait_for_writes_within(BOOT_LIMIT)
