@@ -1,1 +1,50 @@
-//! End-to-end tests against real QEMU.
+//! End-to-end tests against real QEMU: this library is what they stand on, `tests/` holds them.
+//!
+//! Nothing here uses the product's own code. The QMP client, the NBD client and the comparison of
+//! images are separate and simple, so that a mistake in the product cannot hide in its test.
+//!
+//! A usual test goes like this:
+//! 1. [`StorageDaemon`] (the block layer alone, up in a fraction of a second) or [`Guest`] (a
+//!    booted Linux) serves the disks. [`Disk`] says what they are.
+//! 2. [`QemuState::read`] remembers what QEMU shows.
+//! 3. A [`Writer`] changes the disks all the while; in a [`Guest`] its own processes do.
+//! 4. [`Fleecebox`] runs the product against a [`Proxy`], which makes QEMU take an independent
+//!    full copy of each disk at the product's own point in time, and can cut, delay or hold the
+//!    product's commands one by one.
+//! 5. [`compare`] holds what the product restored against [`Proxy::references`], and
+//!    [`QemuState::assert_restored`] sees that nothing was left behind.
+//!
+//! Programs that a test needs and does not find are failures that name the package, never skips.
+
+mod agent;
+pub mod compare;
+mod disk;
+mod eventually;
+mod ext4_disk;
+mod fleecebox;
+mod guest;
+mod nbd;
+mod process;
+mod proxy;
+mod qemu_state;
+mod qmp;
+mod random;
+mod storage_daemon;
+mod writer;
+
+pub use agent::{Agent, AgentError, FreezeStatus};
+pub use disk::{Disk, DiskFile, Format};
+pub use eventually::eventually;
+pub use ext4_disk::Ext4Disk;
+pub use fleecebox::{Fleecebox, Outcome, Process, Running, component};
+pub use guest::{Guest, LogPosition};
+pub use nbd::{NbdClient, NbdError};
+pub use proxy::{At, Fault, Held, Proxy, ReferenceImage, Stage, What};
+pub use qemu_state::{Bitmap, QemuState};
+pub use qmp::{Monitors, Qmp, QmpError};
+pub use random::Random;
+pub use storage_daemon::StorageDaemon;
+pub use writer::{Load, Writer, WriterReport};
+
+/// 1024 × 1024 bytes, for the sizes of test disks.
+pub const MIB: u64 = 1 << 20;

@@ -1,0 +1,36 @@
+//! Holding images against each other with tools that are not ours.
+
+use std::path::Path;
+
+use anyhow::Result;
+
+use crate::process::{run, tool};
+
+/// The same length and the same bytes, by `cmp`.
+///
+/// # Errors
+/// With cmp's words, which name the first byte that differs.
+pub fn same_bytes(left: &Path, right: &Path) -> Result<()> {
+    run("diffutils", tool("cmp").arg(left).arg(right)).map(drop)
+}
+
+/// The same content as a disk, by `qemu-img compare` with the formats probed from the
+/// files; for raw against qcow2.
+///
+/// # Errors
+/// With qemu-img's words, which name the first offset that differs.
+pub fn same_disk(left: &Path, right: &Path) -> Result<()> {
+    run(
+        "qemu-utils",
+        tool("qemu-img").arg("compare").arg(left).arg(right),
+    )
+    .map(drop)
+}
+
+/// A raw image with an ext4 file system without a fault, by `e2fsck -fn`.
+///
+/// # Errors
+/// With e2fsck's words.
+pub fn ext4_is_clean(raw_image: &Path) -> Result<()> {
+    run("e2fsprogs", tool("e2fsck").arg("-fn").arg(raw_image)).map(drop)
+}
