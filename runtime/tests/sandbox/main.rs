@@ -712,7 +712,10 @@ async fn a_running_sandbox_holds_its_socket_and_its_memory_file_and_nothing_else
         Some("/")
     );
     let status = std::fs::read_to_string(proc.join("status")).unwrap();
-    assert!(status.contains(&format!("NSpgid:\t{}\n", process.id())), "{status}");
+    assert!(
+        status.contains(&format!("NSpgid:\t{}\n", process.id())),
+        "{status}"
+    );
     assert!(status.contains("NoNewPrivs:\t1"), "{status}");
 }
 
