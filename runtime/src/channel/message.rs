@@ -2,6 +2,20 @@
 
 use serde::{Deserialize, Serialize};
 
+/// Most bytes that `run` may return, and so the most that a `base` or a receipt can have: these travel inside a
+/// message and are kept in the manifest. Enough for a provider to say what it did, not for the backup itself.
+pub const MAX_RECEIPT: usize = 1 << 20;
+
+/// Most bytes in a name that a guest passes. The contract's names are one plain component, and no file system takes
+/// a longer one than this.
+pub const MAX_NAME: usize = 255;
+
+/// Most bytes in one `log` message or in the text of one `error-code.other`; what is longer is cut.
+pub const MAX_TEXT: usize = 4 << 10;
+
+/// Most regions in one answer: about 20 bytes each inside a message.
+pub const MAX_REGIONS: u32 = 4096;
+
 /// What the job process asks a fresh sandbox process to do, once.
 #[derive(Debug, Clone, Serialize, Deserialize)]
 pub enum Order {
@@ -33,7 +47,8 @@ pub enum World {
 pub struct GuestLimits {
     /// Sum of all linear memories, in bytes.
     pub memory: u64,
-    /// CPU time of the guest's thread, in milliseconds.
+    /// CPU time that the guest's thread may use in one call of an export (`run`, `image.open`, one `image.read`),
+    /// in milliseconds. For an open image the sum is bounded by whoever makes the calls.
     pub cpu_ms: u64,
 }
 
@@ -263,19 +278,33 @@ pub struct Interface {
 }
 
 /// Why a guest did not return.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, thiserror::Error)]
 pub enum Failure {
     /// The bytes are no component; with the parser's reason.
+    #[error("it is not a component that can be run: {0}")]
     NotAComponent(String),
-    /// The compiled form is of another version of the runtime: compile again.
+    /// The compiled form is of another version of the runtime or another kind of processor: compile again.
+    #[error("its compiled form is not for this program on this machine")]
     Stale,
     /// It does not export what its world says, or imports what is not linked; with the reason.
+    #[error("it does not fit its world: {0}")]
     CannotLink(String),
     /// It trapped; with the trap's first line.
+    #[error("it trapped: {0}")]
     Trapped(String),
+    /// What it returned is larger than the host takes.
+    #[error("it returned {length} bytes where {limit} are allowed")]
+    TooLarge {
+        /// In bytes.
+        length: u64,
+        /// In bytes.
+        limit: u64,
+    },
     /// It passed its memory limit.
+    #[error("it needs more memory than its limit allows")]
     Memory,
     /// It passed its CPU-time limit.
+    #[error("it used more CPU time than its limit allows")]
     CpuTime,
 }
 

@@ -4,8 +4,21 @@
 //! [`Answer`]. Bytes never travel in a message: they lie at the start of a payload file that both
 //! processes hold, and the message gives their number. Both sides copy out of it before they look at a byte,
 //! so nothing that has been checked can change afterwards.
+//!
+//! - `message`: the words, and how long each may be
+//! - [`Bounds`]: which of them an order allows its sandbox to say
+//! - [`Socket`], [`AsyncSocket`]: frames of a known length around the words
+//! - [`Payload`]: the file that the bytes lie in
+//! - [`hand_over`], [`take_over`]: how the files get into a fresh sandbox process
 
+mod bounds;
+mod files;
 mod message;
-// mod payload; mod socket;
+mod payload;
+mod socket;
 
+pub use bounds::{Bounds, Violation};
+pub use files::{hand_over, take_over};
 pub use message::*;
+pub use payload::{Payload, PayloadError};
+pub use socket::{AsyncSocket, MAX_MESSAGE, Socket, SocketError};

@@ -1,1 +1,41 @@
-//! To be written.
+//! One process per instance of a provider, holding wasmtime and nothing worth having.
+//!
+//! The job process starts it, hands it a socket and a memory file, and gives it exactly one [`Order`]. From
+//! then on the sandbox asks and the job answers ([`crate::channel`]). Whatever the provider does, and whatever a
+//! hole in wasmtime lets it do, it can only make the calls that the order granted.
+//!
+//! In the job process:
+//! - [`Process`] starts a sandbox and speaks with it
+//! - [`compile`] makes machine code of a component, in such a process, once ([`Cache`])
+//! - [`world_of`] refuses a component that imports what its world does not grant
+//!
+//! In the sandbox process, and only there does anything touch wasmtime:
+//! - [`serve`], from entry to exit
+//! - `confine`, what the process gives up first
+//! - `engine`, `compiled`, `bindings`: from bytes to an instance
+//! - `stubs`, the contract's functions as calls over the socket
+//! - `limits`, memory and CPU time
+//! - `orders`, what each order does
+//!
+//! [`Order`]: crate::channel::Order
+
+mod cache;
+mod compile;
+mod process;
+mod spawn;
+mod worlds;
+
+#[allow(missing_docs, unreachable_pub, clippy::all)] // generated
+mod bindings;
+mod compiled;
+mod confine;
+mod engine;
+mod limits;
+mod orders;
+mod stubs;
+
+pub use cache::{Cache, CacheError};
+pub use compile::{CompileError, Compiled, MAX_COMPONENT, compile};
+pub use process::{ARGUMENT, serve};
+pub use spawn::{Error, Process, Program};
+pub use worlds::{Refusal, world_of};

@@ -1,0 +1,117 @@
+//! From a component's bytes to machine code and the names of what it imports and exports.
+
+use super::cache::{Cache, CacheError, Key};
+use super::spawn::{Error, Process, Program};
+use crate::channel::{Call, Failure, Interface, Order, Outcome, Payload};
+use bytes::Bytes;
+use std::fs::File;
+use std::time::Duration;
+use tokio::task::{JoinError, spawn_blocking};
+use tokio::time::timeout;
+
+/// Largest component that is looked at, in bytes. Components with a whole JavaScript or Python in them have 20 MiB.
+pub const MAX_COMPONENT: u64 = 64 << 20;
+
+/// How long compiling may take. The CPU time is limited inside the process; this is for a machine that is very busy.
+const COMPILE_TIME: Duration = Duration::from_secs(600);
+
+/// A component that has been compiled. That it may run is another question: [`super::world_of`].
+#[derive(Debug)]
+pub struct Compiled {
+    /// SHA-256 of the component's bytes.
+    pub sha256: [u8; 32],
+    /// Of the component, in bytes.
+    pub size: u64,
+    /// What it imports and exports.
+    pub interface: Interface,
+    /// Its machine code, open for reading only. For [`Process::start`].
+    pub file: File,
+}
+
+/// Why there is no compiled component.
+#[derive(Debug, thiserror::Error)]
+pub enum CompileError {
+    /// It is larger than [`MAX_COMPONENT`].
+    #[error("the component has {size} bytes, more than the {MAX_COMPONENT} that are allowed")]
+    TooLarge {
+        /// In bytes.
+        size: u64,
+    },
+    /// It is a core WebAssembly module.
+    #[error("the file is a core WebAssembly module, not a component")]
+    CoreModule,
+    /// The compiler refused it.
+    #[error(transparent)]
+    Refused(#[from] Failure),
+    /// It takes too long.
+    #[error("the component was not compiled within {} s", COMPILE_TIME.as_secs())]
+    TimedOut,
+    /// The sandbox process failed, in most cases because the component takes too much memory or time.
+    #[error("the component could not be compiled")]
+    Process(#[from] Error),
+    /// The sandbox process answered with something else.
+    #[error("the sandbox process that was to compile the component broke the protocol")]
+    Unexpected,
+    /// The cache failed.
+    #[error(transparent)]
+    Cache(#[from] CacheError),
+    /// The thread that uses the cache panicked.
+    #[error("the cache's thread panicked")]
+    Panicked(#[from] JoinError),
+}
+
+/// Compiles `component` in a sandbox process, or takes it from the cache where it was compiled before.
+pub async fn compile(
+    program: &Program,
+    component: Bytes,
+    cache: &Cache,
+) -> Result<Compiled, CompileError> {
+    let size = component.len() as u64;
+    if size > MAX_COMPONENT {
+        return Err(CompileError::TooLarge { size });
+    }
+    // The first eight bytes: magic, version, and layer 0 for a module (core specification, binary format, modules).
+    if component.starts_with(b"\0asm\x01\0\0\0") {
+        return Err(CompileError::CoreModule);
+    }
+    let (held, bytes) = (cache.clone(), component.clone());
+    let (key, found) = spawn_blocking(move || {
+        let key = Key::of(&bytes);
+        held.find(&key).map(|found| (key, found))
+    })
+    .await??;
+    let (interface, file) = match found {
+        Some(entry) => entry,
+        None => {
+            let compiling = in_a_sandbox(program, &component);
+            let (interface, code) = timeout(COMPILE_TIME, compiling)
+                .await
+                .map_err(|_| CompileError::TimedOut)??;
+            let held = cache.clone();
+            spawn_blocking(move || held.keep(&key, interface, &code)).await??
+        }
+    };
+    Ok(Compiled {
+        sha256: key.sha256(),
+        size,
+        interface,
+        file,
+    })
+}
+
+async fn in_a_sandbox(
+    program: &Program,
+    component: &[u8],
+) -> Result<(Interface, Vec<u8>), CompileError> {
+    let payload = Payload::create(Payload::COMPILE_SIZE).map_err(Error::Payload)?;
+    let length = payload.give(component).map_err(Error::Payload)?;
+    let mut process = Process::begin(program, &Order::Compile { length }, payload, None).await?;
+    match process.next().await? {
+        Call::Done(Outcome::Compiled { length, interface }) => Ok((
+            interface,
+            process.payload().take(length).map_err(Error::Payload)?,
+        )),
+        Call::Done(Outcome::Failed(failure)) => Err(failure.into()),
+        _ => Err(CompileError::Unexpected),
+    }
+}

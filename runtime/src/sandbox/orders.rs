@@ -1,0 +1,293 @@
+//! What a sandbox process does when it is told to compile, to run, or to open an image.
+
+use super::bindings::blind::BlindProvider;
+use super::bindings::provider::Provider;
+use super::bindings::{blind, provider};
+use super::limits::{Limits, OutOfTime};
+use super::stubs::{Host, Lost};
+use super::{compiled, confine};
+use crate::channel::{
+    Call, Failure, ImageRead, Interface, MAX_RECEIPT, OpenImage, Outcome, Payload, Run, Socket,
+    World,
+};
+use provider::exports::fleecebox::provider as provider_exports;
+use rustix::fs::fstat;
+use std::os::fd::OwnedFd;
+use std::time::Duration;
+use wasmtime::component::{Component, HasSelf, Linker, Resource};
+use wasmtime::{Engine, Store, Trap, UpdateDeadline};
+
+/// Most bytes that a guest may pass in one call, arguments of all kinds together; a call with more traps. Well above
+/// `max-write`, so that a write that is a little too large gets an error instead.
+const MAX_PASSED: usize = 32 << 20;
+
+/// Most bytes of names that a component's imports and exports may have together: they travel in one message.
+const MAX_NAMES: usize = 64 << 10;
+
+/// Most bytes of the reason in a [`Failure`].
+const MAX_REASON: usize = 300;
+
+/// The number in a handle where there is only one of its kind.
+const THE_ONLY_ONE: u32 = 0;
+
+/// Compiles the component that lies in the payload. None of its code runs.
+pub(super) fn compile(mut socket: Socket, payload: &Payload, length: u64) -> Result<(), Lost> {
+    if confine::confine_compiling().is_err() {
+        return Err(Lost::Unconfined);
+    }
+    let outcome = match compiled::compile(&payload.take(length)?) {
+        Err(error) => Outcome::Failed(Failure::NotAComponent(reason(&error))),
+        Ok((component, bytes)) => match interface(&component) {
+            Err(failure) => Outcome::Failed(failure),
+            Ok(interface) => Outcome::Compiled {
+                length: payload.give(&bytes)?,
+                interface,
+            },
+        },
+    };
+    Ok(socket.send(&Call::Done(outcome))?)
+}
+
+/// Runs `run` once.
+pub(super) fn run(
+    engine: &Engine,
+    (socket, payload, file): (Socket, Payload, OwnedFd),
+    order: Run,
+) -> Result<(), Lost> {
+    confine_running(order.limits.memory, &file)?;
+    let limits = Limits::new(
+        order.limits.memory,
+        Duration::from_millis(order.limits.cpu_ms),
+    );
+    let sizes = (order.max_read, order.max_write);
+    let host = Host::new(
+        socket,
+        payload,
+        order.context,
+        Some(order.volume),
+        sizes,
+        limits,
+    );
+    let mut store = store(engine, host);
+    let base = order.base.as_deref();
+    let returned = compiled::load(engine, file).map(|component| match order.world {
+        World::Provider => {
+            let linker = provider_linker(engine).map_err(Stop::Link)?;
+            let instance = linker.instantiate_pre(&component).map_err(Stop::Link)?;
+            let instance = provider::ProviderPre::new(instance).map_err(Stop::Link)?;
+            let instance: Provider = instance.instantiate(&mut store).map_err(Stop::Trap)?;
+            let grant = provider_exports::backup::Grant {
+                snapshot: Resource::new_own(THE_ONLY_ONE),
+                dirty: Resource::new_own(THE_ONLY_ONE),
+                reader: order.reader.then(|| Resource::new_own(THE_ONLY_ONE)),
+                discarder: order.discarder.then(|| Resource::new_own(THE_ONLY_ONE)),
+            };
+            instance
+                .fleecebox_provider_backup()
+                .call_run(
+                    &mut store,
+                    Resource::new_own(THE_ONLY_ONE),
+                    grant,
+                    Resource::new_own(THE_ONLY_ONE),
+                    base,
+                )
+                .map_err(Stop::Trap)
+        }
+        World::BlindProvider => {
+            let mut linker = Linker::new(engine);
+            BlindProvider::add_to_linker::<_, HasSelf<Host>>(&mut linker, |host| host)
+                .map_err(Stop::Link)?;
+            let instance = linker.instantiate_pre(&component).map_err(Stop::Link)?;
+            let instance = blind::BlindProviderPre::new(instance).map_err(Stop::Link)?;
+            let instance = instance.instantiate(&mut store).map_err(Stop::Trap)?;
+            let grant = blind::exports::fleecebox::provider::blind_backup::Grant {
+                snapshot: Resource::new_own(THE_ONLY_ONE),
+                dirty: Resource::new_own(THE_ONLY_ONE),
+                discarder: order.discarder.then(|| Resource::new_own(THE_ONLY_ONE)),
+            };
+            instance
+                .fleecebox_provider_blind_backup()
+                .call_run(
+                    &mut store,
+                    Resource::new_own(THE_ONLY_ONE),
+                    grant,
+                    Resource::new_own(THE_ONLY_ONE),
+                    base,
+                )
+                .map_err(Stop::Trap)
+        }
+    });
+    let outcome = match returned {
+        Err(failure) => Outcome::Failed(failure),
+        Ok(Err(stop)) => Outcome::Failed(stop.failure(&store)?),
+        Ok(Ok(Err(code))) => Outcome::GuestError(code.into()),
+        Ok(Ok(Ok(receipt))) if receipt.len() > MAX_RECEIPT => Outcome::Failed(Failure::TooLarge {
+            length: receipt.len() as u64,
+            limit: MAX_RECEIPT as u64,
+        }),
+        Ok(Ok(Ok(receipt))) => Outcome::Receipt(receipt),
+    };
+    store.data_mut().tell(&Call::Done(outcome))
+}
+
+/// Opens an image and serves reads of it, until the job process closes the socket or the guest fails.
+pub(super) fn open_image(
+    engine: &Engine,
+    (socket, payload, file): (Socket, Payload, OwnedFd),
+    order: OpenImage,
+) -> Result<(), Lost> {
+    confine_running(order.limits.memory, &file)?;
+    let limits = Limits::new(
+        order.limits.memory,
+        Duration::from_millis(order.limits.cpu_ms),
+    );
+    let host = Host::new(
+        socket,
+        payload,
+        order.context,
+        None,
+        (order.max_read, 0),
+        limits,
+    );
+    let mut store = store(engine, host);
+    let opened = compiled::load(engine, file).map(|component| {
+        let linker = provider_linker(engine).map_err(Stop::Link)?;
+        let instance = linker.instantiate_pre(&component).map_err(Stop::Link)?;
+        let instance = provider::ProviderPre::new(instance).map_err(Stop::Link)?;
+        let instance = instance.instantiate(&mut store).map_err(Stop::Trap)?;
+        let image = instance
+            .fleecebox_provider_restore()
+            .image()
+            .call_open(
+                &mut store,
+                Resource::new_own(THE_ONLY_ONE),
+                Resource::new_own(THE_ONLY_ONE),
+                &order.receipt,
+            )
+            .map_err(Stop::Trap)?;
+        Ok(image.map(|image| (instance, image)))
+    });
+    let (instance, image) = match opened {
+        Err(failure) => return store.data_mut().tell(&Call::Done(Outcome::Failed(failure))),
+        Ok(Err(stop)) => {
+            let failure = Stop::failure(stop, &store)?;
+            return store.data_mut().tell(&Call::Done(Outcome::Failed(failure)));
+        }
+        Ok(Ok(Err(code))) => {
+            return store
+                .data_mut()
+                .tell(&Call::Done(Outcome::GuestError(code.into())));
+        }
+        Ok(Ok(Ok(opened))) => opened,
+    };
+    store.data_mut().tell(&Call::Done(Outcome::Opened))?;
+    loop {
+        let ImageRead { offset, length } = store.data_mut().hear()?;
+        store.data_mut().limits.begin_call();
+        let read = instance
+            .fleecebox_provider_restore()
+            .image()
+            .call_read(&mut store, image, offset, length);
+        let outcome = match read {
+            // An instance that did not return is never entered again.
+            Err(error) => {
+                let failure = Stop::Trap(error).failure(&store)?;
+                return store.data_mut().tell(&Call::Done(Outcome::Failed(failure)));
+            }
+            Ok(Err(code)) => Outcome::GuestError(code.into()),
+            Ok(Ok(bytes)) if bytes.len() > order.max_read as usize => {
+                Outcome::Failed(Failure::TooLarge {
+                    length: bytes.len() as u64,
+                    limit: order.max_read.into(),
+                })
+            }
+            Ok(Ok(bytes)) => Outcome::Bytes {
+                length: store.data_mut().give(&bytes)?,
+            },
+        };
+        store.data_mut().tell(&Call::Done(outcome))?;
+    }
+}
+
+fn provider_linker(engine: &Engine) -> wasmtime::Result<Linker<Host>> {
+    let mut linker = Linker::new(engine);
+    Provider::add_to_linker::<_, HasSelf<Host>>(&mut linker, |host| host)?;
+    Ok(linker)
+}
+
+fn store(engine: &Engine, host: Host) -> Store<Host> {
+    let mut store = Store::new(engine, host);
+    store.limiter(|host| &mut host.limits);
+    store.set_hostcall_fuel(MAX_PASSED);
+    store.set_epoch_deadline(1);
+    store.epoch_deadline_callback(|store| {
+        store.data().limits.charge()?;
+        Ok(UpdateDeadline::Continue(1))
+    });
+    store
+}
+
+fn confine_running(memory: u64, compiled: &OwnedFd) -> Result<(), Lost> {
+    let size = fstat(compiled).map_err(|_| Lost::Unconfined)?.st_size;
+    confine::confine_running(memory, size.unsigned_abs()).map_err(|_| Lost::Unconfined)
+}
+
+/// Where on its way the guest stopped.
+enum Stop {
+    /// Before any of its code ran.
+    Link(wasmtime::Error),
+    /// In its own code, or in a stub.
+    Trap(wasmtime::Error),
+}
+
+impl Stop {
+    /// What the job process is told; an error if it is the job process that is lost.
+    fn failure(self, store: &Store<Host>) -> Result<Failure, Lost> {
+        let error = match self {
+            Self::Link(error) => return Ok(Failure::CannotLink(reason(&error))),
+            Self::Trap(error) => error,
+        };
+        match error.downcast::<Lost>() {
+            Ok(lost) => Err(lost),
+            Err(error) if error.is::<OutOfTime>() => Ok(Failure::CpuTime),
+            Err(_) if store.data().limits.memory_refused() => Ok(Failure::Memory),
+            Err(error) => Ok(Failure::Trapped(reason(&error))),
+        }
+    }
+}
+
+/// One line that says what is at the bottom of an error.
+fn reason(error: &wasmtime::Error) -> String {
+    let text = match error.downcast_ref::<Trap>() {
+        Some(trap) => trap.to_string(),
+        None => format!("{error:#}"),
+    };
+    let mut line: String = text.lines().collect::<Vec<_>>().join(" ");
+    line.truncate(line.floor_char_boundary(MAX_REASON));
+    // The text can repeat names of the guest's choice.
+    line.chars()
+        .map(|c| if c.is_control() { ' ' } else { c })
+        .collect()
+}
+
+fn interface(component: &Component) -> Result<Interface, Failure> {
+    let (kind, engine) = (component.component_type(), component.engine());
+    let interface = Interface {
+        imports: kind
+            .imports(engine)
+            .map(|(name, _)| name.to_owned())
+            .collect(),
+        exports: kind
+            .exports(engine)
+            .map(|(name, _)| name.to_owned())
+            .collect(),
+    };
+    let names = interface.imports.iter().chain(&interface.exports);
+    let length: usize = names.map(|name| name.len() + 1).sum();
+    if length > MAX_NAMES {
+        return Err(Failure::CannotLink(format!(
+            "the names of its imports and exports take {length} bytes, more than the {MAX_NAMES} that are allowed"
+        )));
+    }
+    Ok(interface)
+}

@@ -1,0 +1,107 @@
+//! A sandbox process from its entry to its exit.
+
+use super::stubs::Lost;
+use super::{confine, engine, limits, orders};
+use crate::channel::{Order, Payload, Socket, take_over};
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
+use std::os::fd::{AsFd, OwnedFd};
+use std::os::unix::net::UnixStream;
+use std::process::ExitCode;
+use std::thread;
+use wasmtime::Engine;
+
+/// First argument that turns the program into a sandbox process. Nobody types it.
+pub const ARGUMENT: &str = "sandbox-process";
+
+/// Does what the job process on the other end of standard input orders, once, and ends.
+///
+/// Prints nothing but a reason why it could not do so, to standard error, which the job process reads.
+pub fn serve() -> ExitCode {
+    match serve_one() {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(unable) => {
+            eprintln!("{unable}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+/// Why a sandbox process could not do as it was told.
+#[derive(Debug, thiserror::Error)]
+enum Unable {
+    #[error("the process could not be confined: {0}")]
+    Confine(std::io::Error),
+    #[error("the process got no files: {0}")]
+    Files(rustix::io::Errno),
+    #[error("the process got {0} files, which do not belong to its order")]
+    WrongFiles(usize),
+    #[error("wasmtime could not be set up: {0}")]
+    Engine(wasmtime::Error),
+    #[error("the guest's thread could not be started: {0}")]
+    Thread(std::io::Error),
+    #[error("the guest's thread panicked")]
+    Panicked,
+    #[error(transparent)]
+    Lost(#[from] Lost),
+}
+
+fn serve_one() -> Result<(), Unable> {
+    let stream = confine::confine().map_err(Unable::Confine)?;
+    let files = take_over(&stream).map_err(Unable::Files)?;
+    let watched = stream
+        .as_fd()
+        .try_clone_to_owned()
+        .map_err(Unable::Confine)?;
+    let engine = engine::engine().map_err(Unable::Engine)?;
+    let ticked = engine.clone();
+    let main = thread::current();
+    let guest = thread::Builder::new()
+        .name("guest".into())
+        .stack_size(engine::THREAD_STACK)
+        .spawn(move || {
+            let done = obey(&engine, stream, files);
+            main.unpark();
+            done
+        })
+        .map_err(Unable::Thread)?;
+    while !guest.is_finished() {
+        thread::park_timeout(limits::TICK);
+        ticked.increment_epoch();
+        if is_hung_up(&watched) && !guest.is_finished() {
+            // Nobody waits for what the guest still computes.
+            return Err(Lost::Socket(crate::channel::SocketError::Closed).into());
+        }
+    }
+    guest.join().map_err(|_| Unable::Panicked)?
+}
+
+/// The one order, on the one thread that guest code runs on.
+fn obey(engine: &Engine, stream: UnixStream, files: Vec<OwnedFd>) -> Result<(), Unable> {
+    let mut socket = Socket::new(stream);
+    let order = socket.receive().map_err(Lost::Socket)?;
+    let count = files.len();
+    let mut files = files.into_iter();
+    let (Some(payload), compiled) = (files.next(), files.next()) else {
+        return Err(Unable::WrongFiles(count));
+    };
+    let payload = Payload::adopt(payload).map_err(Lost::Payload)?;
+    Ok(match (order, compiled) {
+        (Order::Compile { length }, None) => orders::compile(socket, &payload, length),
+        (Order::Run(run), Some(file)) => orders::run(engine, (socket, payload, file), run),
+        (Order::OpenImage(open), Some(file)) => {
+            orders::open_image(engine, (socket, payload, file), open)
+        }
+        _ => return Err(Unable::WrongFiles(count)),
+    }?)
+}
+
+/// Whether the job process has closed its end. It may end without a signal reaching us: the signal that the kernel
+/// sends when a parent dies follows the thread that started us, and can be lost before we ask for it.
+fn is_hung_up(socket: &OwnedFd) -> bool {
+    let mut watched = [PollFd::new(socket, PollFlags::RDHUP)];
+    let now = Timespec {
+        tv_sec: 0,
+        tv_nsec: 0,
+    };
+    matches!(poll(&mut watched, Some(&now)), Ok(1))
+}

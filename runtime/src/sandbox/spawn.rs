@@ -1,0 +1,291 @@
+//! The job process's side of one sandbox process: starting it, speaking with it, and making sure of its end.
+
+use super::process::ARGUMENT;
+use crate::channel::{
+    Answer, AsyncSocket, Bounds, Call, ImageRead, Order, Payload, PayloadError, SocketError,
+    Violation, hand_over,
+};
+use rustix::io::Errno;
+use rustix::net::{AddressFamily, SocketFlags, SocketType, socketpair};
+use rustix::pipe::{PipeFlags, pipe_with};
+use rustix::process::{Pid, PidfdFlags, Signal, pidfd_open, pidfd_send_signal};
+use std::fs::File;
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::os::unix::net::UnixStream;
+use std::os::unix::process::CommandExt;
+use std::path::PathBuf;
+use std::process::{Command, ExitStatus, Stdio};
+use tokio::sync::oneshot;
+
+/// How much of a dying sandbox's last words is kept, in bytes. They come from a process that may be hostile.
+const LAST_WORDS: usize = 300;
+
+/// The program that a sandbox process runs: one whose `main` calls [`super::serve`] for [`ARGUMENT`].
+#[derive(Debug, Clone)]
+pub struct Program(PathBuf);
+
+impl Program {
+    /// The program that is running now, whatever has since happened to its file.
+    pub fn this() -> Self {
+        Self("/proc/self/exe".into())
+    }
+
+    /// Another one; for tests, whose own program is not Fleecebox.
+    pub fn at(path: impl Into<PathBuf>) -> Self {
+        Self(path.into())
+    }
+}
+
+/// A running sandbox process. It is killed when this is dropped, at any moment.
+#[derive(Debug)]
+pub struct Process {
+    pid: u32,
+    handle: OwnedFd,
+    /// Taken when its end was seen.
+    ended: Option<oneshot::Receiver<ExitStatus>>,
+    socket: AsyncSocket,
+    payload: Payload,
+    bounds: Bounds,
+    stderr: OwnedFd,
+}
+
+/// Why a sandbox process is of no more use. After any of these it has been killed.
+#[derive(Debug, thiserror::Error)]
+pub enum Error {
+    /// It could not be started.
+    #[error("no sandbox process could be started")]
+    Start(#[source] std::io::Error),
+    /// It ended without having said that it is done.
+    #[error("the sandbox process ended: {status}{}", said(.words))]
+    Died {
+        /// How it ended.
+        status: ExitStatus,
+        /// What it printed to standard error, one line, cut and escaped; often empty.
+        words: String,
+    },
+    /// It said something that its own stubs never say: somebody has broken it.
+    #[error("the sandbox process broke the protocol")]
+    Broken(#[source] Violation),
+    /// What came over the socket is no message.
+    #[error("the sandbox process broke the protocol")]
+    Socket(#[source] SocketError),
+    /// Bytes could not be copied in or out.
+    #[error(transparent)]
+    Payload(#[from] PayloadError),
+}
+
+fn said(words: &str) -> String {
+    if words.is_empty() {
+        String::new()
+    } else {
+        format!(" ({words})")
+    }
+}
+
+impl Process {
+    /// Starts a process, and gives it `order` and the compiled component, open for reading only.
+    ///
+    /// For [`Order::Run`] and [`Order::OpenImage`]; compiling is [`super::compile`]'s.
+    pub async fn start(program: &Program, order: &Order, compiled: &File) -> Result<Self, Error> {
+        let payload = Payload::create(Payload::TRANSFER_SIZE)?;
+        Self::begin(program, order, payload, Some(compiled.as_fd())).await
+    }
+
+    /// Starts a process on a payload of the caller's.
+    pub(super) async fn begin(
+        program: &Program,
+        order: &Order,
+        payload: Payload,
+        compiled: Option<BorrowedFd<'_>>,
+    ) -> Result<Self, Error> {
+        let (here, there) = socketpair(
+            AddressFamily::UNIX,
+            SocketType::STREAM,
+            SocketFlags::CLOEXEC,
+            None,
+        )
+        .map_err(start)?;
+        // Not blocking on either side: nobody waits for last words, neither to say nor to hear them.
+        let (stderr, said) = pipe_with(PipeFlags::CLOEXEC | PipeFlags::NONBLOCK).map_err(start)?;
+        let files: Vec<_> = std::iter::once(payload.as_fd()).chain(compiled).collect();
+        hand_over(&here, &files).map_err(start)?;
+        let mut command = Command::new(&program.0);
+        command
+            .arg0("fleecebox")
+            .arg(ARGUMENT)
+            .env_clear()
+            .current_dir("/")
+            // An interrupt from the terminal is for the job, which then ends its sandboxes in its own order.
+            .process_group(0)
+            .stdin(there)
+            .stdout(Stdio::null())
+            .stderr(said);
+        let started = launch(command).await?;
+        let mut process = Self {
+            pid: started.pid,
+            handle: started.handle,
+            ended: Some(started.ended),
+            socket: AsyncSocket::new(UnixStream::from(here)).map_err(Error::Socket)?,
+            payload,
+            bounds: Bounds::new(order),
+            stderr,
+        };
+        process.say(order).await?;
+        Ok(process)
+    }
+
+    /// Waits for its next call, which is within what the order granted.
+    ///
+    /// May be cancelled and called again. There is no time limit: the caller has one.
+    pub async fn next(&mut self) -> Result<Call, Error> {
+        let call = match self.socket.receive().await {
+            Ok(call) => call,
+            Err(error) => return Err(self.end(error).await),
+        };
+        match self.bounds.check(&call) {
+            Ok(()) => Ok(call),
+            Err(violation) => {
+                self.signal_kill();
+                Err(Error::Broken(violation))
+            }
+        }
+    }
+
+    /// Answers the last call. Not to be cancelled.
+    pub async fn answer(&mut self, answer: &Answer) -> Result<(), Error> {
+        self.say(answer).await
+    }
+
+    /// Asks an open image for bytes; the caller then goes on with [`Process::next`] until [`Call::Done`].
+    pub async fn read_image(&mut self, read: ImageRead) -> Result<(), Error> {
+        self.say(&read).await
+    }
+
+    /// Copies `length` bytes out of what both processes hold.
+    pub fn take_payload(&self, length: u32) -> Result<Vec<u8>, Error> {
+        Ok(self.payload.take(length.into())?)
+    }
+
+    /// Copies `bytes` to where the sandbox finds them, at most [`Payload::TRANSFER_SIZE`]; returns their number.
+    pub fn give_payload(&self, bytes: &[u8]) -> Result<u32, Error> {
+        let length = self.payload.give(bytes)?;
+        // The payload is far smaller than 4 GiB.
+        Ok(length as u32)
+    }
+
+    /// Its process id, for the log.
+    pub fn id(&self) -> u32 {
+        self.pid
+    }
+
+    /// Kills it and waits until it is gone. Dropping it kills it as well, but does not wait.
+    pub async fn kill(mut self) {
+        self.gone().await;
+    }
+
+    pub(super) fn payload(&self) -> &Payload {
+        &self.payload
+    }
+
+    async fn say(&mut self, message: &impl serde::Serialize) -> Result<(), Error> {
+        match self.socket.send(message).await {
+            Ok(()) => Ok(()),
+            Err(error) => Err(self.end(error).await),
+        }
+    }
+
+    /// Makes an end after the socket has failed.
+    async fn end(&mut self, error: SocketError) -> Error {
+        match (error, self.gone().await) {
+            (SocketError::Closed, Some(status)) => Error::Died {
+                status,
+                words: self.last_words(),
+            },
+            (error, _) => Error::Socket(error),
+        }
+    }
+
+    /// Kills it, waits, and says how it ended, once. One that ended by itself keeps its own status.
+    async fn gone(&mut self) -> Option<ExitStatus> {
+        self.signal_kill();
+        self.ended.take()?.await.ok()
+    }
+
+    fn signal_kill(&self) {
+        // Fails only when it is gone already.
+        let _ = pidfd_send_signal(&self.handle, Signal::KILL);
+    }
+
+    fn last_words(&self) -> String {
+        let mut bytes = [0; LAST_WORDS];
+        let count = rustix::io::read(&self.stderr, &mut bytes).unwrap_or(0);
+        let words = String::from_utf8_lossy(&bytes[..count]);
+        words.trim().escape_debug().to_string()
+    }
+}
+
+impl Drop for Process {
+    fn drop(&mut self) {
+        self.signal_kill();
+    }
+}
+
+struct Started {
+    pid: u32,
+    handle: OwnedFd,
+    ended: oneshot::Receiver<ExitStatus>,
+}
+
+/// Starts `command` on a thread of its own, which then waits for its end.
+///
+/// A sandbox dies with the *thread* that started it (PR_SET_PDEATHSIG, prctl(2)), and a runtime may end its
+/// threads when it likes. This thread ends when the sandbox has, and so it also leaves no zombie behind.
+async fn launch(mut command: Command) -> Result<Started, Error> {
+    let (say_started, started) = oneshot::channel();
+    let (say_ended, ended) = oneshot::channel();
+    let body = move || {
+        let child = command.spawn();
+        // What is left in the command would keep the sandbox's end of the socket open here.
+        drop(command);
+        let mut child = match child {
+            Ok(child) => child,
+            Err(error) => return drop(say_started.send(Err(error))),
+        };
+        let pid = child.id();
+        // It has not been waited for, so the number is still its own.
+        let handle = i32::try_from(pid)
+            .ok()
+            .and_then(Pid::from_raw)
+            .ok_or(Errno::SRCH)
+            .and_then(|pid| pidfd_open(pid, PidfdFlags::empty()));
+        let unheard = match handle {
+            Ok(handle) => say_started.send(Ok((pid, handle))).is_err(),
+            Err(error) => {
+                let _ = say_started.send(Err(error.into()));
+                true
+            }
+        };
+        if unheard {
+            // Nobody holds it, so nobody else would end it.
+            let _ = child.kill();
+        }
+        if let Ok(status) = child.wait() {
+            let _ = say_ended.send(status);
+        }
+    };
+    std::thread::Builder::new()
+        .name("sandbox-wait".into())
+        .stack_size(128 << 10)
+        .spawn(body)
+        .map_err(Error::Start)?;
+    match started.await {
+        Ok(Ok((pid, handle))) => Ok(Started { pid, handle, ended }),
+        Ok(Err(error)) => Err(Error::Start(error)),
+        // The thread sends before it ends.
+        Err(_) => Err(Error::Start(std::io::ErrorKind::Other.into())),
+    }
+}
+
+fn start(error: Errno) -> Error {
+    Error::Start(error.into())
+}
