@@ -1,1 +1,191 @@
-//! To be written.
+//! The archive: a directory of objects, and the host's own record of each backup.
+//!
+//! It knows no QEMU, no NBD and no provider. All of it is synchronous and may be called from many threads; every path
+//! goes through a [`Dir`], so nothing outside of the archive's directory can be reached.
+//!
+//! ```text
+//! fleecebox-archive.json             what makes the directory an archive: format and id
+//! namespaces/<namespace>/
+//!   key                              makes chunk ids tell an outsider nothing
+//!   packs/<pack>.pack                what was put: frames and a table of contents
+//!   packs/index-cache                spares reading all those tables
+//!   components/<sha256>.wasm         the providers that made the backups
+//!   backups/<backup>/manifest.json   its appearance is the commit
+//!   backups/<backup>/pages           the block-table pages that this backup adds
+//!   backups/<backup>/objects/<name>  what the provider created
+//! ```
+//!
+//! # Who may do what at once
+//!
+//! There is no lock between processes; these rules replace it.
+//!
+//! | file | written by | may change | removed by |
+//! |---|---|---|---|
+//! | archive file, key | whoever links it first | never | nobody |
+//! | pack, component | the job whose id its temporary name begins with | never, once renamed | nobody yet |
+//! | index-cache | any job, by renaming | as a whole | anybody |
+//! | `backups/<id>/` without a manifest | the one job with that id | by that job | that job, or recovery after it |
+//! | `backups/<id>/` with a manifest | nobody | never | nobody yet |
+//!
+//! A job refers only to its own files, to packs that had their final name when it loaded the index, and to pages and
+//! objects of committed backups. All of these stay, so no job can take another one's bytes away.
+//!
+//! # What a crash leaves
+//!
+//! 1. Before [`BackupWriter::durable`]: temporary files and a directory without a manifest. No reader looks at them;
+//!    [`Namespace::discard_uncommitted`] removes them.
+//! 2. After it, before the manifest's rename: the same, but packs and components have their names. They are whole,
+//!    durable and may serve other backups, so they stay.
+//! 3. After the rename: a committed backup. All that it refers to was durable before.
+//!
+//! A failed write or sync spoils the backup for good ([`Error::WriterFailed`]): after a failed sync the kernel
+//! may drop the bytes and report success the next time.
+
+mod backup;
+mod block_table;
+mod digest;
+mod directory;
+mod encoding;
+mod error;
+mod frame;
+mod index;
+mod manifest;
+mod name;
+mod namespace;
+mod object;
+mod pack;
+mod pack_writer;
+mod seek_table;
+mod store;
+mod stored;
+#[cfg(test)]
+mod tests;
+
+pub use backup::BackupWriter;
+pub use block_table::{
+    BlockTable, BlockTableWriter, Entry, MAX_BLOCK_SIZE, MIN_BLOCK_SIZE, Run, RunContent, TableRoot,
+};
+pub use digest::Digest;
+pub use error::{Damage, Error};
+pub use frame::{FRAME_LIMIT, Frame, NotAFrame, ObjectRef, STORED_LIMIT};
+pub use manifest::{
+    Attachment, BackupRecord, DiskRecord, MANIFEST_FORMAT, MANIFEST_LIMIT, Manifest, Proof,
+    ProviderRecord, Stats, VolumeRecord,
+};
+pub use name::{
+    ArchiveId, BackupId, ComponentId, NAME_LIMIT, NamespaceName, NotAName, ObjectName, PackName,
+};
+pub use namespace::{COMPONENT_LIMIT, Namespace};
+pub use object::{ObjectInfo, ObjectWriter};
+pub use stored::{STORED_READ_LIMIT, StoredObjects};
+
+use cap_std::fs::Dir;
+use serde::{Deserialize, Serialize};
+use std::sync::{Mutex, MutexGuard};
+
+/// What makes a directory an archive.
+const ARCHIVE_FILE: &str = "fleecebox-archive.json";
+/// Far above its length.
+const ARCHIVE_FILE_LIMIT: u64 = 64 << 10;
+const ARCHIVE_FORMAT: u32 = 1;
+const NAMESPACES: &str = "namespaces";
+
+/// An archive in a directory.
+pub struct Archive {
+    root: Dir,
+    id: ArchiveId,
+}
+
+#[derive(Serialize, Deserialize)]
+struct ArchiveFile {
+    format: u32,
+    id: ArchiveId,
+}
+
+impl Archive {
+    /// Makes an archive in an empty directory.
+    pub fn create(root: Dir) -> Result<Self, Error> {
+        for entry in root.entries().map_err(Error::at("."))? {
+            let name = entry.map_err(Error::at("."))?.file_name();
+            // What a killed `create` left does not count.
+            if !name
+                .as_encoded_bytes()
+                .ends_with(directory::TEMPORARY.as_bytes())
+            {
+                return Err(Error::NotEmpty);
+            }
+        }
+        let file = ArchiveFile {
+            format: ARCHIVE_FORMAT,
+            id: ArchiveId::random()?,
+        };
+        let json =
+            serde_json::to_vec(&file).map_err(|error| Error::Serialise(error.to_string()))?;
+        directory::make_once(&root, ARCHIVE_FILE, &json, ARCHIVE_FILE_LIMIT)?;
+        Self::open(root)
+    }
+
+    /// Opens the archive in a directory.
+    pub fn open(root: Dir) -> Result<Self, Error> {
+        let json = match directory::read(&root, ARCHIVE_FILE, ARCHIVE_FILE_LIMIT) {
+            Err(Error::NotFound { .. }) => return Err(Error::NotAnArchive),
+            other => other?,
+        };
+        let file: ArchiveFile = serde_json::from_slice(&json)
+            .map_err(|error| Error::damaged(ARCHIVE_FILE)(Damage::Json(error.to_string())))?;
+        if file.format != ARCHIVE_FORMAT {
+            return Err(Error::damaged(ARCHIVE_FILE)(Damage::Format {
+                expected: ARCHIVE_FORMAT,
+                actual: file.format.into(),
+            }));
+        }
+        Ok(Self { root, id: file.id })
+    }
+
+    /// Tells this archive from all others.
+    pub fn id(&self) -> ArchiveId {
+        self.id
+    }
+
+    /// Opens a namespace; [`Error::NotFound`] where there is none of that name.
+    pub fn namespace(&self, name: &NamespaceName) -> Result<Namespace, Error> {
+        let path = format!("{NAMESPACES}/{name}");
+        let root = self.root.open_dir(&path).map_err(Error::at(&path))?;
+        Namespace::open(&root, self.id, name.clone())
+    }
+
+    /// Opens a namespace and makes it first where there is none of that name.
+    pub fn create_namespace(&self, name: &NamespaceName) -> Result<Namespace, Error> {
+        let path = format!("{NAMESPACES}/{name}");
+        self.root.create_dir_all(&path).map_err(Error::at(&path))?;
+        let parent = self.root.open_dir(NAMESPACES);
+        let parent = parent.map_err(Error::at(NAMESPACES))?;
+        for dir in [&parent, &self.root] {
+            directory::sync(dir).map_err(Error::at(NAMESPACES))?;
+        }
+        let root = self.root.open_dir(&path).map_err(Error::at(&path))?;
+        Namespace::create(&root, self.id, name.clone())
+    }
+
+    /// The names of all namespaces, in order.
+    pub fn namespaces(&self) -> Result<Vec<NamespaceName>, Error> {
+        let entries = match self.root.read_dir(NAMESPACES) {
+            Err(error) if error.kind() == std::io::ErrorKind::NotFound => return Ok(Vec::new()),
+            other => other.map_err(Error::at(NAMESPACES))?,
+        };
+        let mut names = Vec::new();
+        for entry in entries {
+            let name = entry.map_err(Error::at(NAMESPACES))?.file_name();
+            names.extend(name.to_str().and_then(|name| name.parse().ok()));
+        }
+        names.sort_unstable();
+        Ok(names)
+    }
+}
+
+/// Locks. A panic while a lock is held leaves a backup half recorded: it must not go on to a commit.
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex
+        .lock()
+        .expect("no thread that holds an archive's lock has panicked")
+}

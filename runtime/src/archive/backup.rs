@@ -1,0 +1,274 @@
+//! The one writer of one backup, up to its commit.
+
+use super::block_table::{BlockTable, BlockTableWriter, PagesFile, TableRoot};
+use super::digest::Digest;
+use super::directory;
+use super::encoding::Compressors;
+use super::error::Error;
+use super::frame::{FRAME_LIMIT, Frame};
+use super::index::Index;
+use super::lock;
+use super::manifest::{BackupRecord, MANIFEST_FORMAT, Manifest, Stats};
+use super::name::{BackupId, ComponentId, ObjectName};
+use super::namespace::COMPONENT_LIMIT;
+use super::object::{ObjectWriter, Objects};
+use super::pack::ChunkId;
+use super::pack_writer::PackWriter;
+use super::store::{MANIFEST, OBJECTS, Store};
+use super::stored::StoredObjects;
+use crate::channel::Encoding;
+use cap_std::fs::Dir;
+use std::collections::BTreeSet;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex, RwLock};
+
+/// After one, it is not known what is durable.
+const NO_PANIC: &str = "no barrier has panicked";
+
+/// Writes one backup. All methods may be called from many threads at once.
+///
+/// Dropping it uncommitted removes all of the backup, but for packs and components that [`Self::durable`] has
+/// given their final names: those belong to the namespace, and other jobs may refer to them already.
+pub struct BackupWriter {
+    store: Arc<Store>,
+    id: BackupId,
+    /// `backups/<id>`.
+    dir: Dir,
+    packs: PackWriter,
+    pages: Arc<PagesFile>,
+    objects: Arc<Objects>,
+    compressors: Arc<Compressors>,
+    /// Loaded by the first `put`.
+    index: Mutex<Option<Arc<Index>>>,
+    /// Under temporary names.
+    components: Mutex<BTreeSet<ComponentId>>,
+    stats: Mutex<Stats>,
+    /// Held for reading while a chunk is added, for writing while packs are closed.
+    adding: RwLock<()>,
+    /// Some bytes may not be where a table says.
+    failed: AtomicBool,
+    /// Nothing is to be removed any more.
+    settled: bool,
+}
+
+impl BackupWriter {
+    pub(super) fn begin(store: Arc<Store>, id: BackupId) -> Result<Self, Error> {
+        let name = id.to_string();
+        store.backups.create_dir(&name).map_err(Error::at(id))?;
+        let make = || {
+            let dir = store.backups.open_dir(&name).map_err(Error::at(id))?;
+            dir.create_dir(OBJECTS).map_err(Error::at(OBJECTS))?;
+            let pages = PagesFile::create(&dir, id)?;
+            Ok((dir, pages))
+        };
+        let (dir, pages) = make().inspect_err(|_: &Error| discard(&store, id))?;
+        let compressors = Arc::<Compressors>::default();
+        Ok(Self {
+            id,
+            dir,
+            packs: PackWriter::new(store.clone(), id),
+            pages: Arc::new(pages),
+            objects: Arc::new(Objects::new(store.clone(), id, compressors.clone())),
+            compressors,
+            index: Mutex::default(),
+            components: Mutex::default(),
+            stats: Mutex::default(),
+            adding: RwLock::default(),
+            failed: AtomicBool::new(false),
+            settled: false,
+            store,
+        })
+    }
+
+    /// The backup in the making.
+    pub fn id(&self) -> BackupId {
+        self.id
+    }
+
+    /// Stores 1 to [`FRAME_LIMIT`] bytes once per namespace and says where they lie. `digests` are those of the
+    /// blocks of `data`, which the host made of these very bytes: they are what the chunk is addressed by.
+    pub fn put(&self, data: &[u8], digests: &[Digest], encoding: Encoding) -> Result<Frame, Error> {
+        let length = u32::try_from(data.len())
+            .ok()
+            .filter(|length| (1..=FRAME_LIMIT).contains(length));
+        let length = length.ok_or(Error::TooLarge {
+            limit: FRAME_LIMIT.into(),
+            actual: data.len() as u64,
+        })?;
+        let _adding = self.adding.read().expect(NO_PANIC);
+        if self.failed.load(Ordering::Acquire) {
+            return Err(Error::WriterFailed);
+        }
+        let id = ChunkId::of(&self.store.key, length, digests);
+        let known = self.index()?.find(id).or_else(|| self.packs.find(id));
+        let (frame, new) = match known {
+            Some(frame) => (frame, false),
+            None => {
+                let encoded = self.compressors.encode(data, encoding);
+                let (stored, encoding) = encoded.map_err(Error::Encode)?;
+                self.packs
+                    .append(id, &stored, length, encoding)
+                    .inspect_err(|_| self.fail())?
+            }
+        };
+        let mut stats = lock(&self.stats);
+        stats.chunks += 1;
+        stats.put_bytes += u64::from(length);
+        if new {
+            stats.stored_bytes += u64::from(frame.stored());
+        } else {
+            stats.known_chunks += 1;
+        }
+        Ok(frame)
+    }
+
+    /// Starts an object; fails with [`Error::Exists`] where this backup has one of that name.
+    pub fn create(&self, name: &ObjectName, encoding: Encoding) -> Result<ObjectWriter, Error> {
+        self.objects.create(name, encoding)
+    }
+
+    /// Starts the block table of a volume of `size` bytes. Blocks that are not set are those of `base`, a table of
+    /// this namespace for the same size and block size, or zero where there is none.
+    pub fn block_table(
+        &self,
+        size: u64,
+        block_size: u32,
+        base: Option<TableRoot>,
+    ) -> Result<BlockTableWriter, Error> {
+        let (store, pages) = (self.store.clone(), self.pages.clone());
+        BlockTableWriter::new(store, pages, size, block_size, base)
+    }
+
+    /// Opens a table that was finished, of this backup or another.
+    pub fn table(&self, root: TableRoot) -> BlockTable {
+        BlockTable::new(self.store.clone(), root)
+    }
+
+    /// What the provider has finished so far, for it to read back.
+    pub fn objects(&self) -> StoredObjects {
+        StoredObjects::new(self.store.clone(), self.id, self.objects.finished())
+    }
+
+    /// What was put so far.
+    pub fn stats(&self) -> Stats {
+        *lock(&self.stats)
+    }
+
+    /// Keeps the component with the backup, unless the namespace has it undamaged.
+    pub fn keep_component(&self, bytes: &[u8]) -> Result<ComponentId, Error> {
+        if bytes.len() as u64 > COMPONENT_LIMIT {
+            return Err(Error::TooLarge {
+                limit: COMPONENT_LIMIT,
+                actual: bytes.len() as u64,
+            });
+        }
+        let id = ComponentId::of(bytes);
+        let mut kept = lock(&self.components);
+        if kept.contains(&id) || self.store.component(id, COMPONENT_LIMIT).is_ok() {
+            return Ok(id);
+        }
+        let temporary = directory::temporary(self.id, &id.file_name());
+        directory::write_new(&self.store.components, &temporary, bytes)
+            .map_err(Error::at(&temporary))?;
+        kept.insert(id);
+        Ok(id)
+    }
+
+    /// The one barrier: after it, all that was put, finished or kept survives a power failure. Only the backup's
+    /// manifest is missing then.
+    pub fn durable(&self) -> Result<(), Error> {
+        let _alone = self.adding.write().expect(NO_PANIC);
+        if self.failed.load(Ordering::Acquire) {
+            return Err(Error::WriterFailed);
+        }
+        // After a failed sync the kernel may say that all is well the next time: there is no second try.
+        self.make_durable().inspect_err(|_| self.fail())
+    }
+
+    fn make_durable(&self) -> Result<(), Error> {
+        let store = &self.store;
+        self.packs.publish()?;
+        self.pages.sync()?;
+        let mut components = lock(&self.components);
+        for id in std::mem::take(&mut *components) {
+            let name = id.file_name();
+            let temporary = directory::temporary(self.id, &name);
+            store
+                .components
+                .rename(&temporary, &store.components, &name)
+                .map_err(Error::at(&name))?;
+        }
+        drop(components);
+        let objects = self.dir.open_dir(OBJECTS).map_err(Error::at(OBJECTS))?;
+        let directories = [
+            (&store.packs, "packs"),
+            (&store.components, "components"),
+            (&objects, OBJECTS),
+            (&self.dir, "backup"),
+            (&store.backups, "backups"),
+        ];
+        for (dir, path) in directories {
+            directory::sync(dir).map_err(Error::at(path))?;
+        }
+        Ok(())
+    }
+
+    /// Makes all durable and then the backup happen, by the manifest's appearance. After any error but
+    /// [`Error::CommitUnknown`] it has not happened and its files are gone.
+    pub fn commit(mut self, record: BackupRecord) -> Result<Manifest, Error> {
+        let objects = self.objects.all()?;
+        self.durable()?;
+        let manifest = Manifest {
+            format: MANIFEST_FORMAT,
+            archive: self.store.archive,
+            namespace: self.store.namespace.clone(),
+            backup: self.id,
+            objects,
+            stats: self.stats(),
+            record,
+        };
+        let temporary = directory::temporary(self.id, MANIFEST);
+        directory::write_new(&self.dir, &temporary, &manifest.render()?)
+            .map_err(Error::at(MANIFEST))?;
+        self.settled = true;
+        self.dir
+            .rename(&temporary, &self.dir, MANIFEST)
+            .and_then(|()| directory::sync(&self.dir))
+            .map_err(|source| Error::CommitUnknown { source })?;
+        Ok(manifest)
+    }
+
+    /// Removes all of the backup, as dropping it does, and says whether that worked.
+    pub fn abandon(mut self) -> Result<(), Error> {
+        self.settled = true;
+        self.store.discard(self.id)
+    }
+
+    fn index(&self) -> Result<Arc<Index>, Error> {
+        let mut index = lock(&self.index);
+        if let Some(index) = &*index {
+            return Ok(index.clone());
+        }
+        let loaded = Arc::new(Index::load(&self.store, self.id)?);
+        Ok(index.insert(loaded).clone())
+    }
+
+    fn fail(&self) {
+        self.failed.store(true, Ordering::Release);
+    }
+}
+
+impl Drop for BackupWriter {
+    fn drop(&mut self) {
+        if !self.settled {
+            discard(&self.store, self.id);
+        }
+    }
+}
+
+/// On a way out that has its own error to report.
+fn discard(store: &Store, id: BackupId) {
+    if let Err(error) = store.discard(id) {
+        tracing::warn!(backup = %id, %error, "an uncommitted backup is left for recovery to remove");
+    }
+}

@@ -1,0 +1,120 @@
+//! Encoding of single frames.
+
+use super::error::Damage;
+use super::frame::{FRAME_LIMIT, STORED_LIMIT};
+use super::lock;
+use crate::channel::Encoding;
+use std::borrow::Cow;
+use std::io;
+use std::sync::Mutex;
+use zstd::bulk::{Compressor, Decompressor};
+
+/// zstd's own default: a higher level costs more time than a link or disk saves.
+const LEVEL: i32 = 3;
+
+/// Compressors that wait for the next frame: one is several hundred KiB that take long to set up. There are
+/// as many as there have been frames in the making at once.
+#[derive(Default)]
+pub(super) struct Compressors {
+    idle: Mutex<Vec<Compressor<'static>>>,
+}
+
+impl Compressors {
+    /// One zstd frame that decodes to `data`.
+    pub(super) fn compress(&self, data: &[u8]) -> io::Result<Vec<u8>> {
+        let idle = lock(&self.idle).pop();
+        let mut compressor = match idle {
+            Some(compressor) => compressor,
+            None => Compressor::new(LEVEL)?,
+        };
+        let compressed = compressor.compress(data)?;
+        lock(&self.idle).push(compressor);
+        Ok(compressed)
+    }
+
+    /// `data` as it is to be stored: as it is, where the encoding says so or compressing gains nothing.
+    pub(super) fn encode<'a>(
+        &self,
+        data: &'a [u8],
+        encoding: Encoding,
+    ) -> io::Result<(Cow<'a, [u8]>, Encoding)> {
+        if encoding == Encoding::Zstd {
+            let compressed = self.compress(data)?;
+            if compressed.len() < data.len() {
+                return Ok((Cow::Owned(compressed), Encoding::Zstd));
+            }
+        }
+        Ok((Cow::Borrowed(data), Encoding::Identity))
+    }
+}
+
+/// Decodes one frame that must give exactly `decoded` bytes, of which there are at most [`FRAME_LIMIT`].
+/// Memory is bounded by that, whatever `stored` claims.
+pub(super) fn decode(stored: Vec<u8>, decoded: u32, encoding: Encoding) -> Result<Vec<u8>, Damage> {
+    let wanted = decoded as usize;
+    if decoded > FRAME_LIMIT || stored.len() > STORED_LIMIT as usize {
+        return Err(Damage::Frame);
+    }
+    let bytes = match encoding {
+        Encoding::Identity => stored,
+        Encoding::Zstd => {
+            let mut bytes = Vec::with_capacity(wanted);
+            Decompressor::new()
+                .and_then(|mut decoder| decoder.decompress_to_buffer(&stored, &mut bytes))
+                .map_err(|_| Damage::Frame)?;
+            bytes
+        }
+    };
+    (bytes.len() == wanted)
+        .then_some(bytes)
+        .ok_or(Damage::Frame)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+
+    #[test]
+    fn no_frame_of_the_largest_size_is_stored_in_more_than_the_limit() {
+        let bound = zstd::zstd_safe::compress_bound(FRAME_LIMIT as usize);
+        assert_eq!(bound, STORED_LIMIT as usize);
+    }
+
+    #[test]
+    fn bytes_that_do_not_compress_are_stored_as_they_are() {
+        let noise = super::super::name::random::<4096>().unwrap();
+        let compressors = Compressors::default();
+        let (stored, encoding) = compressors.encode(&noise, Encoding::Zstd).unwrap();
+        assert_eq!((&*stored, encoding), (&noise[..], Encoding::Identity));
+        let (stored, encoding) = compressors.encode(&[7; 4096], Encoding::Zstd).unwrap();
+        assert!(stored.len() < 100 && encoding == Encoding::Zstd);
+    }
+
+    #[test]
+    fn a_frame_that_holds_more_than_was_recorded_is_refused() {
+        let stored = Compressors::default().compress(&[0; 1 << 20]).unwrap();
+        assert!(decode(stored.clone(), 1 << 20, Encoding::Zstd).is_ok());
+        for wrong in [1, (1 << 20) - 1] {
+            assert_eq!(
+                decode(stored.clone(), wrong, Encoding::Zstd),
+                Err(Damage::Frame)
+            );
+        }
+    }
+
+    proptest! {
+        #[test]
+        fn frames_decode_to_what_was_encoded(data in prop::collection::vec(0u8..4, 1..5000)) {
+            let (stored, encoding) = Compressors::default().encode(&data, Encoding::Zstd).unwrap();
+            prop_assert_eq!(decode(stored.into_owned(), data.len() as u32, encoding).unwrap(), data);
+        }
+
+        #[test]
+        fn arbitrary_bytes_never_decode_to_another_length(stored in prop::collection::vec(any::<u8>(), 0..200), decoded in 1u32..FRAME_LIMIT) {
+            if let Ok(bytes) = decode(stored, decoded, Encoding::Zstd) {
+                prop_assert_eq!(bytes.len(), decoded as usize);
+            }
+        }
+    }
+}

@@ -1,0 +1,271 @@
+//! The host's own record of one backup. That it is there means that the backup happened.
+
+use super::block_table::TableRoot;
+use super::digest::Digest;
+use super::error::{Damage, Error};
+use super::name::{ArchiveId, BackupId, ComponentId, NamespaceName, ObjectName};
+use super::object::ObjectInfo;
+use crate::channel::{BitmapMode, World};
+use serde::{Deserialize, Serialize};
+use serde_json::Value;
+use time::OffsetDateTime;
+
+/// Changes when an older reader would misunderstand a manifest. Fields that it may ignore can be added without.
+pub const MANIFEST_FORMAT: u32 = 1;
+
+/// Longest manifest, in bytes: what lists of objects and receipts may grow to, and what a reader takes into memory.
+pub const MANIFEST_LIMIT: u64 = 64 << 20;
+
+/// One committed backup.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Manifest {
+    /// [`MANIFEST_FORMAT`].
+    pub format: u32,
+    /// The archive that it was written into.
+    pub archive: ArchiveId,
+    /// The namespace that it was written into.
+    pub namespace: NamespaceName,
+    /// Its own id.
+    pub backup: BackupId,
+    /// What the provider created, by name.
+    pub objects: Vec<ObjectInfo>,
+    /// What the archive counted.
+    pub stats: Stats,
+    /// What the job recorded.
+    pub record: BackupRecord,
+}
+
+/// What a job says of the backup that it made; the archive adds the rest.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct BackupRecord {
+    /// As the operator calls the VM.
+    pub vm: String,
+    /// The point in time, in RFC 3339. For people: nothing is decided by it.
+    #[serde(with = "time::serde::rfc3339")]
+    pub created: OffsetDateTime,
+    /// Who made it.
+    pub provider: ProviderRecord,
+    /// Version of the host's program.
+    pub host_version: String,
+    /// In the order of the VM's disks.
+    pub volumes: Vec<VolumeRecord>,
+    /// What else was kept.
+    pub attachments: Vec<Attachment>,
+}
+
+/// The provider of a backup.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct ProviderRecord {
+    /// As the operator calls it.
+    pub name: String,
+    /// The component, kept in the namespace.
+    pub component: ComponentId,
+    /// The world that it is for.
+    pub world: World,
+    /// As it says itself, if it does.
+    pub version: Option<String>,
+}
+
+/// One volume of a backup.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct VolumeRecord {
+    /// Stable across backups, such as `drive-scsi0`.
+    pub name: String,
+    /// The disk behind it, to notice when another one takes its place.
+    pub disk: DiskRecord,
+    /// What was tracked.
+    pub mode: BitmapMode,
+    /// The backup that this one builds on.
+    pub base: Option<BackupId>,
+    /// Why the volume was read in full although an incremental was wanted.
+    pub fallback: Option<String>,
+    /// The bitmap that starts at this backup.
+    pub bitmap: Option<String>,
+    /// The block table; it also tells size and block size.
+    pub root: TableRoot,
+    /// What `run` returned.
+    #[serde(with = "hex::serde")]
+    pub receipt: Vec<u8>,
+    /// Bytes that this backup had to cover.
+    pub dirty_bytes: u64,
+    /// Of these, zero.
+    pub zero_bytes: u64,
+    /// Of these, placed by the host.
+    pub placed_bytes: u64,
+    /// Of these, claimed by the provider.
+    pub claimed_bytes: u64,
+    /// Whether all that was claimed was read back.
+    pub proof: Proof,
+}
+
+/// A disk as QEMU shows it.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct DiskRecord {
+    /// Such as `raw` or `qcow2`.
+    pub format: String,
+    /// What tells this disk from another of the same name and size.
+    pub identity: String,
+}
+
+/// How far a provider's claims were checked.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Proof {
+    /// Every claimed block was read back with the right digest, or none was claimed.
+    Proven,
+    /// Only a sample was.
+    Unproven,
+}
+
+/// Something kept beside the volumes.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Attachment {
+    /// As the operator calls it, such as `guest-config`.
+    pub name: String,
+    /// Where its bytes are.
+    pub object: ObjectName,
+}
+
+/// What a backup's chunks came to.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Stats {
+    /// Chunks that were put.
+    pub chunks: u64,
+    /// Of these, chunks that the namespace had already.
+    pub known_chunks: u64,
+    /// Bytes that were put, before encoding.
+    pub put_bytes: u64,
+    /// Bytes that packs grew by.
+    pub stored_bytes: u64,
+}
+
+impl Manifest {
+    /// As JSON with sorted keys and a digest of itself.
+    pub(super) fn render(&self) -> Result<Vec<u8>, Error> {
+        let serialise = |error: serde_json::Error| Error::Serialise(error.to_string());
+        let mut value = serde_json::to_value(self).map_err(serialise)?;
+        let digest = digest_of(&value).map_err(serialise)?;
+        if let Value::Object(fields) = &mut value {
+            fields.insert(DIGEST.into(), Value::String(digest.to_string()));
+        }
+        let bytes = serde_json::to_vec(&value).map_err(serialise)?;
+        if bytes.len() as u64 > MANIFEST_LIMIT {
+            return Err(Error::ManifestTooLarge {
+                limit: MANIFEST_LIMIT,
+                actual: bytes.len() as u64,
+            });
+        }
+        Ok(bytes)
+    }
+
+    /// The reverse of [`Self::render`], where nothing was changed since.
+    pub(super) fn parse(bytes: &[u8]) -> Result<Self, Damage> {
+        let json = |error: serde_json::Error| Damage::Json(error.to_string());
+        let mut value: Value = serde_json::from_slice(bytes).map_err(json)?;
+        // First, since a manifest of another format may carry its digest in another way.
+        match value.get("format").and_then(Value::as_u64) {
+            Some(format) if format == u64::from(MANIFEST_FORMAT) => {}
+            Some(actual) => {
+                return Err(Damage::Format {
+                    expected: MANIFEST_FORMAT,
+                    actual,
+                });
+            }
+            None => return Err(Damage::Malformed("not a manifest")),
+        }
+        let recorded = value
+            .as_object_mut()
+            .and_then(|fields| fields.remove(DIGEST));
+        let actual = digest_of(&value).map_err(json)?;
+        if recorded != Some(Value::String(actual.to_string())) {
+            return Err(Damage::Digest);
+        }
+        serde_json::from_value(value).map_err(json)
+    }
+}
+
+/// The field that is no part of what it is the digest of.
+const DIGEST: &str = "digest";
+
+/// Of the compact JSON with sorted keys.
+fn digest_of(value: &Value) -> serde_json::Result<Digest> {
+    serde_json::to_vec(value).map(|bytes| Digest::of(&bytes))
+}
+
+#[cfg(test)]
+pub(super) mod tests {
+    use super::*;
+    use proptest::prelude::*;
+
+    pub(in super::super) fn record(volumes: Vec<VolumeRecord>) -> BackupRecord {
+        BackupRecord {
+            vm: "web".into(),
+            created: time::macros::datetime!(2026-11-23 00:30 UTC),
+            provider: ProviderRecord {
+                name: "chunked".into(),
+                component: ComponentId::of(b"component"),
+                world: World::BlindProvider,
+                version: None,
+            },
+            host_version: "0.1.0".into(),
+            volumes,
+            attachments: vec![],
+        }
+    }
+
+    fn manifest() -> Manifest {
+        Manifest {
+            format: MANIFEST_FORMAT,
+            archive: "0123456789abcdef".parse().unwrap(),
+            namespace: "tenant".parse().unwrap(),
+            backup: "20261123T003000Z-0123456789abcdef".parse().unwrap(),
+            objects: vec![],
+            stats: Stats::default(),
+            record: record(vec![]),
+        }
+    }
+
+    #[test]
+    fn the_digest_is_over_sorted_compact_json() {
+        let bytes = manifest().render().unwrap();
+        let text = String::from_utf8(bytes).unwrap();
+        assert!(text.starts_with(r#"{"archive":"0123456789abcdef","backup":"20261123T"#));
+        let at = text.find(r#""digest":""#).unwrap();
+        let field = &text[at..at + r#""digest":"",""#.len() + 63];
+        let rest = text.replacen(field, "", 1);
+        assert_eq!(field[10..74], Digest::of(rest.as_bytes()).to_string());
+    }
+
+    #[test]
+    fn a_manifest_of_a_later_format_is_refused_by_name() {
+        let later = Manifest {
+            format: 2,
+            ..manifest()
+        };
+        let expected = Damage::Format {
+            expected: 1,
+            actual: 2,
+        };
+        assert_eq!(Manifest::parse(&later.render().unwrap()), Err(expected));
+    }
+
+    proptest! {
+        #[test]
+        fn every_changed_byte_is_noticed(at in any::<prop::sample::Index>(), flip in 1u8..) {
+            let mut bytes = manifest().render().unwrap();
+            prop_assert_eq!(Manifest::parse(&bytes).unwrap(), manifest());
+            let index = at.index(bytes.len());
+            prop_assert!(Manifest::parse(&bytes[..index]).is_err());
+            bytes[index] ^= flip;
+            prop_assert!(Manifest::parse(&bytes).is_err());
+        }
+
+        #[test]
+        fn arbitrary_bytes_are_no_manifest(bytes in prop::collection::vec(any::<u8>(), 0..300), text in "\\PC{0,100}") {
+            prop_assert!(Manifest::parse(&bytes).is_err());
+            prop_assert!(Manifest::parse(text.as_bytes()).is_err());
+            let near = format!(r#"{{"format":1,"digest":{text:?}}}"#);
+            prop_assert!(Manifest::parse(near.as_bytes()).is_err());
+        }
+    }
+}

@@ -1,0 +1,145 @@
+//! One tenant's and provider's part of an archive.
+
+use super::backup::BackupWriter;
+use super::block_table::{BlockTable, TableRoot};
+use super::directory;
+use super::error::{Damage, Error};
+use super::frame::Frame;
+use super::manifest::{MANIFEST_LIMIT, Manifest};
+use super::name::{ArchiveId, BackupId, ComponentId, NamespaceName, random};
+use super::store::{MANIFEST, Store};
+use super::stored::StoredObjects;
+use cap_std::fs::Dir;
+use std::sync::Arc;
+
+/// Largest component that is kept, in bytes: a hundred times a large one.
+pub const COMPONENT_LIMIT: u64 = 256 << 20;
+
+const KEY: &str = "key";
+const KEY_LENGTH: u64 = 32;
+
+/// Reads and adds backups. Cheap to clone.
+#[derive(Clone)]
+pub struct Namespace {
+    store: Arc<Store>,
+}
+
+impl Namespace {
+    /// In a directory of its own, which may hold nothing yet.
+    pub(super) fn create(
+        root: &Dir,
+        archive: ArchiveId,
+        namespace: NamespaceName,
+    ) -> Result<Self, Error> {
+        for dir in ["packs", "components", "backups"] {
+            root.create_dir_all(dir).map_err(Error::at(dir))?;
+        }
+        directory::make_once(root, KEY, &random::<{ KEY_LENGTH as usize }>()?, KEY_LENGTH)?;
+        directory::sync(root).map_err(Error::at(&namespace))?;
+        Self::open(root, archive, namespace)
+    }
+
+    pub(super) fn open(
+        root: &Dir,
+        archive: ArchiveId,
+        namespace: NamespaceName,
+    ) -> Result<Self, Error> {
+        let key = directory::read(root, KEY, KEY_LENGTH)?;
+        let key = <[u8; 32]>::try_from(key).map_err(|key| {
+            Error::damaged(KEY)(Damage::Length {
+                expected: KEY_LENGTH,
+                actual: key.len() as u64,
+            })
+        })?;
+        let open = |dir| root.open_dir(dir).map_err(Error::at(dir));
+        let store = Store {
+            archive,
+            namespace,
+            key,
+            packs: open("packs")?,
+            components: open("components")?,
+            backups: open("backups")?,
+        };
+        Ok(Self {
+            store: Arc::new(store),
+        })
+    }
+
+    /// Its name.
+    pub fn name(&self) -> &NamespaceName {
+        &self.store.namespace
+    }
+
+    /// The archive that it is part of.
+    pub fn archive(&self) -> ArchiveId {
+        self.store.archive
+    }
+
+    /// Begins a backup; fails with [`Error::Exists`] where there is one of that id, committed or not.
+    pub fn begin(&self, id: BackupId) -> Result<BackupWriter, Error> {
+        BackupWriter::begin(self.store.clone(), id)
+    }
+
+    /// All committed backups, by id.
+    pub fn backups(&self) -> Result<Vec<BackupId>, Error> {
+        let mut ids = Vec::new();
+        for entry in self.store.backups.entries().map_err(Error::at("backups"))? {
+            let name = entry.map_err(Error::at("backups"))?.file_name();
+            if let Some(id) = name.to_str().and_then(|name| name.parse().ok())
+                && self.store.is_committed(id)?
+            {
+                ids.push(id);
+            }
+        }
+        ids.sort_unstable();
+        Ok(ids)
+    }
+
+    /// The record of a backup. [`Error::NotFound`] means that it did not commit; any other error leaves open whether
+    /// it did, and [`Error::Damaged`] means that it did.
+    pub fn manifest(&self, id: BackupId) -> Result<Manifest, Error> {
+        let path = format!("{id}/{MANIFEST}");
+        let bytes = directory::read(&self.store.backups, &path, MANIFEST_LIMIT)?;
+        let manifest = Manifest::parse(&bytes).map_err(Error::damaged(&path))?;
+        let actual = (manifest.archive, &manifest.namespace, manifest.backup);
+        let expected = (self.store.archive, &self.store.namespace, id);
+        if actual != expected {
+            return Err(Error::damaged(&path)(Damage::Foreign {
+                expected: format!("{expected:?}"),
+                actual: format!("{actual:?}"),
+            }));
+        }
+        Ok(manifest)
+    }
+
+    /// Removes what is left of a backup that never committed; nothing being left is no error. Refused for a committed
+    /// one. The caller knows that the job that made it has ended.
+    pub fn discard_uncommitted(&self, id: BackupId) -> Result<(), Error> {
+        if self.store.is_committed(id)? {
+            return Err(Error::Committed(id));
+        }
+        self.store.discard(id)
+    }
+
+    /// The bytes of a component, checked against its id.
+    pub fn component(&self, id: ComponentId) -> Result<Vec<u8>, Error> {
+        self.store.component(id, COMPONENT_LIMIT)
+    }
+
+    /// Opens the block table of a volume.
+    pub fn table(&self, root: TableRoot) -> BlockTable {
+        BlockTable::new(self.store.clone(), root)
+    }
+
+    /// What the provider wrote in a backup.
+    pub fn objects(&self, manifest: &Manifest) -> StoredObjects {
+        let objects = manifest.objects.clone();
+        StoredObjects::new(self.store.clone(), manifest.backup, objects)
+    }
+
+    /// The decoded bytes of a frame, exactly [`Frame::decoded`] of them. Whether they are the right ones is for the
+    /// caller to check, block by block, against the digests of the block table.
+    pub fn read_frame(&self, frame: &Frame) -> Result<Vec<u8>, Error> {
+        self.store.read_frame(frame)
+    }
+}

@@ -1,0 +1,193 @@
+//! Reading back what a provider wrote, and nothing else.
+
+use super::digest::Digest;
+use super::error::{Damage, Error};
+use super::frame::{Frame, ObjectRef};
+use super::lock;
+use super::name::{BackupId, ObjectName};
+use super::object::ObjectInfo;
+use super::seek_table::{self, FOOTER, Lengths};
+use super::store::{self, Store};
+use crate::channel::Encoding;
+use crate::extent::Extent;
+use std::collections::BTreeMap;
+use std::fs::File;
+use std::io::Read;
+use std::sync::{Arc, Mutex};
+
+/// Most bytes that one read gives, far above what a provider may be handed at once.
+pub const STORED_READ_LIMIT: u32 = 16 << 20;
+
+/// The objects of one backup, whether it is committed or still in the making.
+pub struct StoredObjects {
+    store: Arc<Store>,
+    backup: BackupId,
+    objects: BTreeMap<ObjectName, ObjectInfo>,
+    /// The object read last, so that a provider that reads on pays for opening and decoding once.
+    open: Mutex<Option<Arc<OpenObject>>>,
+}
+
+struct OpenObject {
+    name: ObjectName,
+    file: File,
+    /// First byte before encoding → frame; empty for identity.
+    frames: BTreeMap<u64, Frame>,
+    last: Mutex<Option<(u64, Arc<Vec<u8>>)>>,
+}
+
+impl StoredObjects {
+    pub(super) fn new(store: Arc<Store>, backup: BackupId, objects: Vec<ObjectInfo>) -> Self {
+        let named = |info: ObjectInfo| (info.name.clone(), info);
+        Self {
+            store,
+            backup,
+            objects: objects.into_iter().map(named).collect(),
+            open: Mutex::default(),
+        }
+    }
+
+    /// What is recorded of an object.
+    pub fn info(&self, name: &ObjectName) -> Result<&ObjectInfo, Error> {
+        self.objects.get(name).ok_or_else(|| Error::NotFound {
+            what: name.to_string(),
+        })
+    }
+
+    /// Size before encoding, in bytes.
+    pub fn size(&self, name: &ObjectName) -> Result<u64, Error> {
+        self.info(name).map(|info| info.size)
+    }
+
+    /// Bytes that the provider wrote, at offsets before encoding. Out of range where any of them was spliced from
+    /// a volume or is past the end: a blind provider must not see a volume through its objects.
+    pub fn read(&self, name: &ObjectName, offset: u64, length: u32) -> Result<Vec<u8>, Error> {
+        let info = self.info(name)?;
+        let out_of_range = Error::OutOfRange {
+            offset,
+            length: length.into(),
+        };
+        if length > STORED_READ_LIMIT {
+            return Err(Error::TooLarge {
+                limit: STORED_READ_LIMIT.into(),
+                actual: length.into(),
+            });
+        }
+        let Ok(range) = Extent::new(offset, length.into()) else {
+            return Err(out_of_range);
+        };
+        let at = info.written.partition_point(|run| run.end() <= offset);
+        if !info.written.get(at).is_some_and(|run| run.contains(range)) {
+            return Err(out_of_range);
+        }
+        let object = self.open(info)?;
+        match info.encoding {
+            Encoding::Identity => store::read_range(&object.file, name, offset, length.into()),
+            Encoding::Zstd => object.decode(range),
+        }
+    }
+
+    /// Reads the whole file of an object and compares it with its digest.
+    pub fn verify(&self, name: &ObjectName) -> Result<(), Error> {
+        let info = self.info(name)?;
+        let mut file = self.store.open_object(&self.reference(name))?;
+        let actual = file.metadata().map_err(Error::at(name))?.len();
+        if actual != info.stored {
+            return Err(Error::damaged(name)(Damage::Length {
+                expected: info.stored,
+                actual,
+            }));
+        }
+        let mut hasher = blake3::Hasher::new();
+        let mut buffer = vec![0; 1 << 20];
+        loop {
+            match file.read(&mut buffer).map_err(Error::at(name))? {
+                0 => break,
+                read => hasher.update(&buffer[..read]),
+            };
+        }
+        if Digest::from(hasher.finalize()) != info.digest {
+            return Err(Error::damaged(name)(Damage::Digest));
+        }
+        Ok(())
+    }
+
+    fn reference(&self, name: &ObjectName) -> ObjectRef {
+        ObjectRef::Object {
+            backup: self.backup,
+            name: name.clone(),
+        }
+    }
+
+    fn open(&self, info: &ObjectInfo) -> Result<Arc<OpenObject>, Error> {
+        let mut open = lock(&self.open);
+        if let Some(object) = open.as_ref().filter(|object| object.name == info.name) {
+            return Ok(object.clone());
+        }
+        let reference = self.reference(&info.name);
+        let file = self.store.open_object(&reference)?;
+        let frames = match info.encoding {
+            Encoding::Identity => BTreeMap::new(),
+            Encoding::Zstd => read_frames(&file, &reference)?,
+        };
+        let object = Arc::new(OpenObject {
+            name: info.name.clone(),
+            file,
+            frames,
+            last: Mutex::default(),
+        });
+        *open = Some(object.clone());
+        Ok(object)
+    }
+}
+
+impl OpenObject {
+    fn decode(&self, range: Extent) -> Result<Vec<u8>, Error> {
+        let mut bytes = Vec::new();
+        let mut at = range.start();
+        while at < range.end() {
+            let frame = self.frames.range(..=at).next_back();
+            let short = || Error::damaged(&self.name)(Damage::Frame);
+            let (&start, frame) = frame.ok_or_else(short)?;
+            let decoded = self.frame(start, frame)?;
+            let end = (range.end() - start).min(decoded.len() as u64);
+            let part = decoded.get((at - start) as usize..end as usize);
+            let part = part.filter(|part| !part.is_empty()).ok_or_else(short)?;
+            bytes.extend(part);
+            at += part.len() as u64;
+        }
+        Ok(bytes)
+    }
+
+    fn frame(&self, start: u64, frame: &Frame) -> Result<Arc<Vec<u8>>, Error> {
+        let mut last = lock(&self.last);
+        if let Some((_, decoded)) = last.as_ref().filter(|(at, _)| *at == start) {
+            return Ok(decoded.clone());
+        }
+        let decoded = Arc::new(store::read_frame_of(&self.file, frame)?);
+        *last = Some((start, decoded.clone()));
+        Ok(decoded)
+    }
+}
+
+/// The frames of a zstd object by where they begin before encoding.
+fn read_frames(file: &File, object: &ObjectRef) -> Result<BTreeMap<u64, Frame>, Error> {
+    let length = file.metadata().map_err(Error::at(object))?.len();
+    let footer_at = length.saturating_sub(FOOTER as u64);
+    let footer = store::read_range(file, object, footer_at, FOOTER as u64)?;
+    let footer = footer.first_chunk().ok_or(Damage::Frame);
+    let table = footer.and_then(|footer| seek_table::table_length(*footer, length));
+    let table = table.map_err(Error::damaged(object))?;
+    let data = length - table;
+    let bytes = store::read_range(file, object, data, table)?;
+    let lengths = seek_table::parse(&bytes, data).map_err(Error::damaged(object))?;
+    let (mut offset, mut start) = (0, 0);
+    let mut frames = BTreeMap::new();
+    for Lengths { stored, decoded } in lengths {
+        let frame = Frame::new(object.clone(), offset, stored, decoded, Encoding::Zstd)
+            .map_err(|_| Error::damaged(object)(Damage::Frame))?;
+        frames.insert(start, frame);
+        offset += u64::from(stored);
+        start += u64::from(decoded);
+    }
+    Ok(frames)
+}
