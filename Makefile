@@ -1,0 +1,79 @@
+# `make` alone says what there is.
+
+MAKEFLAGS += --no-print-directory
+CARGO_TARGET_DIR ?= target
+export CARGO_TARGET_DIR
+# Where things go that are slow to make and do not depend on our code: the wasm target's standard library, the tests'
+# guest.
+FLEECEBOX_CACHE ?= .cache
+export FLEECEBOX_CACHE
+
+COMPONENTS = $(CARGO_TARGET_DIR)/components
+FLEECEBOX = $(CARGO_TARGET_DIR)/release/fleecebox
+PROVIDERS = chunked image
+HOSTILE = $(basename $(notdir $(wildcard tests/hostile/examples/*.rs)))
+WASM = $(CARGO_TARGET_DIR)/wasm32-unknown-unknown/release
+
+# One step after the other: cargo uses all processors by itself.
+.NOTPARALLEL:
+.PHONY: help setup demo demo-vm test bench lint providers build clean
+
+help:
+	@echo "make demo       back up a live disk, restore it, and let hostile providers try; under a minute once built"
+	@echo "make demo-vm    the same on a Linux guest that boots under QEMU"
+	@echo "make test       all tests"
+	@echo "make bench      measure against nbdcopy and qemu-img"
+	@echo "make lint       formatting and clippy"
+	@echo "make providers  build the providers into $(COMPONENTS)"
+	@echo "make setup      only see to the Debian packages that the tests need"
+	@echo "make clean      remove what was built, and the cache in .cache"
+	@echo
+	@echo "Each of them first sees to what it needs, and says so."
+
+setup:
+	@tests/setup/packages.sh test
+
+demo:
+	@tests/setup/packages.sh demo
+	@$(MAKE) build providers
+	$(FLEECEBOX) demo --components $(COMPONENTS)
+
+demo-vm:
+	@tests/setup/packages.sh demo-vm
+	@$(MAKE) build providers
+	$(FLEECEBOX) demo --vm --components $(COMPONENTS)
+
+test: setup
+	@$(MAKE) build providers
+	cargo test --release --locked --workspace
+
+bench:
+	@tests/setup/packages.sh bench
+	@$(MAKE) build providers
+	cargo bench --locked -p fleecebox-tests
+
+lint:
+	cargo fmt --all --check
+	cargo clippy --release --locked --workspace --all-targets -- -D warnings
+
+build:
+	@echo "building fleecebox; the first time takes some minutes, most of them for wasmtime"
+	cargo build --release --locked
+
+# Flags for all targets would hide those for this one. The hostile providers are for tests and the demonstration.
+providers:
+	@config=$$(guest-sdk/wasm-std.sh) && unset RUSTFLAGS CARGO_ENCODED_RUSTFLAGS CARGO_BUILD_TARGET && \
+	build="cargo build --release --locked --target wasm32-unknown-unknown" && \
+	echo "building the providers" && \
+	$$build --config "$$config" $(PROVIDERS:%=-p %) && \
+	$$build --config "$$config" -p hostile --examples
+	@mkdir -p $(COMPONENTS)
+	@for name in $(PROVIDERS); do \
+		install -C -m 644 "$(WASM)/$$(echo $$name | tr - _).wasm" "$(COMPONENTS)/$$name.wasm" || exit; done
+	@for name in $(HOSTILE); do \
+		install -C -m 644 "$(WASM)/examples/$$(echo $$name | tr - _).wasm" "$(COMPONENTS)/$$name.wasm" || exit; done
+	@echo "the providers are in $(COMPONENTS)"
+
+clean:
+	cargo clean
+	rm -rf .cache

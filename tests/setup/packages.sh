@@ -1,0 +1,121 @@
+#!/bin/sh
+# Sees to the programs that are run beside Fleecebox, and installs what is missing from Debian's packages.
+#
+#   tests/setup/packages.sh demo|demo-vm|test|bench
+#
+# What is there already is left alone, whoever installed it. What is missing is named first and then installed, if
+# this runs as root; else the command to type is printed, and the exit code is 1. Apt's sources and package lists are
+# not changed: where Debian's stable QEMU is too old, the one from its backports is found through lists of our own.
+set -eu
+
+# The oldest QEMU that the tests were run with.
+QEMU_VERSION=10.0
+
+say() { echo "packages: $*" >&2; }
+fail() {
+    say "error: $*"
+    exit 1
+}
+
+# Debian keeps mkfs and fsck out of a user's PATH.
+PATH=$PATH:/usr/sbin:/sbin
+
+main() {
+    case "${1:-}" in
+    demo) wanted="qemu-utils e2fsprogs" ;;
+    demo-vm) wanted="qemu-utils e2fsprogs qemu-system-x86" ;;
+    test) wanted="qemu-utils e2fsprogs qemu-system-x86 libnbd-bin python3-libnbd" ;;
+    bench) wanted="qemu-utils libnbd-bin zstd" ;;
+    *) fail "usage: $0 demo|demo-vm|test|bench" ;;
+    esac
+    missing=
+    for package in $wanted; do
+        has "$package" || missing="$missing $package"
+    done
+    [ -n "$missing" ] || exit 0
+
+    say "missing or too old:$missing"
+    command -v apt-get >/dev/null ||
+        fail "this machine has no apt-get; install what Debian calls$missing (QEMU $QEMU_VERSION or newer)"
+    [ "$(id -u)" = 0 ] || fail "installing needs root; type: sudo $0 $1"
+    # shellcheck disable=SC2086
+    install_packages $missing
+    for package in $missing; do
+        has "$package" || fail "$package is installed, and its programs are still missing or too old"
+    done
+}
+
+has() {
+    case "$1" in
+    qemu-utils) new_enough qemu-img && command -v qemu-storage-daemon ;;
+    qemu-system-x86) new_enough qemu-system-x86_64 ;;
+    e2fsprogs) command -v mkfs.ext4 && command -v e2fsck ;;
+    libnbd-bin) command -v nbdcopy && command -v nbdinfo ;;
+    python3-libnbd) /usr/bin/python3 -c 'import nbd' 2>&1 ;;
+    zstd) command -v zstd ;;
+    esac >/dev/null
+}
+
+# "qemu-img version 10.0.2 (...)" and "QEMU emulator version 10.0.2 (...)"
+new_enough() {
+    command -v "$1" >/dev/null &&
+        at_least "$("$1" --version | sed -n '1s/.*version \([0-9.]*\).*/\1/p')"
+}
+
+at_least() {
+    [ "$(printf '%s\n' "$QEMU_VERSION" "$1" | sort -V | head -n 1)" = "$QEMU_VERSION" ]
+}
+
+install_packages() {
+    apt=$(mktemp -d)
+    trap 'rm -rf "$apt"' EXIT
+    trap 'exit 1' HUP INT TERM
+    mkdir -p "$apt/sources" "$apt/lists/partial"
+    for source in /etc/apt/sources.list /etc/apt/sources.list.d/*.list /etc/apt/sources.list.d/*.sources; do
+        [ -f "$source" ] && cp "$source" "$apt/sources/"
+    done
+    say "reading the package lists of this machine's apt sources"
+    update_lists
+    release=
+    case " $* " in
+    *" qemu-"*) choose_qemu ;;
+    esac
+    say "installing:$(printf ' %s' "$@")${release:+ (from $release)}"
+    # shellcheck disable=SC2086
+    DEBIAN_FRONTEND=noninteractive apt install -y --no-install-recommends ${release:+-t $release} "$@" >&2 ||
+        fail "apt-get could not install them"
+}
+
+# Sets $release to Debian's backports if the plain release's QEMU is too old.
+choose_qemu() {
+    candidate=$(apt policy qemu-utils | sed -n 's/^ *Candidate: *\([0-9]*:\)\{0,1\}\([0-9.]*\).*/\2/p')
+    at_least "${candidate:-0}" && return
+    release=$(sed -n 's/^VERSION_CODENAME=//p' /etc/os-release)-backports
+    mirror=$(apt-get indextargets --format '$(SITE)' 'Created-By: Packages' | grep '/debian/*$' | head -n 1)
+    [ -n "$mirror" ] || fail "QEMU $QEMU_VERSION or newer is needed, and apt knows no Debian mirror to ask for $release"
+    say "this release's QEMU is ${candidate:-missing}; asking for $release"
+    keyring=/usr/share/keyrings/debian-archive-keyring.gpg
+    [ -f "$keyring" ] && signed="[signed-by=$keyring] " || signed=
+    echo "deb $signed$mirror $release main" >"$apt/sources/backports-for-qemu.list"
+    update_lists
+    apt policy qemu-utils | grep -q "$release" || fail "$release has no qemu-utils"
+}
+
+# A source that cannot be read must not stop us; a package that is then missing does.
+update_lists() {
+    apt update >"$apt/log" 2>&1 || {
+        cat "$apt/log" >&2
+        say "some package lists could not be read"
+    }
+}
+
+# apt with our own sources and lists, and the machine's own database of what is installed.
+apt() {
+    command=apt-get
+    [ "$1" = policy ] && command=apt-cache
+    "$command" -q -o Dir::Etc::SourceList=/dev/null -o "Dir::Etc::SourceParts=$apt/sources" \
+        -o "Dir::State::Lists=$apt/lists" -o APT::Sandbox::User= -o APT::Update::Post-Invoke= \
+        -o APT::Update::Post-Invoke-Success= "$@"
+}
+
+main "$@"
