@@ -1,1 +1,278 @@
-//! To be written.
+//! The configuration: VMs, archives and providers by name, in one TOML file. Unknown keys are refused.
+//!
+//! Each can be given on the command line instead, so that one long command works without a file; both end up in
+//! the same types here.
+
+use crate::policy::{Grant, Limits};
+use serde::Deserialize;
+use std::collections::BTreeMap;
+use std::path::{Path, PathBuf};
+
+/// Where the configuration is looked for unless a file is named.
+pub const DEFAULT_PATH: &str = "/etc/fleecebox.toml";
+
+/// The whole file.
+#[derive(Debug, Clone, Default, Deserialize)]
+#[serde(deny_unknown_fields, rename_all = "kebab-case")]
+pub struct Config {
+    /// Where journals, locks and compiled components are kept. Default: see [`state_folder`].
+    pub state: Option<PathBuf>,
+    /// Virtual machines.
+    #[serde(default)]
+    pub vm: BTreeMap<String, Vm>,
+    /// Archives.
+    #[serde(default)]
+    pub archive: BTreeMap<String, Archive>,
+    /// Providers.
+    #[serde(default)]
+    pub provider: BTreeMap<String, Provider>,
+}
+
+/// One virtual machine.
+#[derive(Debug, Clone, Default, Deserialize)]
+#[serde(deny_unknown_fields, rename_all = "kebab-case")]
+pub struct Vm {
+    /// QEMU's QMP socket.
+    pub qmp: Option<PathBuf>,
+    /// The guest agent's socket on this host; without one the guest is not frozen.
+    pub agent: Option<PathBuf>,
+    /// Folder for fleecing images; QEMU must be able to open files in it.
+    pub fleecing: Option<PathBuf>,
+    /// The disks to back up, by device id, qdev id or node name. Default: all that QEMU reports by device.
+    #[serde(default)]
+    pub disks: Vec<String>,
+    /// Socket of the NBD server that already runs in this QEMU; without one Fleecebox starts its own.
+    pub nbd: Option<PathBuf>,
+    /// The provider to use when the command names none.
+    pub provider: Option<String>,
+    /// The archive to use when the command names none.
+    pub archive: Option<String>,
+    /// Files handed to the provider as `job.context.attachment`, by name.
+    #[serde(default)]
+    pub attachments: BTreeMap<String, PathBuf>,
+}
+
+/// One archive.
+#[derive(Debug, Clone, Deserialize)]
+#[serde(deny_unknown_fields, rename_all = "kebab-case")]
+pub struct Archive {
+    /// Its folder.
+    pub path: PathBuf,
+}
+
+/// One provider.
+#[derive(Debug, Clone, Deserialize)]
+#[serde(deny_unknown_fields, rename_all = "kebab-case")]
+pub struct Provider {
+    /// The component's file.
+    pub component: PathBuf,
+    /// The provider's part of each archive. Default: the provider's name.
+    pub namespace: Option<String>,
+    /// Handed to the provider as TOML.
+    #[serde(default)]
+    pub settings: toml::Table,
+    /// Limits on each of its runs.
+    #[serde(default)]
+    pub limits: Limits,
+    /// Which optional handles it gets.
+    #[serde(default)]
+    pub grant: Grant,
+}
+
+/// Why there is no configuration.
+#[derive(Debug, thiserror::Error)]
+pub enum ConfigError {
+    /// The file that was named cannot be read.
+    #[error("cannot read the configuration {path}: {source}", path = path.display())]
+    Read {
+        /// The file.
+        path: PathBuf,
+        /// Why.
+        source: std::io::Error,
+    },
+    /// It is not what a configuration looks like. The message names line and key.
+    #[error("the configuration {path} is wrong: {message}", path = path.display())]
+    Parse {
+        /// The file.
+        path: PathBuf,
+        /// What and where.
+        message: String,
+    },
+    /// A name that the configuration does not have.
+    #[error("there is no {kind} named '{name}'{known}; {remedy}")]
+    Unknown {
+        /// `VM`, `archive` or `provider`.
+        kind: &'static str,
+        /// As it was given.
+        name: String,
+        /// The names that there are.
+        known: String,
+        /// What to do.
+        remedy: &'static str,
+    },
+}
+
+impl Config {
+    /// Reads `path`, or [`DEFAULT_PATH`] where that exists, or nothing.
+    pub fn load(path: Option<&Path>) -> Result<Self, ConfigError> {
+        let chosen = path.unwrap_or(Path::new(DEFAULT_PATH));
+        match std::fs::read_to_string(chosen) {
+            Ok(text) => Self::parse(&text, chosen),
+            Err(error) if path.is_none() && error.kind() == std::io::ErrorKind::NotFound => {
+                Ok(Self::default())
+            }
+            Err(source) => Err(ConfigError::Read {
+                path: chosen.to_owned(),
+                source,
+            }),
+        }
+    }
+
+    /// Parses the text of `path`, which is only named in errors.
+    pub fn parse(text: &str, path: &Path) -> Result<Self, ConfigError> {
+        toml::from_str(text).map_err(|error| {
+            let line = error
+                .span()
+                .and_then(|span| text.get(..span.start))
+                .map_or_else(String::new, |before| {
+                    format!("line {}: ", before.matches('\n').count() + 1)
+                });
+            ConfigError::Parse {
+                path: path.to_owned(),
+                message: format!("{line}{}", error.message().replace('\n', "; ")),
+            }
+        })
+    }
+
+    /// The archive of that name, or the folder of that path.
+    pub fn archive(&self, name: &str) -> Result<Archive, ConfigError> {
+        match self.archive.get(name) {
+            Some(archive) => Ok(archive.clone()),
+            None if looks_like_a_path(name) => Ok(Archive { path: name.into() }),
+            None => Err(unknown(
+                "archive",
+                name,
+                self.archive.keys(),
+                "name one of the configuration, or a folder such as ./backups",
+            )),
+        }
+    }
+
+    /// The provider of that name with its name, or the component file of that path, named after the file.
+    pub fn provider(&self, name: &str) -> Result<(String, Provider), ConfigError> {
+        match self.provider.get(name) {
+            Some(provider) => Ok((name.to_owned(), provider.clone())),
+            None if looks_like_a_path(name) || name.ends_with(".wasm") => {
+                let component = PathBuf::from(name);
+                let stem = component
+                    .file_stem()
+                    .map_or_else(|| "provider".into(), |stem| stem.to_string_lossy());
+                Ok((
+                    stem.into_owned(),
+                    Provider {
+                        component,
+                        namespace: None,
+                        settings: toml::Table::new(),
+                        limits: Limits::default(),
+                        grant: Grant::default(),
+                    },
+                ))
+            }
+            None => Err(unknown(
+                "provider",
+                name,
+                self.provider.keys(),
+                "name one of the configuration, or a component file such as ./chunked.wasm",
+            )),
+        }
+    }
+}
+
+/// Where journals, locks and compiled components are kept by default: `/var/lib/fleecebox` for root, else
+/// `$XDG_STATE_HOME/fleecebox` or `$HOME/.local/state/fleecebox`.
+pub fn state_folder() -> PathBuf {
+    if rustix::process::geteuid().is_root() {
+        return PathBuf::from("/var/lib/fleecebox");
+    }
+    std::env::var_os("XDG_STATE_HOME")
+        .map(PathBuf::from)
+        .or_else(|| std::env::var_os("HOME").map(|home| Path::new(&home).join(".local/state")))
+        .unwrap_or_else(std::env::temp_dir)
+        .join("fleecebox")
+}
+
+/// An error that says which names there are.
+pub fn unknown<'a>(
+    kind: &'static str,
+    name: &str,
+    known: impl Iterator<Item = &'a String>,
+    remedy: &'static str,
+) -> ConfigError {
+    let known: Vec<&str> = known.map(String::as_str).collect();
+    ConfigError::Unknown {
+        kind,
+        name: name.escape_debug().to_string(),
+        known: if known.is_empty() {
+            String::new()
+        } else {
+            format!(" (there is {})", known.join(", "))
+        },
+        remedy,
+    }
+}
+
+fn looks_like_a_path(name: &str) -> bool {
+    name.contains('/') || name == "." || name == ".."
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn an_unknown_key_is_refused_with_its_line() {
+        let error = Config::parse(
+            "[vm.web]\nqmp = '/run/web.qmp'\ndisk = ['a']\n",
+            Path::new("f.toml"),
+        )
+        .unwrap_err();
+        let message = error.to_string();
+        assert!(
+            message.contains("f.toml") && message.contains("line 3") && message.contains("`disk`"),
+            "{message}"
+        );
+        assert!(Config::parse("[vms.web]\n", Path::new("f.toml")).is_err());
+        assert!(
+            Config::parse(
+                "[provider.p]\ncomponent='x'\n[provider.p.limits]\nmemroy=1\n",
+                Path::new("f")
+            )
+            .is_err()
+        );
+    }
+
+    #[test]
+    fn a_name_that_is_not_there_says_which_are() {
+        let config = Config::parse("[archive.main]\npath='/srv'\n", Path::new("f")).unwrap();
+        let message = config.archive("mian").unwrap_err().to_string();
+        assert!(
+            message.contains("'mian'") && message.contains("main"),
+            "{message}"
+        );
+        assert_eq!(config.archive("./here").unwrap().path, Path::new("./here"));
+    }
+
+    #[test]
+    fn settings_reach_the_provider_as_they_were_written() {
+        let text = "[provider.p]\ncomponent='p.wasm'\n[provider.p.settings]\nchunk-size = 65536\n";
+        let (name, provider) = Config::parse(text, Path::new("f"))
+            .unwrap()
+            .provider("p")
+            .unwrap();
+        assert_eq!(name, "p");
+        assert_eq!(
+            toml::to_string(&provider.settings).unwrap(),
+            "chunk-size = 65536\n"
+        );
+    }
+}

@@ -4,7 +4,9 @@
 
 pub mod archive;
 pub mod channel;
+pub mod cli;
 pub mod config;
+pub mod digest;
 pub mod extent;
 pub mod grants;
 pub mod job;

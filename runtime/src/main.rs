@@ -1,13 +1,14 @@
-//! The command, and, by a hidden first argument, the sandbox process.
+//! Arguments, ambient authority, exit status.
 
 use std::process::ExitCode;
 
 fn main() -> ExitCode {
-    if std::env::args_os()
-        .nth(1)
-        .is_some_and(|argument| argument == fleecebox::sandbox::ARGUMENT)
-    {
-        return fleecebox::sandbox::serve();
+    // The hidden commands run before anything else of this process exists: no runtime, no threads, no configuration.
+    match std::env::args().nth(1).as_deref() {
+        Some(fleecebox::sandbox::ARGUMENT) => fleecebox::sandbox::serve(),
+        Some(fleecebox::qemu::watchdog::HIDDEN_ARGUMENT) => {
+            fleecebox::qemu::watchdog::serve_arguments()
+        }
+        _ => fleecebox::cli::main(),
     }
-    ExitCode::SUCCESS
 }

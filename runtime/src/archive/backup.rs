@@ -1,7 +1,6 @@
 //! The one writer of one backup, up to its commit.
 
 use super::block_table::{BlockTable, BlockTableWriter, PagesFile, TableRoot};
-use super::digest::Digest;
 use super::directory;
 use super::encoding::Compressors;
 use super::error::Error;
@@ -17,6 +16,7 @@ use super::pack_writer::PackWriter;
 use super::store::{MANIFEST, OBJECTS, Store};
 use super::stored::StoredObjects;
 use crate::channel::Encoding;
+use crate::digest::Digest;
 use cap_std::fs::Dir;
 use std::collections::BTreeSet;
 use std::sync::atomic::{AtomicBool, Ordering};

@@ -1,11 +1,11 @@
 //! The host's own record of one backup. That it is there means that the backup happened.
 
 use super::block_table::TableRoot;
-use super::digest::Digest;
 use super::error::{Damage, Error};
 use super::name::{ArchiveId, BackupId, ComponentId, NamespaceName, ObjectName};
 use super::object::ObjectInfo;
 use crate::channel::{BitmapMode, World};
+use crate::digest::Digest;
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
 use time::OffsetDateTime;
@@ -62,8 +62,8 @@ pub struct ProviderRecord {
     pub component: ComponentId,
     /// The world that it is for.
     pub world: World,
-    /// As it says itself, if it does.
-    pub version: Option<String>,
+    /// What it was given (TOML), for its `image` to be given again.
+    pub settings: String,
 }
 
 /// One volume of a backup.
@@ -205,7 +205,7 @@ pub(super) mod tests {
                 name: "chunked".into(),
                 component: ComponentId::of(b"component"),
                 world: World::BlindProvider,
-                version: None,
+                settings: String::new(),
             },
             host_version: "0.1.0".into(),
             volumes,

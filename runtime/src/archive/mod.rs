@@ -43,7 +43,7 @@
 
 mod backup;
 mod block_table;
-mod digest;
+
 mod directory;
 mod encoding;
 mod error;
@@ -61,11 +61,11 @@ mod stored;
 #[cfg(test)]
 mod tests;
 
+pub use crate::digest::Digest;
 pub use backup::BackupWriter;
 pub use block_table::{
     BlockTable, BlockTableWriter, Entry, MAX_BLOCK_SIZE, MIN_BLOCK_SIZE, Run, RunContent, TableRoot,
 };
-pub use digest::Digest;
 pub use error::{Damage, Error};
 pub use frame::{FRAME_LIMIT, Frame, NotAFrame, ObjectRef, STORED_LIMIT};
 pub use manifest::{

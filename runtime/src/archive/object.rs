@@ -1,6 +1,5 @@
 //! The objects that a provider creates, as they are written.
 
-use super::digest::Digest;
 use super::directory;
 use super::encoding::Compressors;
 use super::error::{Damage, Error};
@@ -10,6 +9,7 @@ use super::name::{BackupId, ObjectName};
 use super::seek_table::{self, Lengths};
 use super::store::{Store, object_path};
 use crate::channel::Encoding;
+use crate::digest::Digest;
 use crate::extent::Extent;
 use serde::{Deserialize, Serialize};
 use std::collections::BTreeMap;

@@ -7,11 +7,11 @@
 //! Numbers are little-endian. A pack is written once and never changes; the index of a namespace is nothing
 //! but the sum of these tables.
 
-use super::digest::Digest;
 use super::error::{Damage, Error};
 use super::frame::{Frame, ObjectRef};
 use super::name::PackName;
 use crate::channel::Encoding;
+use crate::digest::Digest;
 use std::fs::File;
 use std::os::unix::fs::FileExt;
 

@@ -1,6 +1,5 @@
 //! Reading back what a provider wrote, and nothing else.
 
-use super::digest::Digest;
 use super::error::{Damage, Error};
 use super::frame::{Frame, ObjectRef};
 use super::lock;
@@ -9,6 +8,7 @@ use super::object::ObjectInfo;
 use super::seek_table::{self, FOOTER, Lengths};
 use super::store::{self, Store};
 use crate::channel::Encoding;
+use crate::digest::Digest;
 use crate::extent::Extent;
 use std::collections::BTreeMap;
 use std::fs::File;

@@ -40,6 +40,16 @@ pub enum World {
     BlindProvider,
 }
 
+impl World {
+    /// As in `wit/provider.wit`.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Provider => "provider",
+            Self::BlindProvider => "blind-provider",
+        }
+    }
+}
+
 /// Limits that the sandbox process enforces on its own guest code.
 ///
 /// The job process enforces the same from outside, so that an escape gains nothing.
@@ -340,29 +350,40 @@ pub struct ImageRead {
 }
 
 /// `types.error-code`.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, thiserror::Error)]
 pub enum ErrorCode {
     /// The job was cancelled.
+    #[error("cancelled")]
     Cancelled,
     /// The range was discarded.
+    #[error("discarded")]
     Discarded,
     /// An object of that name exists in this backup.
+    #[error("exists")]
     Exists,
     /// Storage or the snapshot failed.
+    #[error("io")]
     Io,
     /// Not a single plain component.
+    #[error("invalid-name")]
     InvalidName,
     /// Not part of what this backup covers.
+    #[error("not-dirty")]
     NotDirty,
     /// There is no such object.
+    #[error("not-found")]
     NotFound,
     /// Not a range of whole blocks of the volume.
+    #[error("out-of-range")]
     OutOfRange,
     /// A limit of the policy.
+    #[error("quota-exceeded({0})")]
     QuotaExceeded(Quota),
     /// More than the host takes at once.
+    #[error("too-large")]
     TooLarge,
     /// Anything else.
+    #[error("{}", .0.as_deref().unwrap_or("other"))]
     Other(Option<String>),
 }
 
@@ -376,4 +397,14 @@ pub enum Quota {
     OutputBytes,
     /// Bytes read.
     ReadBytes,
+}
+
+impl std::fmt::Display for Quota {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str(match self {
+            Self::Objects => "objects",
+            Self::OutputBytes => "output-bytes",
+            Self::ReadBytes => "read-bytes",
+        })
+    }
 }

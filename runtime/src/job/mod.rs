@@ -1,1 +1,14 @@
-//! To be written.
+//! Jobs, each one thing from start to end: [`backup`], and [`replay`] for restore and verify.
+
+pub mod backup;
+pub mod base;
+pub mod component;
+mod event;
+pub mod fleecing;
+pub mod journal;
+pub mod prove;
+pub mod recover;
+pub mod replay;
+pub mod volume_run;
+
+pub use event::{Event, Events};

@@ -19,7 +19,13 @@ const SEPARATOR: char = ':';
 /// Longest name that qcow2 stores (docs/interop/qcow2: `name_size` is at most 1023).
 const NAME_MAX: usize = 1023;
 
-/// Whose a bitmap is: what was written since `backup` was made.
+/// Stands for the base of a backup that has none. It is no id of a backup.
+const NO_BASE: &str = "-";
+
+/// Whose a bitmap is: what was written since `backup` was made, which itself builds on `base`.
+///
+/// The base is in the name because it says which bitmap stopped when this one started: after a crash these two, and
+/// no others, may be merged.
 ///
 /// A bitmap travels with its qcow2 file, from disk to disk and from VM to VM, so its name says all
 /// that has to be compared before it is believed.
@@ -29,6 +35,7 @@ pub struct BitmapName {
     namespace: String,
     volume: String,
     backup: String,
+    base: Option<String>,
 }
 
 /// Why parts do not make the name of a bitmap.
@@ -52,7 +59,7 @@ pub enum BitmapNameError {
 
 impl BitmapName {
     /// The name for these parts: ids of the archive, of the namespace in it, of the volume (VM and
-    /// disk), and of the backup at whose point in time the bitmap started.
+    /// disk), of the backup at whose point in time the bitmap started, and of that backup's base.
     ///
     /// # Errors
     /// Any [`BitmapNameError`].
@@ -61,8 +68,9 @@ impl BitmapName {
         namespace: &str,
         volume: &str,
         backup: &str,
+        base: Option<&str>,
     ) -> Result<Self, BitmapNameError> {
-        for part in [archive, namespace, volume, backup] {
+        for part in [archive, namespace, volume, backup, base.unwrap_or(NO_BASE)] {
             let allowed = |b: u8| (b' '..=b'~').contains(&b) && b != SEPARATOR as u8;
             if part.is_empty() || !part.bytes().all(allowed) {
                 return Err(BitmapNameError::Part { part: part.into() });
@@ -73,6 +81,7 @@ impl BitmapName {
             namespace: namespace.into(),
             volume: volume.into(),
             backup: backup.into(),
+            base: base.map(Into::into),
         };
         match name.to_string().len() {
             0..=NAME_MAX => Ok(name),
@@ -84,8 +93,9 @@ impl BitmapName {
     pub fn parse(text: &str) -> Option<Self> {
         let parts: Vec<_> = text.split(SEPARATOR).collect();
         match parts[..] {
-            [PREFIX, archive, namespace, volume, backup] => {
-                Self::new(archive, namespace, volume, backup).ok()
+            [PREFIX, archive, namespace, volume, backup, base] => {
+                let base = (base != NO_BASE).then_some(base);
+                Self::new(archive, namespace, volume, backup, base).ok()
             }
             _ => None,
         }
@@ -106,9 +116,14 @@ impl BitmapName {
         &self.volume
     }
 
-    /// The base itself.
+    /// The backup since which it follows writes.
     pub fn backup(&self) -> &str {
         &self.backup
+    }
+
+    /// The backup that [`Self::backup`] builds on: the bitmap since that one stopped when this one started.
+    pub fn base(&self) -> Option<&str> {
+        self.base.as_deref()
     }
 }
 
@@ -119,8 +134,10 @@ impl fmt::Display for BitmapName {
             namespace,
             volume,
             backup,
+            base,
         } = self;
-        write!(f, "{PREFIX}:{archive}:{namespace}:{volume}:{backup}")
+        let base = base.as_deref().unwrap_or(NO_BASE);
+        write!(f, "{PREFIX}:{archive}:{namespace}:{volume}:{backup}:{base}")
     }
 }
 
@@ -320,16 +337,17 @@ mod tests {
 
     proptest! {
         #[test]
-        fn a_name_reads_back_exactly(parts in prop::array::uniform4("[ -9;-~]{1,250}")) {
+        fn a_name_reads_back_exactly(parts in prop::array::uniform4("[ -9;-~]{1,250}"), base in prop::option::of("[ -9;-~]{2,50}")) {
             let [archive, namespace, volume, backup] = &parts;
-            match BitmapName::new(archive, namespace, volume, backup) {
+            match BitmapName::new(archive, namespace, volume, backup, base.as_deref()) {
                 Ok(name) => {
                     let text = name.to_string();
                     prop_assert!(text.len() <= NAME_MAX);
                     prop_assert_eq!(BitmapName::parse(&text), Some(name));
                 }
                 Err(e) => {
-                    let actual = parts.iter().map(|part| part.len() + 1).sum::<usize>() + PREFIX.len();
+                    let actual = parts.iter().map(|part| part.len() + 1).sum::<usize>() + PREFIX.len()
+                        + 1 + base.as_deref().unwrap_or(NO_BASE).len();
                     prop_assert!(actual > NAME_MAX);
                     prop_assert_eq!(e, BitmapNameError::TooLong { actual });
                 }
@@ -338,11 +356,11 @@ mod tests {
 
         #[test]
         fn a_part_that_could_blur_the_name_is_refused(part in "\\PC{0,5}(:|é|\n|\x7f|\0)\\PC{0,5}") {
-            prop_assert!(BitmapName::new("a", &part, "c", "d").is_err());
+            prop_assert!(BitmapName::new("a", &part, "c", "d", None).is_err());
         }
 
         #[test]
-        fn what_parses_is_written_the_same(text in "(fleecebox)?(:[a-c: ]{0,3}){3,5}") {
+        fn what_parses_is_written_the_same(text in "(fleecebox)?(:[a-c: -]{0,3}){4,6}") {
             if let Some(name) = BitmapName::parse(&text) {
                 prop_assert_eq!(name.to_string(), text);
             }
@@ -351,7 +369,7 @@ mod tests {
 
     #[test]
     fn an_empty_part_is_refused() {
-        assert!(BitmapName::new("a", "b", "", "d").is_err());
-        assert_eq!(BitmapName::parse("fleecebox:a:b::d"), None);
+        assert!(BitmapName::new("a", "b", "", "d", None).is_err());
+        assert_eq!(BitmapName::parse("fleecebox:a:b::d:-"), None);
     }
 }

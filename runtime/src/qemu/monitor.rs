@@ -114,6 +114,11 @@ impl MonitorError {
         matches!(self, Self::Refused { .. })
     }
 
+    /// Whether there is no QMP monitor at the other end, or nothing at all.
+    pub fn is_no_monitor(&self) -> bool {
+        matches!(self, Self::Connect { .. } | Self::NotQmp { .. })
+    }
+
     /// Whether no further command can succeed on this connection.
     pub fn is_lost(&self) -> bool {
         matches!(self, Self::Lost { .. })

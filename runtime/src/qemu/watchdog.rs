@@ -160,6 +160,21 @@ impl Watchdog {
     }
 }
 
+/// [`serve`] with what [`Watchdog::spawn`] puts on the command line.
+pub fn serve_arguments() -> ExitCode {
+    let mut sockets = [("--agent", None), ("--qmp", None)];
+    let mut arguments = std::env::args_os().skip(2);
+    while let (Some(name), Some(path)) = (arguments.next(), arguments.next()) {
+        for (known, socket) in &mut sockets {
+            if name == *known {
+                *socket = Some(PathBuf::from(&path));
+            }
+        }
+    }
+    let [(_, agent), (_, qmp)] = sockets;
+    serve(agent, qmp)
+}
+
 /// The watchdog process, with the socket to the job as its standard input. To be called before there
 /// is any other runtime or thread. Fails if the VM could not be made to run again.
 pub fn serve(agent: Option<PathBuf>, qmp: Option<PathBuf>) -> ExitCode {

@@ -106,16 +106,20 @@ impl Coverage {
         if !plan.dirty().contains(extent) {
             return Err(CoverageError::NotDirty(extent));
         }
-        // Zero blocks need no cover, so only the data between them must be final.
-        let unfinished = plan
-            .zero()
-            .gaps(extent)
-            .any(|data| !self.finished.contains(data));
-        if unfinished || self.pending.values().any(|set| set.overlaps(extent)) {
+        if !self.is_final(plan, extent) {
             return Err(CoverageError::Unfinished(extent));
         }
         self.discarded.insert(extent);
         Ok(())
+    }
+
+    /// Whether all of `extent` is final: covered and finished, or zero and not pending.
+    pub fn is_final(&self, plan: &Plan, extent: Extent) -> bool {
+        // Zero blocks need no cover, so only the data between them must be finished.
+        plan.zero()
+            .gaps(extent)
+            .all(|data| self.finished.contains(data))
+            && !self.pending.values().any(|set| set.overlaps(extent))
     }
 
     /// Whether any byte of `extent` was discarded and can no longer be read.

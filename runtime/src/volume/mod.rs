@@ -1,8 +1,17 @@
 //! One frozen disk: what of it has to be backed up, how its bytes are read, and what has been covered so far.
 //!
-//! [`plan`] turns a dirty bitmap and the allocation into whole blocks, [`coverage`] keeps the books on them,
-//! [`reader`] fetches bytes over NBD, [`digest`] names them, [`prepare`] ties these to the point in time.
+//! In the order of a backup: [`open`] asks the export what is dirty and zero and makes the [`plan`]; [`sample`]
+//! compares some clean blocks with the base; [`discard`] gives the clean ranges back; [`reader`] fetches bytes, with
+//! [`read_ahead`] for providers that read them themselves; [`coverage`] keeps the books; and
+//! [`canary`] shows at the end that the snapshot was intact.
 
+pub mod canary;
 pub mod coverage;
-pub mod digest;
+
+pub mod discard;
+pub mod frozen;
+pub mod open;
 pub mod plan;
+pub mod read_ahead;
+pub mod reader;
+pub mod sample;

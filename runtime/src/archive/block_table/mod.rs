@@ -14,10 +14,10 @@ pub(super) use pages::PagesFile;
 pub use reader::BlockTable;
 pub use writer::BlockTableWriter;
 
-use super::digest::Digest;
 use super::error::Error;
 use super::frame::Frame;
 use super::name::BackupId;
+use crate::digest::Digest;
 use serde::{Deserialize, Serialize};
 use std::ops::Range;
 

@@ -3,12 +3,12 @@
 //! A page is read only after its digest matched. It is still parsed with suspicion: digests of pages are not
 //! keyed, and an archive may lie where others can write.
 
-use super::super::digest::Digest;
 use super::super::error::{Damage, Error};
 use super::super::frame::{Frame, ObjectRef};
 use super::super::name::BackupId;
 use super::{Entry, FAN_OUT, PageRef, Run, RunContent, Shape};
 use crate::channel::Encoding;
+use crate::digest::Digest;
 use serde::{Deserialize, Serialize};
 use std::ops::Range;
 

@@ -1,6 +1,5 @@
 //! Pages as bytes: the `pages` object that a backup adds to, and reading from all backups' with a bounded cache.
 
-use super::super::digest::Digest;
 use super::super::directory;
 use super::super::error::{Damage, Error};
 use super::super::lock;
@@ -8,6 +7,7 @@ use super::super::name::BackupId;
 use super::super::store::{self, PAGES, Store};
 use super::page::{Inner, Leaf, PAGE_LIMIT};
 use super::{PageRef, Shape};
+use crate::digest::Digest;
 use cap_std::fs::Dir;
 use std::collections::HashMap;
 use std::fs::File;

@@ -220,7 +220,7 @@ pub(super) fn uri(export: &str, socket: &Path) -> String {
 }
 
 pub(super) fn name(backup: &str) -> BitmapName {
-    BitmapName::new("archive", "tenant", "vm/disk", backup).unwrap()
+    BitmapName::new("archive", "tenant", "vm/disk", backup, None).unwrap()
 }
 
 pub(super) fn run(program: &str, arguments: &[&str]) {

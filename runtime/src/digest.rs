@@ -62,3 +62,8 @@ impl<'de> Deserialize<'de> for Digest {
         }
     }
 }
+
+/// The digests of consecutive blocks of `block` bytes, each as of the point in time; the last may be short.
+pub fn of_blocks(bytes: &[u8], block: u32) -> Vec<Digest> {
+    bytes.chunks(block as usize).map(Digest::of).collect()
+}

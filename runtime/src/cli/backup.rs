@@ -1,0 +1,216 @@
+//! `fleecebox backup`.
+
+use super::progress::Progress;
+use super::{Failure, Session, target, text};
+use crate::archive::NamespaceName;
+use crate::grants::MAX_ATTACHMENT;
+use crate::job::backup::{self, Places, Request, Summary};
+use anyhow::anyhow;
+use clap::Args;
+use serde_json::json;
+use std::collections::BTreeMap;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::time::Instant;
+
+/// Back up the disks of a running VM.
+#[derive(Debug, Args)]
+#[command(after_help = "\
+Examples:
+  fleecebox backup web
+  fleecebox backup web --qmp /run/web.qmp --provider ./chunked.wasm --archive /srv/backups
+
+The backup is committed only once every changed block is proven to be in the archive. A disk with a usable bitmap of \
+this archive is backed up incrementally, any other in full.")]
+pub(super) struct Backup {
+    /// The VM, by its name in the configuration, or any name along with --qmp
+    vm: String,
+    /// QEMU's QMP socket
+    #[arg(long, value_name = "SOCKET")]
+    qmp: Option<PathBuf>,
+    /// The guest agent's socket: the guest's file systems are frozen at the point in time
+    #[arg(long, value_name = "SOCKET")]
+    agent: Option<PathBuf>,
+    /// A disk to back up, by device id, drive id or node name; may be repeated [default: all]
+    #[arg(long = "disk", value_name = "NAME")]
+    disks: Vec<String>,
+    /// Folder for fleecing images, which QEMU must be able to use [default: in the state folder]
+    #[arg(long, value_name = "FOLDER")]
+    fleecing: Option<PathBuf>,
+    /// Socket of the NBD server that this QEMU already runs
+    #[arg(long, value_name = "SOCKET")]
+    nbd: Option<PathBuf>,
+    /// The provider, by name or component file
+    #[arg(long, value_name = "NAME|FILE")]
+    provider: Option<String>,
+    /// A TOML file with the provider's settings
+    #[arg(long, value_name = "FILE")]
+    settings: Option<PathBuf>,
+    /// The archive, by name or folder; an empty folder becomes an archive
+    #[arg(long, value_name = "NAME|FOLDER")]
+    archive: Option<String>,
+    /// Read every disk in full
+    #[arg(long)]
+    full: bool,
+}
+
+impl Backup {
+    pub(super) async fn run(self, session: &Session) -> Result<(), Failure> {
+        let (request, places) = self.prepare(session)?;
+        let started = Instant::now();
+        let (events, progress) = Progress::start(session.quiet);
+        let made = backup::backup(request, places, &events, &session.cancel).await;
+        drop(events);
+        progress.finish().await;
+        let summary = made.map_err(|error| match error.is_mistake() {
+            true => Failure::Mistake(error.into()),
+            false => Failure::Failed(error.into()),
+        })?;
+        tell(session, &summary, started);
+        match &summary.left[..] {
+            [] => Ok(()),
+            left => Err(Failure::Failed(anyhow!(
+                "backup {} is committed, but the clean-up is incomplete and left to the next run: {}",
+                summary.manifest.backup,
+                left.join("; ")
+            ))),
+        }
+    }
+
+    fn prepare(self, session: &Session) -> Result<(Request, Places), Failure> {
+        let mut vm = target::vm(session, &self.vm, self.qmp.is_some())?;
+        vm.qmp = self.qmp.or(vm.qmp);
+        vm.agent = self.agent.or(vm.agent);
+        vm.fleecing = self.fleecing.or(vm.fleecing);
+        vm.nbd = self.nbd.or(vm.nbd);
+        if !self.disks.is_empty() {
+            vm.disks = self.disks;
+        }
+        check_vm_name(&self.vm)?;
+        let qmp = vm.qmp.clone().ok_or_else(|| {
+            mistake(format!("VM '{}' has no monitor: give its QMP socket with --qmp or as `qmp` in the configuration", self.vm))
+        })?;
+        let wanted = self.provider.or_else(|| vm.provider.clone()).ok_or_else(|| {
+            mistake("no provider: name one with --provider, or as `provider` of this VM in the configuration".into())
+        })?;
+        let (provider_name, mut provider) = session.config.provider(&wanted)?;
+        if let Some(path) = &self.settings {
+            provider.settings = settings(path)?;
+        }
+        let namespace: NamespaceName = provider
+            .namespace
+            .as_deref()
+            .unwrap_or(&provider_name)
+            .parse()
+            .map_err(|error| {
+                mistake(format!(
+                    "provider '{provider_name}': its namespace: {error}"
+                ))
+            })?;
+        let component = target::read(&provider.component, "provider's component")?;
+        let mut attachments = BTreeMap::new();
+        for (name, path) in &vm.attachments {
+            let bytes = target::read(path, "attachment")?;
+            if bytes.len() > MAX_ATTACHMENT {
+                return Err(mistake(format!(
+                    "the attachment {} has {} bytes, more than {MAX_ATTACHMENT}",
+                    path.display(),
+                    bytes.len()
+                )));
+            }
+            attachments.insert(name.clone(), bytes);
+        }
+        let archive_name = self.archive.or_else(|| vm.archive.clone());
+        let archive = Arc::new(target::archive(session, archive_name.as_deref(), true)?);
+        let fleecing = vm
+            .fleecing
+            .clone()
+            .unwrap_or_else(|| session.state.join("fleecing"));
+        let places = Places {
+            archive,
+            vm_state: target::vm_state(session, &self.vm)?,
+            fleecing: target::folder(&fleecing)?,
+            cache: target::cache(session)?,
+        };
+        let request = Request {
+            vm_name: self.vm,
+            vm,
+            qmp,
+            provider_name,
+            provider,
+            component: component.into(),
+            namespace,
+            attachments,
+            full: self.full,
+        };
+        Ok((request, places))
+    }
+}
+
+/// It becomes a folder's name and part of each bitmap's name.
+fn check_vm_name(name: &str) -> Result<(), Failure> {
+    let plain = name
+        .bytes()
+        .all(|b| b.is_ascii_alphanumeric() || b"-_.".contains(&b));
+    if name.is_empty() || name.len() > 64 || !plain || name.starts_with('.') {
+        return Err(mistake(format!(
+            "'{}' cannot name a VM: use 1 to 64 letters, digits, '-', '_' and '.'",
+            name.escape_debug()
+        )));
+    }
+    Ok(())
+}
+
+fn settings(path: &Path) -> Result<toml::Table, Failure> {
+    let bytes = target::read(path, "provider's settings")?;
+    let text = String::from_utf8(bytes)
+        .map_err(|_| mistake(format!("the settings {} are no UTF-8 text", path.display())))?;
+    toml::from_str(&text).map_err(|error| {
+        mistake(format!(
+            "the settings {} are wrong: {}",
+            path.display(),
+            error.message()
+        ))
+    })
+}
+
+fn mistake(message: String) -> Failure {
+    Failure::Mistake(anyhow!(message))
+}
+
+fn tell(session: &Session, summary: &Summary, started: Instant) {
+    let manifest = &summary.manifest;
+    let took = started.elapsed();
+    if session.json {
+        let result = json!({
+            "backup": manifest.backup,
+            "vm": manifest.record.vm,
+            "seconds": took.as_secs_f64(),
+            "frozen_ms": summary.frozen.map(|frozen| frozen.as_millis()),
+            "snapshot_seconds": summary.snapshot.as_secs_f64(),
+            "fleecing_peak_bytes": summary.fleecing_peak,
+            "clean_up_left": summary.left,
+            "volumes": manifest.record.volumes,
+        });
+        println!("{result:#}");
+        return;
+    }
+    let covered: u64 = manifest
+        .record
+        .volumes
+        .iter()
+        .map(|volume| volume.dirty_bytes)
+        .sum();
+    for volume in &manifest.record.volumes {
+        eprintln!(
+            "{}: {} covered, {} of it zero, {} claimed and proven",
+            volume.name,
+            text::size(volume.dirty_bytes),
+            text::size(volume.zero_bytes),
+            text::size(volume.claimed_bytes)
+        );
+    }
+    eprintln!("committed in {}", text::pace(covered, took));
+    // The id alone on standard output, for scripts.
+    println!("{}", manifest.backup);
+}

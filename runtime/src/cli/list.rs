@@ -1,0 +1,87 @@
+//! `fleecebox list`.
+
+use super::{Failure, Session, target, text};
+use clap::Args;
+use serde_json::json;
+
+/// List the backups in an archive.
+#[derive(Debug, Args)]
+#[command(after_help = "Example:\n  fleecebox list --archive /srv/backups")]
+pub(super) struct List {
+    /// The archive, by name or folder
+    #[arg(long, value_name = "NAME|FOLDER")]
+    archive: Option<String>,
+    /// Only backups of this VM
+    #[arg(long, value_name = "NAME")]
+    vm: Option<String>,
+}
+
+impl List {
+    pub(super) fn run(self, session: &Session) -> Result<(), Failure> {
+        let archive = target::archive(session, self.archive.as_deref(), false)?;
+        let mut rows = Vec::new();
+        for name in archive.namespaces().map_err(target::failed)? {
+            let namespace = archive.namespace(&name).map_err(target::failed)?;
+            for id in namespace.backups().map_err(target::failed)? {
+                // One damaged manifest must not hide the others.
+                match namespace.manifest(id) {
+                    Ok(manifest) if self.vm.as_ref().is_none_or(|vm| *vm == manifest.record.vm) => {
+                        rows.push(manifest)
+                    }
+                    Ok(_) => {}
+                    Err(error) => eprintln!("warning: backup {id}: {error}"),
+                }
+            }
+        }
+        rows.sort_by_key(|manifest| manifest.backup);
+        if session.json {
+            let rows: Vec<_> = rows
+                .iter()
+                .map(|manifest| {
+                    json!({
+                        "backup": manifest.backup,
+                        "vm": manifest.record.vm,
+                        "namespace": manifest.namespace,
+                        "provider": manifest.record.provider.name,
+                        "created": manifest.record.created,
+                        "volumes": manifest.record.volumes.iter().map(|volume| json!({
+                            "name": volume.name, "size": volume.root.size(), "mode": volume.mode,
+                            "dirty_bytes": volume.dirty_bytes, "base": volume.base,
+                        })).collect::<Vec<_>>(),
+                    })
+                })
+                .collect();
+            println!("{:#}", json!(rows));
+            return Ok(());
+        }
+        println!("{:<34} {:<16} {:<14} VOLUMES", "BACKUP", "VM", "PROVIDER");
+        for manifest in rows {
+            let volumes: Vec<String> = manifest
+                .record
+                .volumes
+                .iter()
+                .map(|volume| {
+                    let kind = if volume.base.is_some() {
+                        "incremental"
+                    } else {
+                        "full"
+                    };
+                    format!(
+                        "{} ({kind}, {} of {})",
+                        volume.name,
+                        text::size(volume.dirty_bytes),
+                        text::size(volume.root.size())
+                    )
+                })
+                .collect();
+            println!(
+                "{:<34} {:<16} {:<14} {}",
+                manifest.backup,
+                manifest.record.vm,
+                manifest.record.provider.name,
+                volumes.join(", ")
+            );
+        }
+        Ok(())
+    }
+}

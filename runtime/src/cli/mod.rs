@@ -1,0 +1,173 @@
+//! The commands: one file each. This one parses arguments, cares for signals, and turns errors into exit statuses.
+
+mod backup;
+mod demo;
+mod inspect;
+mod list;
+mod progress;
+mod restore;
+mod show;
+mod target;
+mod text;
+mod verify;
+
+use crate::config::{self, Config, ConfigError};
+use clap::{Args, Parser, Subcommand};
+use std::path::PathBuf;
+use std::process::ExitCode;
+use tokio_util::sync::CancellationToken;
+
+/// Backs up running QEMU virtual machines through WebAssembly providers that nobody has to trust.
+#[derive(Debug, Parser)]
+#[command(
+    name = "fleecebox",
+    version,
+    propagate_version = true,
+    max_term_width = 100
+)]
+struct Cli {
+    #[command(flatten)]
+    common: Common,
+    #[command(subcommand)]
+    command: Command,
+}
+
+#[derive(Debug, Args)]
+struct Common {
+    /// Configuration [default: /etc/fleecebox.toml, where that exists]
+    #[arg(long, global = true, value_name = "FILE")]
+    config: Option<PathBuf>,
+    /// Folder for journals, locks and compiled components [default: /var/lib/fleecebox for root]
+    #[arg(long, global = true, value_name = "FOLDER")]
+    state: Option<PathBuf>,
+    /// Print the result as one JSON document on standard output
+    #[arg(long, global = true)]
+    json: bool,
+    /// Print only warnings and errors on standard error
+    #[arg(long, short, global = true)]
+    quiet: bool,
+}
+
+#[derive(Debug, Subcommand)]
+enum Command {
+    /// Back up the disks of a running VM
+    Backup(backup::Backup),
+    /// Write a backup's volumes to files or block devices
+    Restore(restore::Restore),
+    /// Read a backup completely and compare each block with its digest
+    Verify(verify::Verify),
+    /// List the backups in an archive
+    List(list::List),
+    /// Show one backup's manifest
+    Show(show::Show),
+    /// Look at providers
+    #[command(subcommand)]
+    Provider(Provider),
+    /// Show the main job on a real storage daemon with a disk that is written all the while
+    Demo(demo::Demo),
+}
+
+#[derive(Debug, Subcommand)]
+enum Provider {
+    /// Say what a component is, imports and needs, without running any of it
+    Inspect(inspect::Inspect),
+}
+
+/// How a command failed.
+#[derive(Debug)]
+enum Failure {
+    /// The user can mend it: exit status 2.
+    Mistake(anyhow::Error),
+    /// Exit status 1.
+    Failed(anyhow::Error),
+}
+
+/// What every command gets.
+#[derive(Debug)]
+struct Session {
+    config: Config,
+    state: PathBuf,
+    json: bool,
+    quiet: bool,
+    cancel: CancellationToken,
+}
+
+/// Runs the command line of this process.
+pub fn main() -> ExitCode {
+    let cli = Cli::parse();
+    let json = cli.common.json;
+    match run(cli) {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(failure) => {
+            let (error, status) = match failure {
+                Failure::Mistake(error) => (error, 2),
+                Failure::Failed(error) => (error, 1),
+            };
+            let line = text::one_line(&format!("{error:#}"));
+            eprintln!("fleecebox: {line}");
+            if json {
+                println!(
+                    "{}",
+                    serde_json::json!({ "error": line, "exit_status": status })
+                );
+            }
+            ExitCode::from(status)
+        }
+    }
+}
+
+fn run(cli: Cli) -> Result<(), Failure> {
+    let config = Config::load(cli.common.config.as_deref())?;
+    let state = cli
+        .common
+        .state
+        .or_else(|| config.state.clone())
+        .unwrap_or_else(config::state_folder);
+    let runtime = tokio::runtime::Builder::new_multi_thread()
+        .enable_all()
+        .build()
+        .map_err(|error| Failure::Failed(error.into()))?;
+    let cancel = CancellationToken::new();
+    let session = Session {
+        config,
+        state,
+        json: cli.common.json,
+        quiet: cli.common.quiet,
+        cancel: cancel.clone(),
+    };
+    runtime.block_on(async {
+        tokio::spawn(cancel_on_signals(cancel));
+        match cli.command {
+            Command::Backup(command) => command.run(&session).await,
+            Command::Restore(command) => command.run(&session).await,
+            Command::Verify(command) => command.run(&session).await,
+            Command::List(command) => command.run(&session),
+            Command::Show(command) => command.run(&session),
+            Command::Provider(Provider::Inspect(command)) => command.run(&session).await,
+            Command::Demo(command) => command.run(&session).await,
+        }
+    })
+}
+
+/// Each of these ends the job in order: QEMU is cleaned up before the process ends.
+async fn cancel_on_signals(cancel: CancellationToken) {
+    use tokio::signal::unix::{SignalKind, signal};
+    let kinds = [
+        SignalKind::interrupt(),
+        SignalKind::terminate(),
+        SignalKind::hangup(),
+        SignalKind::quit(),
+    ];
+    let Ok(mut signals) = kinds.into_iter().map(signal).collect::<Result<Vec<_>, _>>() else {
+        return;
+    };
+    let waits = signals.iter_mut().map(|signal| Box::pin(signal.recv()));
+    futures_util::future::select_all(waits).await;
+    cancel.cancel();
+}
+
+impl From<ConfigError> for Failure {
+    fn from(error: ConfigError) -> Self {
+        Self::Mistake(error.into())
+    }
+}

@@ -1,0 +1,157 @@
+//! From names and paths on the command line to open archives, folders and components. Ambient authority is used here
+//! and nowhere below.
+
+use super::{Failure, Session};
+use crate::archive::{self, Archive, BackupId, Manifest, Namespace};
+use crate::config::{self, Vm};
+use crate::sandbox::Cache;
+use anyhow::{Context, anyhow};
+use cap_std::ambient_authority;
+use cap_std::fs::{Dir, DirBuilder, DirBuilderExt};
+use std::io;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+
+/// Opens the archive `name`, which may be left out where the configuration has only one.
+pub(super) fn archive(
+    session: &Session,
+    name: Option<&str>,
+    make: bool,
+) -> Result<Archive, Failure> {
+    let name = match name {
+        Some(name) => name,
+        None => only(session.config.archive.keys(), "archive", "--archive")?,
+    };
+    let path = session.config.archive(name)?.path;
+    let dir = Dir::open_ambient_dir(&path, ambient_authority())
+        .with_context(|| {
+            format!(
+                "the archive {} cannot be opened (make the folder first)",
+                path.display()
+            )
+        })
+        .map_err(Failure::Mistake)?;
+    let shown = |error: archive::Error| {
+        Failure::Mistake(anyhow!("the archive {}: {error}", path.display()))
+    };
+    match Archive::open(
+        dir.try_clone()
+            .map_err(|error| Failure::Failed(error.into()))?,
+    ) {
+        Ok(archive) => Ok(archive),
+        Err(archive::Error::NotAnArchive) if make => Archive::create(dir).map_err(shown),
+        Err(error) => Err(shown(error)),
+    }
+}
+
+/// The one name there is, where none was given.
+fn only<'a>(
+    mut names: impl Iterator<Item = &'a String>,
+    kind: &str,
+    option: &str,
+) -> Result<&'a str, Failure> {
+    match (names.next(), names.next()) {
+        (Some(name), None) => Ok(name),
+        (None, _) => Err(Failure::Mistake(anyhow!(
+            "no {kind} is configured; name one with {option}"
+        ))),
+        (Some(_), Some(_)) => Err(Failure::Mistake(anyhow!(
+            "several {kind}s are configured; name one with {option}"
+        ))),
+    }
+}
+
+/// A committed backup and the part of the archive that holds it.
+pub(super) fn backup(
+    archive: &Archive,
+    id: &str,
+) -> Result<(Arc<Namespace>, Arc<Manifest>), Failure> {
+    let parsed: BackupId = id.parse().map_err(|_| {
+        Failure::Mistake(anyhow!(
+            "'{}' is no backup id; `fleecebox list` shows them",
+            id.escape_debug()
+        ))
+    })?;
+    for name in archive.namespaces().map_err(failed)? {
+        let namespace = archive.namespace(&name).map_err(failed)?;
+        match namespace.manifest(parsed) {
+            Ok(manifest) => return Ok((Arc::new(namespace), Arc::new(manifest))),
+            Err(archive::Error::NotFound { .. }) => {}
+            Err(error) => return Err(Failure::Failed(anyhow!("backup {parsed}: {error}"))),
+        }
+    }
+    Err(Failure::Mistake(anyhow!(
+        "the archive holds no backup {parsed}; `fleecebox list` shows what it holds"
+    )))
+}
+
+/// The VM `name` of the configuration, or an empty one to be filled from the command line.
+pub(super) fn vm(session: &Session, name: &str, on_command_line: bool) -> Result<Vm, Failure> {
+    match session.config.vm.get(name) {
+        Some(vm) => Ok(vm.clone()),
+        None if on_command_line => Ok(Vm::default()),
+        None => {
+            let remedy = "name one of the configuration, or give its monitor with --qmp";
+            Err(config::unknown("VM", name, session.config.vm.keys(), remedy).into())
+        }
+    }
+}
+
+/// Opens a folder, made with mode 0700 where it is not there, with its absolute path.
+pub(super) fn folder(path: &Path) -> Result<(Dir, PathBuf), Failure> {
+    let opened = || -> io::Result<(Dir, PathBuf)> {
+        let dir = match Dir::open_ambient_dir(path, ambient_authority()) {
+            Err(error) if error.kind() == io::ErrorKind::NotFound => {
+                make_private(path)?;
+                Dir::open_ambient_dir(path, ambient_authority())?
+            }
+            dir => dir?,
+        };
+        Ok((dir, std::fs::canonicalize(path)?))
+    };
+    opened()
+        .with_context(|| format!("the folder {} cannot be used", path.display()))
+        .map_err(Failure::Mistake)
+}
+
+fn make_private(path: &Path) -> io::Result<()> {
+    use std::os::unix::fs::DirBuilderExt;
+    std::fs::DirBuilder::new()
+        .recursive(true)
+        .mode(0o700)
+        .create(path)
+}
+
+/// The folder of one VM's journal and lock, named after the VM.
+pub(super) fn vm_state(session: &Session, vm: &str) -> Result<(Dir, PathBuf), Failure> {
+    folder(&session.state.join("vms").join(vm))
+}
+
+/// Compiled components.
+pub(super) fn cache(session: &Session) -> Result<Cache, Failure> {
+    let (dir, _) = folder(&session.state)?;
+    let mut private = DirBuilder::new();
+    private.mode(0o700);
+    match dir.create_dir_with("compiled", &private) {
+        Err(error) if error.kind() != io::ErrorKind::AlreadyExists => {
+            return Err(Failure::Failed(error.into()));
+        }
+        _ => {}
+    }
+    Ok(Cache::new(
+        dir.open_dir("compiled")
+            .map_err(|error| Failure::Failed(error.into()))?,
+    ))
+}
+
+/// Reads a file that the user named.
+pub(super) fn read(path: &Path, what: &str) -> Result<Vec<u8>, Failure> {
+    std::fs::read(path)
+        .with_context(|| format!("the {what} {} cannot be read", path.display()))
+        .map_err(Failure::Mistake)
+}
+
+/// For `map_err`: not the user's mistake.
+pub(super) fn failed(error: impl Into<anyhow::Error>) -> Failure {
+    Failure::Failed(error.into())
+}

@@ -1,0 +1,27 @@
+//! Text for people: sizes, durations, and strings from outside made harmless.
+
+use std::time::Duration;
+
+/// `text` on one line, with control characters escaped: it may hold what a guest or a provider said.
+pub(super) fn one_line(text: &str) -> String {
+    text.chars()
+        .flat_map(|c| {
+            if c.is_control() {
+                c.escape_default().collect::<Vec<_>>()
+            } else {
+                vec![c]
+            }
+        })
+        .collect()
+}
+
+/// A number of bytes, such as `1.5 GiB`.
+pub(super) fn size(bytes: u64) -> String {
+    indicatif::BinaryBytes(bytes).to_string()
+}
+
+/// How long something took and how fast it was, such as `2.1 s, 487.1 MiB/s`.
+pub(super) fn pace(bytes: u64, took: Duration) -> String {
+    let rate = bytes as f64 / took.as_secs_f64().max(0.001);
+    format!("{:.1} s, {}/s", took.as_secs_f64(), size(rate as u64))
+}

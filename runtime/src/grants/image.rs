@@ -1,0 +1,186 @@
+//! An opened `restore.image`: the claimed ranges of one volume of one backup, asked of the provider that wrote them.
+//!
+//! What it gives back is a claim like any other; whoever reads here compares it with the digests.
+
+use super::provider_log::ProviderLog;
+use super::{MAX_READ, provider_log};
+use crate::archive::{self, ObjectName, StoredObjects};
+use crate::channel::{Answer, Call, ErrorCode, Failure, ImageRead, OpenImage, Order, Outcome};
+use crate::extent::Extent;
+use crate::job::Events;
+use crate::policy::Limits;
+use crate::sandbox::{self, Compiled, Process, Program};
+use std::sync::Arc;
+use std::time::Duration;
+use tokio::task::spawn_blocking;
+use tokio::time::timeout;
+
+/// Longest time for one call of `image`, waits included: one that gives nothing back for this long gives back nothing.
+const CALL_TIME: Duration = Duration::from_secs(300);
+
+/// Why an image does not give back its bytes.
+#[derive(Debug, thiserror::Error)]
+pub enum ImageError {
+    /// The sandbox process died or broke the protocol.
+    #[error("its sandbox: {0}")]
+    Sandbox(#[from] sandbox::Error),
+    /// The provider's code trapped or passed a limit.
+    #[error("it {0}")]
+    Guest(Failure),
+    /// The provider returned an error.
+    #[error("it answered with the error '{0}'")]
+    Answered(ErrorCode),
+    /// It gave back more or fewer bytes.
+    #[error("it gave back {actual} bytes instead of {expected}")]
+    Length {
+        /// As many as were asked for.
+        expected: u64,
+        /// As many as came.
+        actual: u32,
+    },
+    /// It answered something that its order does not end with.
+    #[error("its sandbox broke the protocol: it answered with something else")]
+    Protocol,
+    /// It took too long.
+    #[error("it did not answer within {} s", CALL_TIME.as_secs())]
+    TimedOut,
+}
+
+/// One opened image, in a sandbox process of its own.
+pub struct Image {
+    process: Process,
+    objects: Arc<StoredObjects>,
+    log: ProviderLog,
+}
+
+impl Image {
+    /// Starts the provider and opens its image.
+    pub async fn open(
+        order: OpenImage,
+        compiled: &Compiled,
+        objects: StoredObjects,
+        limits: &Limits,
+        volume: &str,
+        events: &Events,
+    ) -> Result<Self, ImageError> {
+        let process =
+            Process::start(&Program::this(), &Order::OpenImage(order), &compiled.file).await?;
+        let log = ProviderLog::new(volume, events.clone(), limits.log_bytes);
+        let mut image = Self {
+            process,
+            objects: Arc::new(objects),
+            log,
+        };
+        match image.outcome().await? {
+            Outcome::Opened => Ok(image),
+            other => Err(unexpected(other)),
+        }
+    }
+
+    /// The bytes of `extent`, at most [`MAX_READ`] of them; exactly as many.
+    pub async fn read(&mut self, extent: Extent) -> Result<Vec<u8>, ImageError> {
+        debug_assert!(extent.len() <= MAX_READ.into());
+        let read = ImageRead {
+            offset: extent.start(),
+            length: extent.len() as u32,
+        };
+        self.process.read_image(read).await?;
+        match self.outcome().await? {
+            Outcome::Bytes { length } if u64::from(length) == extent.len() => {
+                Ok(self.process.take_payload(length)?)
+            }
+            Outcome::Bytes { length } => Err(ImageError::Length {
+                expected: extent.len(),
+                actual: length,
+            }),
+            other => Err(unexpected(other)),
+        }
+    }
+
+    /// Ends the sandbox process.
+    pub async fn close(self) {
+        self.process.kill().await;
+    }
+
+    /// Answers calls until the order is done.
+    async fn outcome(&mut self) -> Result<Outcome, ImageError> {
+        let serve = async {
+            loop {
+                let answer = match self.process.next().await? {
+                    Call::Done(outcome) => return Ok(outcome),
+                    Call::ObjectSize { name } => self.size(name).await,
+                    Call::ObjectRead {
+                        name,
+                        offset,
+                        length,
+                    } => match self.read_object(name, offset, length).await {
+                        Ok(bytes) => Answer::Bytes {
+                            length: self.process.give_payload(&bytes)?,
+                        },
+                        Err(code) => Answer::Error(code),
+                    },
+                    Call::Attachment { .. } => Answer::Nothing,
+                    Call::Log { level, message } => {
+                        self.log.line(level, &message);
+                        Answer::Unit
+                    }
+                    // No volume and no archive in this order.
+                    _ => Answer::Error(ErrorCode::NotFound),
+                };
+                self.process.answer(&answer).await?;
+            }
+        };
+        timeout(CALL_TIME, serve)
+            .await
+            .unwrap_or(Err(ImageError::TimedOut))
+    }
+
+    async fn size(&self, name: String) -> Answer {
+        match name.parse::<ObjectName>() {
+            Ok(name) => match self.objects.size(&name) {
+                Ok(size) => Answer::Size(size),
+                Err(error) => Answer::Error(code(&error)),
+            },
+            Err(_) => Answer::Error(ErrorCode::InvalidName),
+        }
+    }
+
+    async fn read_object(
+        &self,
+        name: String,
+        offset: u64,
+        length: u32,
+    ) -> Result<Vec<u8>, ErrorCode> {
+        if length > MAX_READ {
+            return Err(ErrorCode::TooLarge);
+        }
+        let name: ObjectName = name.parse().map_err(|_| ErrorCode::InvalidName)?;
+        let objects = Arc::clone(&self.objects);
+        let read = spawn_blocking(move || objects.read(&name, offset, length)).await;
+        match read {
+            Ok(Ok(bytes)) => Ok(bytes),
+            Ok(Err(error)) => Err(code(&error)),
+            Err(_) => Err(ErrorCode::Io),
+        }
+    }
+}
+
+fn code(error: &archive::Error) -> ErrorCode {
+    match error {
+        archive::Error::NotFound { .. } => ErrorCode::NotFound,
+        archive::Error::OutOfRange { .. } => ErrorCode::OutOfRange,
+        archive::Error::TooLarge { .. } => ErrorCode::TooLarge,
+        _ => ErrorCode::Io,
+    }
+}
+
+fn unexpected(outcome: Outcome) -> ImageError {
+    match outcome {
+        Outcome::GuestError(ErrorCode::Other(Some(text))) => {
+            ImageError::Answered(ErrorCode::Other(Some(provider_log::harmless(&text))))
+        }
+        Outcome::GuestError(code) => ImageError::Answered(code),
+        Outcome::Failed(failure) => ImageError::Guest(failure),
+        _ => ImageError::Protocol,
+    }
+}

@@ -1,0 +1,467 @@
+//! One run of a provider on one volume: answers its calls until it returns, then looks at what it covered.
+
+use super::account::Account;
+use super::provider_log::ProviderLog;
+use super::put;
+use super::stream::{Failed, Stream};
+use super::target::{HostFailure, Target};
+use super::{MAX_ATTACHMENT, MAX_PUT, MAX_READ, MAX_REGIONS, MAX_STREAMS, MAX_WRITE};
+use crate::archive::{self, ObjectName};
+use crate::channel::{Answer, Call, Encoding, ErrorCode, Failure, Outcome, RawRange, World};
+use crate::digest;
+use crate::extent::Extent;
+use crate::policy::Limits;
+use crate::sandbox::{self, Process};
+use crate::volume::coverage::{Cover, CoverageError};
+use crate::volume::discard;
+use crate::volume::plan::Cursor;
+use crate::volume::read_ahead::ReadAhead;
+use crate::volume::reader::PIECE;
+use std::collections::BTreeMap;
+use std::sync::Arc;
+use tokio_util::sync::CancellationToken;
+
+/// What a run may use.
+#[derive(Debug)]
+pub struct Terms {
+    /// The component's world.
+    pub world: World,
+    /// Whether `reader` is granted.
+    pub reader: bool,
+    /// Whether `discarder` is granted.
+    pub discarder: bool,
+    /// The provider's limits.
+    pub limits: Limits,
+    /// `job.context.attachment`.
+    pub attachments: Arc<BTreeMap<String, Vec<u8>>>,
+}
+
+/// Why a run did not back its volume up.
+#[derive(Debug, thiserror::Error)]
+pub enum RunError {
+    /// The host failed at what the provider rightly asked for.
+    #[error(transparent)]
+    Host(#[from] HostFailure),
+    /// The sandbox process died or broke the protocol.
+    #[error("the provider's sandbox: {0}")]
+    Sandbox(#[from] sandbox::Error),
+    /// The provider's code trapped or passed a limit.
+    #[error("the provider failed: {0}")]
+    Guest(Failure),
+    /// The provider returned an error.
+    #[error("the provider gave up: {0}")]
+    GaveUp(ErrorCode),
+    /// The provider returned something that its order does not end with.
+    #[error("the provider's sandbox broke the protocol: it ended its run with something else")]
+    Protocol,
+    /// `wall-seconds` passed.
+    #[error(
+        "the provider was stopped: it ran for longer than its limit of {seconds} s (wall-seconds)"
+    )]
+    WallTime {
+        /// The limit.
+        seconds: u64,
+    },
+    /// The receipt is longer than `receipt-bytes`.
+    #[error(
+        "the provider's receipt has {actual} bytes, more than its limit of {limit} (receipt-bytes)"
+    )]
+    Receipt {
+        /// In bytes.
+        limit: u32,
+        /// In bytes.
+        actual: usize,
+    },
+    /// It returned success without having covered everything.
+    #[error(
+        "the provider says it succeeded, but {bytes} bytes are in no finished object, the first at {first}"
+    )]
+    Uncovered {
+        /// Sum of the uncovered ranges.
+        bytes: u64,
+        /// The first of them.
+        first: Extent,
+    },
+    /// The job was cancelled.
+    #[error("cancelled")]
+    Cancelled,
+}
+
+/// Serves `process` until it is done or has to be stopped; returns its receipt. Whatever happens, no task of the run is left when this
+/// returns, and the process is gone.
+pub async fn run(
+    mut process: Process,
+    target: Arc<Target>,
+    terms: Terms,
+    cancel: &CancellationToken,
+) -> Result<Vec<u8>, RunError> {
+    let wall = terms.limits.wall();
+    let seconds = terms.limits.wall_seconds;
+    let mut run = Run::new(Arc::clone(&target), terms);
+    let ended = tokio::select! {
+        ended = tokio::time::timeout(wall, run.serve(&mut process)) => {
+            ended.unwrap_or(Err(RunError::WallTime { seconds }))
+        }
+        () = cancel.cancelled() => Err(RunError::Cancelled),
+    };
+    process.kill().await;
+    run.settle().await;
+    if let Some(failure) = target.take_failure() {
+        return Err(failure.into());
+    }
+    let receipt = ended?;
+    let uncovered = target.books().uncovered(&target.frozen.plan);
+    match uncovered.iter().next() {
+        Some(first) => Err(RunError::Uncovered {
+            bytes: uncovered.bytes(),
+            first,
+        }),
+        None => Ok(receipt),
+    }
+}
+
+struct Run {
+    target: Arc<Target>,
+    terms: Terms,
+    account: Account,
+    log: ProviderLog,
+    cursor: Cursor,
+    read_ahead: ReadAhead,
+    streams: BTreeMap<u32, Stream>,
+    next_stream: u32,
+    buffer: Vec<u8>,
+}
+
+impl Run {
+    fn new(target: Arc<Target>, terms: Terms) -> Self {
+        Self {
+            account: Account::new(terms.limits.clone()),
+            log: ProviderLog::new(
+                &target.volume,
+                target.events.clone(),
+                terms.limits.log_bytes,
+            ),
+            cursor: Cursor::default(),
+            read_ahead: ReadAhead::new(Arc::clone(&target.frozen)),
+            streams: BTreeMap::new(),
+            next_stream: 0,
+            buffer: Vec::new(),
+            target,
+            terms,
+        }
+    }
+
+    async fn serve(&mut self, process: &mut Process) -> Result<Vec<u8>, RunError> {
+        loop {
+            let call = match process.next().await? {
+                Call::Done(Outcome::Receipt(receipt)) => return self.check_receipt(receipt),
+                Call::Done(Outcome::GuestError(code)) => return Err(RunError::GaveUp(code)),
+                Call::Done(Outcome::Failed(failure)) => return Err(RunError::Guest(failure)),
+                Call::Done(_) => return Err(RunError::Protocol),
+                call => call,
+            };
+            let answer = match self.answer(call, process).await? {
+                Ok(answer) => answer,
+                Err(code) => Answer::Error(code),
+            };
+            process.answer(&answer).await?;
+        }
+    }
+
+    fn check_receipt(&self, receipt: Vec<u8>) -> Result<Vec<u8>, RunError> {
+        let limit = self.terms.limits.receipt_bytes;
+        if receipt.len() > limit as usize {
+            return Err(RunError::Receipt {
+                limit,
+                actual: receipt.len(),
+            });
+        }
+        Ok(receipt)
+    }
+
+    /// The outer error ends the run; the inner one is for the provider.
+    async fn answer(
+        &mut self,
+        call: Call,
+        process: &mut Process,
+    ) -> Result<Result<Answer, ErrorCode>, RunError> {
+        Ok(match call {
+            Call::NextRegions { limit } => Ok(self.next_regions(limit)),
+            Call::Discard(range) => self.discard(range).await,
+            Call::Read { offset, length } => match self.read(offset, length).await {
+                Ok(()) => Ok(Answer::Bytes {
+                    length: process.give_payload(&self.buffer)?,
+                }),
+                Err(code) => Err(code),
+            },
+            Call::Put(range, encoding) => self.put(range, encoding).await,
+            Call::Create { name, encoding } => self.create(&name, encoding).await,
+            Call::Write { stream, length } => {
+                if length > MAX_WRITE {
+                    return Ok(Err(ErrorCode::TooLarge));
+                }
+                self.write(stream, process.take_payload(length)?).await
+            }
+            Call::Splice { stream, range } => self.splice(stream, range).await,
+            Call::Claim { stream, range } => self.claim(stream, range).await,
+            Call::Finish { stream } => self.finish(stream).await,
+            Call::DropStream { stream } => self.drop_stream(stream).await,
+            Call::Attachment { name } => match self.terms.attachments.get(&name) {
+                Some(bytes) => {
+                    debug_assert!(bytes.len() <= MAX_ATTACHMENT);
+                    Ok(Answer::Bytes {
+                        length: process.give_payload(bytes)?,
+                    })
+                }
+                None => Ok(Answer::Nothing),
+            },
+            Call::Log { level, message } => {
+                self.log.line(level, &message);
+                Ok(Answer::Unit)
+            }
+            // `stored` is not of this world's run.
+            Call::ObjectSize { .. } | Call::ObjectRead { .. } => Err(ErrorCode::NotFound),
+            Call::Done(_) => return Err(RunError::Protocol),
+        })
+    }
+
+    fn next_regions(&mut self, limit: u32) -> Answer {
+        let regions = self
+            .cursor
+            .next(&self.target.frozen.plan, limit.min(MAX_REGIONS) as usize);
+        Answer::Regions(
+            regions
+                .into_iter()
+                .map(|region| (region.extent.start(), region.extent.len(), region.zero))
+                .collect(),
+        )
+    }
+
+    async fn discard(&mut self, range: RawRange) -> Result<Answer, ErrorCode> {
+        if !self.terms.discarder {
+            return Err(ErrorCode::NotFound);
+        }
+        let extent = self.whole_blocks(range)?;
+        self.target
+            .books()
+            .begin_discard(&self.target.frozen.plan, extent)
+            .map_err(refused)?;
+        discard::trim(&self.target.frozen, self.target.canary, extent)
+            .await
+            .map_err(|error| self.failed(error.into()))?;
+        Ok(Answer::Unit)
+    }
+
+    async fn read(&mut self, offset: u64, length: u32) -> Result<(), ErrorCode> {
+        if !self.terms.reader || self.terms.world == World::BlindProvider {
+            return Err(ErrorCode::NotFound);
+        }
+        if length > MAX_READ {
+            return Err(ErrorCode::TooLarge);
+        }
+        let plan = &self.target.frozen.plan;
+        let extent = Extent::new(offset, length.into())
+            .ok()
+            .filter(|extent| extent.end() <= plan.size())
+            .ok_or(ErrorCode::OutOfRange)?;
+        if !plan.dirty().contains(extent) {
+            return Err(ErrorCode::NotDirty);
+        }
+        if self.target.books().is_discarded(extent) {
+            return Err(ErrorCode::Discarded);
+        }
+        self.account.read(extent.len())?;
+        self.buffer.clear();
+        let read = self.read_ahead.read(extent, &mut self.buffer).await;
+        read.map_err(|error| self.failed(error.into()))
+    }
+
+    async fn put(&mut self, range: RawRange, encoding: Encoding) -> Result<Answer, ErrorCode> {
+        self.check_host()?;
+        if range.length > MAX_PUT {
+            return Err(ErrorCode::TooLarge);
+        }
+        let extent = self.whole_blocks(range)?;
+        self.account.output(extent.len())?;
+        self.target
+            .books()
+            .begin(&self.target.frozen.plan, Cover::Put, extent)
+            .map_err(refused)?;
+        put::start(&self.target, extent, encoding).await;
+        Ok(Answer::Unit)
+    }
+
+    async fn create(&mut self, name: &str, encoding: Encoding) -> Result<Answer, ErrorCode> {
+        self.check_host()?;
+        let name: ObjectName = name.parse().map_err(|_| ErrorCode::InvalidName)?;
+        if self.streams.len() >= MAX_STREAMS {
+            return Err(ErrorCode::QuotaExceeded(crate::channel::Quota::Objects));
+        }
+        self.account.object()?;
+        let created = self
+            .target
+            .encode(move |target| match target.archive.create(&name, encoding) {
+                Ok(writer) => Ok(Some(writer)),
+                Err(archive::Error::Exists { .. }) => Ok(None),
+                Err(error) => Err(error.into()),
+            })
+            .await;
+        match created {
+            Ok(Some(writer)) => {
+                let number = self.next_stream;
+                self.next_stream += 1;
+                self.streams
+                    .insert(number, Stream::start(Arc::clone(&self.target), writer));
+                Ok(Answer::Stream(number))
+            }
+            Ok(None) => Err(ErrorCode::Exists),
+            Err(failure) => Err(self.failed(failure)),
+        }
+    }
+
+    async fn write(&mut self, stream: u32, bytes: Vec<u8>) -> Result<Answer, ErrorCode> {
+        self.check_host()?;
+        let stream = self.streams.get(&stream).ok_or(ErrorCode::NotFound)?;
+        self.account.output(bytes.len() as u64)?;
+        if !bytes.is_empty() {
+            stream.write(bytes).await.map_err(io)?;
+        }
+        Ok(Answer::Unit)
+    }
+
+    async fn splice(&mut self, number: u32, range: RawRange) -> Result<Answer, ErrorCode> {
+        self.check_host()?;
+        let extent = self.whole_blocks(range)?;
+        let stream = self.streams.get(&number).ok_or(ErrorCode::NotFound)?;
+        self.account.output(extent.len())?;
+        let cover = Cover::Stream(number);
+        self.target
+            .books()
+            .begin(&self.target.frozen.plan, cover, extent)
+            .map_err(refused)?;
+        stream.splice(extent).await.map_err(io)?;
+        Ok(Answer::Unit)
+    }
+
+    async fn claim(&mut self, number: u32, range: RawRange) -> Result<Answer, ErrorCode> {
+        self.check_host()?;
+        if self.terms.world == World::BlindProvider {
+            return Err(ErrorCode::Other(Some(
+                "a blind provider cannot claim: it exports no restore".into(),
+            )));
+        }
+        let extent = self.whole_blocks(range)?;
+        if !self.streams.contains_key(&number) {
+            return Err(ErrorCode::NotFound);
+        }
+        self.target
+            .books()
+            .begin_claim(&self.target.frozen.plan, number, extent)
+            .map_err(refused)?;
+        for piece in extent.pieces(PIECE) {
+            self.enter_claim(piece).await?;
+            self.target.advance(piece);
+        }
+        Ok(Answer::Unit)
+    }
+
+    /// Enters the digests of claimed blocks as of the point in time: from what the provider read, else read anew.
+    async fn enter_claim(&mut self, piece: Extent) -> Result<(), ErrorCode> {
+        let block = u64::from(self.target.frozen.plan.block());
+        for part in piece.pieces(block) {
+            if self.target.frozen.plan.zero().contains(part) {
+                continue;
+            }
+            let index = part.start() / block;
+            let digest = match self.read_ahead.take_digest(index) {
+                Some(digest) => digest,
+                None => {
+                    self.account.read(part.len())?;
+                    let held = self
+                        .target
+                        .frozen
+                        .bytes(part)
+                        .await
+                        .map_err(|error| self.failed(error.into()))?;
+                    digest::Digest::of(&held.bytes)
+                }
+            };
+            self.target
+                .claim(index, digest)
+                .map_err(|failure| self.failed(failure))?;
+        }
+        Ok(())
+    }
+
+    async fn finish(&mut self, number: u32) -> Result<Answer, ErrorCode> {
+        let stream = self.streams.remove(&number).ok_or(ErrorCode::NotFound)?;
+        let info = match stream.finish().await {
+            Ok(info) => info,
+            Err(Failed) => {
+                self.target.books().drop_stream(number);
+                return Err(ErrorCode::Io);
+            }
+        };
+        let done = self.target.books().finish_stream(number);
+        for extent in done.iter() {
+            self.target
+                .finished(extent)
+                .await
+                .map_err(|failure| self.failed(failure))?;
+        }
+        Ok(Answer::Size(info.size))
+    }
+
+    async fn drop_stream(&mut self, number: u32) -> Result<Answer, ErrorCode> {
+        if let Some(stream) = self.streams.remove(&number) {
+            stream.discard().await;
+            self.target.books().drop_stream(number);
+        }
+        Ok(Answer::Unit)
+    }
+
+    /// Waits for everything that is under way; streams that were not finished are gone.
+    async fn settle(mut self) {
+        for (number, stream) in std::mem::take(&mut self.streams) {
+            stream.discard().await;
+            self.target.books().drop_stream(number);
+        }
+        self.target.tasks.close();
+        self.target.tasks.wait().await;
+    }
+
+    fn whole_blocks(&self, range: RawRange) -> Result<Extent, ErrorCode> {
+        self.target
+            .frozen
+            .plan
+            .whole_blocks(range.offset, range.length)
+            .ok_or(ErrorCode::OutOfRange)
+    }
+
+    /// A failure of an earlier call shows in a later one.
+    fn check_host(&self) -> Result<(), ErrorCode> {
+        if self.target.has_failed() {
+            Err(ErrorCode::Io)
+        } else {
+            Ok(())
+        }
+    }
+
+    fn failed(&self, failure: HostFailure) -> ErrorCode {
+        self.target.fail(failure);
+        ErrorCode::Io
+    }
+}
+
+fn io(_: Failed) -> ErrorCode {
+    ErrorCode::Io
+}
+
+fn refused(error: CoverageError) -> ErrorCode {
+    match error {
+        CoverageError::NotDirty(_) | CoverageError::Covered(_) => ErrorCode::NotDirty,
+        CoverageError::Unfinished(_) => {
+            ErrorCode::Other(Some("the backup of the range is not finished".into()))
+        }
+    }
+}

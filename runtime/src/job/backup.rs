@@ -1,0 +1,650 @@
+//! One backup of one VM, from the first look at it to the last thing removed.
+//!
+//! point in time → run each volume → the snapshot was intact → QEMU's part taken down → prove → commit → bitmaps.
+//!
+//! The snapshot is taken down as soon as its last byte has been read, before anything is proven or made durable: until
+//! then each of the guest's writes pays for it. Whatever fails, on every way out: QEMU's part is taken down first, then
+//! tracking becomes what it was, then what was stored is removed.
+
+use super::base::{self, Choice, ChoiceError, Owner};
+use super::component::{Component, ComponentError};
+use super::event::{Event, Events};
+use super::fleecing::{Fleecing, FleecingError, NearlyFull};
+use super::journal::{Journal, JournalError, Record, Step};
+use super::prove::{self, ProofError};
+use super::recover::{self, RecoverError};
+use super::volume_run::{self, Covered, VolumeError};
+use crate::archive::{
+    self, Archive, BackupId, BackupRecord, BackupWriter, ComponentId, DiskRecord, Manifest,
+    Namespace, NamespaceName, Proof, ProviderRecord, VolumeRecord,
+};
+use crate::config::{Provider, Vm};
+use crate::qemu::bitmap::{self, Tracking};
+use crate::qemu::removal::RemovalError;
+use crate::qemu::snapshot::{Broken, NbdServer, Request as PointRequest};
+use crate::qemu::{
+    self, Agent, JobId, MachineError, Monitor, MonitorError, Plan, PointInTime, Schema,
+    SnapshotError, Watchdog, machine,
+};
+use crate::sandbox::Cache;
+use bytes::Bytes;
+use cap_std::fs::Dir;
+use std::collections::BTreeMap;
+use std::io;
+use std::path::PathBuf;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+use time::OffsetDateTime;
+use tokio::sync::Semaphore;
+use tokio_util::sync::CancellationToken;
+
+/// Unit of digests and of dirty tracking, in bytes: QEMU's copy-before-write cluster, so that an incremental reads no
+/// more than changed.
+pub const BLOCK_SIZE: u32 = 64 << 10;
+
+/// What to back up, with what, to where. Every path was opened by the caller.
+#[derive(Debug)]
+pub struct Request {
+    /// The VM's name: part of its bitmaps' names and of the manifest.
+    pub vm_name: String,
+    /// Its sockets and disks.
+    pub vm: Vm,
+    /// QEMU's QMP socket.
+    pub qmp: PathBuf,
+    /// The provider's name.
+    pub provider_name: String,
+    /// Its settings, limits and grants.
+    pub provider: Provider,
+    /// The component's bytes.
+    pub component: Bytes,
+    /// The provider's part of the archive.
+    pub namespace: NamespaceName,
+    /// Handed to the provider.
+    pub attachments: BTreeMap<String, Vec<u8>>,
+    /// Read every disk in full.
+    pub full: bool,
+}
+
+/// The places that a job works in.
+pub struct Places {
+    /// The archive.
+    pub archive: Arc<Archive>,
+    /// The VM's folder in the state folder, and its path for errors.
+    pub vm_state: (Dir, PathBuf),
+    /// Where fleecing images go, and its absolute path for QEMU.
+    pub fleecing: (Dir, PathBuf),
+    /// Compiled components.
+    pub cache: Cache,
+}
+
+/// What a backup came to.
+#[derive(Debug)]
+pub struct Summary {
+    /// The committed manifest.
+    pub manifest: Manifest,
+    /// From the first freeze command to the last thaw's answer, where the guest was frozen.
+    pub frozen: Option<Duration>,
+    /// From the point in time to the end of the snapshot.
+    pub snapshot: Duration,
+    /// Most bytes that the fleecing images took up.
+    pub fleecing_peak: u64,
+    /// Clean-up that failed although the backup is committed. The next run does it.
+    pub left: Vec<String>,
+}
+
+/// Why there is no backup.
+#[derive(Debug, thiserror::Error)]
+pub enum BackupError {
+    /// The component cannot be used.
+    #[error("provider {name}: {source}")]
+    Component {
+        /// The provider's name.
+        name: String,
+        /// Why.
+        source: ComponentError,
+    },
+    /// The monitor cannot be reached or used.
+    #[error(transparent)]
+    Monitor(#[from] MonitorError),
+    /// The agent cannot be reached.
+    #[error("the guest agent: {0}")]
+    Agent(#[from] qemu::AgentError),
+    /// The watchdog cannot be started.
+    #[error("the watchdog: {0}")]
+    Watchdog(#[from] qemu::WatchdogError),
+    /// The disks are not there or cannot be backed up.
+    #[error(transparent)]
+    Machine(#[from] MachineError),
+    /// What an earlier run left could not be cleaned up.
+    #[error(transparent)]
+    Recover(#[from] RecoverError),
+    /// No base can be chosen.
+    #[error(transparent)]
+    Choice(#[from] ChoiceError),
+    /// The journal cannot be kept, or another job runs.
+    #[error(transparent)]
+    Journal(#[from] JournalError),
+    /// There are no fleecing images.
+    #[error(transparent)]
+    Fleecing(#[from] FleecingError),
+    /// There is no point in time.
+    #[error(transparent)]
+    Snapshot(#[from] SnapshotError),
+    /// A volume was not backed up.
+    #[error("volume {volume}: {source}")]
+    Volume {
+        /// Its name.
+        volume: String,
+        /// Why.
+        source: VolumeError,
+    },
+    /// The guest needs the fleecing folder's last room.
+    #[error(transparent)]
+    NearlyFull(#[from] NearlyFull),
+    /// The snapshot did not hold to the end.
+    #[error("{0}; nothing read from it can be trusted")]
+    Broken(#[from] Broken),
+    /// What QEMU kept in the fleecing images may have been lost.
+    #[error("the storage below the fleecing folder failed: {0}")]
+    FleecingLost(io::Error),
+    /// What the provider claims cannot be read back.
+    #[error("volume {volume}: {source}")]
+    Proof {
+        /// Its name.
+        volume: String,
+        /// Why.
+        source: ProofError,
+    },
+    /// The archive failed.
+    #[error("the archive: {0}")]
+    Archive(#[from] archive::Error),
+    /// A task of the job died.
+    #[error("a task of the job died: {0}")]
+    Task(#[source] tokio::task::JoinError),
+    /// The system gives no random bytes.
+    #[error("no random bytes: {0}")]
+    Random(#[from] getrandom::Error),
+    /// A signal asked for the end.
+    #[error("cancelled; the VM and the archive are as they were before")]
+    Cancelled,
+}
+
+impl BackupError {
+    /// Whether the user can mend it: exit status 2.
+    pub fn is_mistake(&self) -> bool {
+        match self {
+            Self::Component { source, .. } => source.is_refusal(),
+            Self::Monitor(error) => error.is_no_monitor(),
+            Self::Machine(error) => !matches!(error, MachineError::Monitor(_)),
+            Self::Choice(ChoiceError::Name(_))
+            | Self::Fleecing(FleecingError::TooSmall { .. } | FleecingError::PathTooLong { .. }) => {
+                true
+            }
+            _ => false,
+        }
+    }
+}
+
+/// Makes one backup.
+pub async fn backup(
+    request: Request,
+    places: Places,
+    events: &Events,
+    cancel: &CancellationToken,
+) -> Result<Summary, BackupError> {
+    let refused = |source| BackupError::Component {
+        name: request.provider_name.clone(),
+        source,
+    };
+    let component = Component::load(request.component.clone(), &places.cache)
+        .await
+        .map_err(refused)?;
+    let namespace = Arc::new(places.archive.create_namespace(&request.namespace)?);
+    let owner = Owner {
+        archive: places.archive.id(),
+        namespace: request.namespace.clone(),
+        vm: request.vm_name.clone(),
+    };
+    let monitor = Monitor::connect(&request.qmp).await?;
+    let mut journal = Journal::open(places.vm_state.0, places.vm_state.1)?;
+    let fleecing_folder = &places.fleecing.0;
+    recover::recover(
+        &monitor,
+        &mut journal,
+        &namespace,
+        &owner,
+        fleecing_folder,
+        events,
+    )
+    .await?;
+
+    let choice = match &request.vm.disks[..] {
+        [] => machine::Choice::All,
+        names => machine::Choice::Named(names.to_vec()),
+    };
+    let found = machine::disks(&monitor, &choice).await?;
+    for skipped in &found.skipped {
+        events.note(format!("{} is skipped: {}", skipped.name, skipped.reason));
+    }
+    let id = BackupId::random(OffsetDateTime::now_utc())?;
+    let mut disks = Vec::new();
+    for disk in found.disks {
+        let mut known = BTreeMap::new();
+        let choice = base::choose(&owner, &disk, id, BLOCK_SIZE, |id| {
+            if let Some(known) = known.get(&id) {
+                return Ok(Option::clone(known));
+            }
+            let found = recover::committed(&namespace, id)?;
+            known.insert(id, found.clone());
+            Ok(found)
+        })?;
+        let choice = if request.full {
+            choice
+                .in_full(&owner, &disk, id)
+                .map_err(ChoiceError::from)?
+        } else {
+            choice
+        };
+        tell_choice(events, &disk, &choice);
+        disks.push((disk, choice));
+    }
+
+    let job = JobId::random()?;
+    let name = format!("fbx-{job}");
+    journal.write(Record {
+        job: job.to_string(),
+        archive: places.archive.id().to_string(),
+        namespace: request.namespace.to_string(),
+        backup: id.to_string(),
+        step: Step::Preparing,
+        fleecing: name.clone(),
+        nbd_server: request.vm.nbd.is_none(),
+    })?;
+    let sizes: Vec<u64> = disks.iter().map(|(disk, _)| disk.size).collect();
+    let prepared = Fleecing::create(
+        fleecing_folder
+            .try_clone()
+            .map_err(BackupError::FleecingLost)?,
+        &places.fleecing.1,
+        &name,
+        &sizes,
+    );
+    let fleecing = match prepared {
+        Ok(fleecing) => fleecing,
+        Err(error) => {
+            journal.clear()?;
+            return Err(error.into());
+        }
+    };
+    let writer = match namespace.begin(id) {
+        Ok(writer) => Some(Arc::new(writer)),
+        Err(error) => {
+            let _ = fleecing.remove();
+            journal.clear()?;
+            return Err(error.into());
+        }
+    };
+    Backup {
+        request: &request,
+        namespace,
+        component,
+        monitor,
+        journal,
+        fleecing,
+        writer,
+        id,
+        job,
+        disks,
+        events,
+        cancel,
+    }
+    .make()
+    .await
+}
+
+fn tell_choice(events: &Events, disk: &qemu::Disk, choice: &Choice) {
+    let what = match (&choice.base, &choice.reason) {
+        (Some(base), _) => format!("incremental since {}", base.manifest.backup),
+        (None, Some(reason)) => format!("read in full: {reason}"),
+        (None, None) => "read in full: it has no bitmap of this archive yet".into(),
+    };
+    events.note(format!(
+        "{} ({}, {} bytes): {what}",
+        disk.name, disk.format, disk.size
+    ));
+}
+
+/// A backup under way.
+struct Backup<'a> {
+    request: &'a Request,
+    namespace: Arc<Namespace>,
+    component: Component,
+    monitor: Monitor,
+    journal: Journal,
+    fleecing: Fleecing,
+    /// Until it commits.
+    writer: Option<Arc<BackupWriter>>,
+    id: BackupId,
+    job: JobId,
+    disks: Vec<(qemu::Disk, Choice)>,
+    events: &'a Events,
+    cancel: &'a CancellationToken,
+}
+
+impl Backup<'_> {
+    async fn make(mut self) -> Result<Summary, BackupError> {
+        let point = match self.point_in_time().await {
+            Ok(point) => point,
+            Err(error) => {
+                // The point in time has been taken back by itself, or could not be: then the journal stays.
+                let undone = !matches!(&error, BackupError::Snapshot(error) if error.frozen.is_some() || !error.left.is_empty());
+                let _ = self.fleecing.remove();
+                self.abandon();
+                if undone {
+                    self.journal.clear()?;
+                }
+                return Err(error);
+            }
+        };
+        let since = Instant::now();
+        let read = self.read_all(&point).await;
+        let fleecing_peak = self.fleecing.allocated();
+        // The VM first, whatever became of the reading.
+        self.step(Step::Releasing)?;
+        let mut left: Vec<String> = self
+            .take_down(&point)
+            .await
+            .iter()
+            .map(ToString::to_string)
+            .collect();
+        let snapshot = since.elapsed();
+        let committed = match read {
+            Ok(covered) => self.prove_and_commit(covered).await,
+            Err(error) => Err(error),
+        };
+        left.extend(self.settle_bitmaps(&point, &committed).await);
+        if committed.is_err() {
+            self.abandon();
+        }
+        if left.is_empty() {
+            self.journal.clear()?;
+        }
+        let manifest = committed.inspect_err(|_| {
+            for left in &left {
+                self.events.warn(format!(
+                    "clean-up is incomplete, the next run does the rest: {left}"
+                ));
+            }
+        })?;
+        Ok(Summary {
+            manifest,
+            frozen: point.frozen,
+            snapshot,
+            fleecing_peak,
+            left,
+        })
+    }
+
+    async fn point_in_time(&mut self) -> Result<PointInTime, BackupError> {
+        let schema = Schema::probe(&self.monitor).await?;
+        let mut agent = match &self.request.vm.agent {
+            Some(path) => Some(Agent::connect(path, qemu::agent::Limits::default()).await?),
+            None => None,
+        };
+        let mut watchdog = match &self.request.vm.agent {
+            Some(path) => Some(Watchdog::spawn(Some(path), None).await?),
+            None => None,
+        };
+        self.step(Step::Snapshot)?;
+        if let Some(watchdog) = &mut watchdog {
+            watchdog.arm_thaw().await?;
+        }
+        let server = match &self.request.vm.nbd {
+            Some(socket) => NbdServer::Shared(socket.clone()),
+            None => NbdServer::Start(self.fleecing.socket()),
+        };
+        let plans = self
+            .disks
+            .iter()
+            .zip(self.fleecing.images())
+            .map(|((disk, choice), fleecing)| Plan {
+                disk: disk.clone(),
+                fleecing: fleecing.to_owned(),
+                bitmap: choice.bitmap.clone(),
+            })
+            .collect();
+        let request = PointRequest {
+            job: self.job,
+            block_size: BLOCK_SIZE,
+            plans,
+            server,
+        };
+        let taken = qemu::snapshot::take(&self.monitor, &schema, request, agent.as_mut()).await;
+        let frozen = matches!(&taken, Err(error) if error.frozen.is_some());
+        // The agent takes one client at a time: ours goes before the watchdog may need it.
+        drop(agent);
+        if let Some(watchdog) = watchdog
+            && !frozen
+        {
+            watchdog.disarm().await?;
+        }
+        Ok(taken?)
+    }
+
+    /// Runs the provider on every volume side by side; the first failure stops the others.
+    async fn read_all(&mut self, point: &PointInTime) -> Result<Vec<Covered>, BackupError> {
+        self.step(Step::Running)?;
+        let stop = self.cancel.child_token();
+        let encoders = Arc::new(Semaphore::new(
+            std::thread::available_parallelism().map_or(2, std::num::NonZero::get),
+        ));
+        let attachments = Arc::new(self.request.attachments.clone());
+        let writer = self.writer.as_ref().ok_or(archive::Error::WriterFailed)?;
+        let runs = point
+            .volumes
+            .iter()
+            .zip(&self.disks)
+            .map(|(volume, (disk, choice))| {
+                let order = volume_run::Order {
+                    socket: &point.socket,
+                    volume,
+                    choice,
+                    provider_name: &self.request.provider_name,
+                    provider: &self.request.provider,
+                    component: &self.component,
+                    namespace: &self.namespace,
+                    writer,
+                    backup: self.id,
+                    attachments: &attachments,
+                    encoders: &encoders,
+                    events: self.events,
+                    stop: &stop,
+                };
+                let stop = stop.clone();
+                async move {
+                    let covered = volume_run::run(order).await;
+                    if covered.is_err() {
+                        stop.cancel();
+                    }
+                    covered.map_err(|source| (disk.name.clone(), source))
+                }
+            });
+        let ended = {
+            let all = futures_util::future::join_all(runs);
+            tokio::pin!(all);
+            tokio::select! {
+                ended = &mut all => Ok(ended),
+                full = self.fleecing.nearly_full() => {
+                    stop.cancel();
+                    all.await;
+                    Err(full)
+                }
+            }
+        }?;
+        if self.cancel.is_cancelled() {
+            return Err(BackupError::Cancelled);
+        }
+        let (covered, mut failed): (Vec<_>, Vec<_>) = ended.into_iter().partition(Result::is_ok);
+        // A run that was stopped because another failed is not the reason.
+        failed.sort_by_key(|failed| matches!(failed, Err((_, error)) if error.is_cancelled()));
+        if let Some(Err((volume, source))) = failed.into_iter().next() {
+            return Err(BackupError::Volume { volume, source });
+        }
+        // After the last read: did the snapshot hold to the end?
+        point.check_alive(&self.monitor).await?;
+        self.fleecing.sync().map_err(BackupError::FleecingLost)?;
+        Ok(covered.into_iter().flatten().collect())
+    }
+
+    async fn take_down(&self, point: &PointInTime) -> Vec<RemovalError> {
+        let left = point.teardown(&self.monitor).await;
+        // QEMU may still hold a file that could not be taken from it; deleting it harms neither side.
+        if let Err(error) = self.fleecing.remove() {
+            self.events.warn(format!(
+                "the fleecing images in {}: {error}",
+                self.fleecing.folder().display()
+            ));
+        }
+        left
+    }
+
+    async fn prove_and_commit(&mut self, covered: Vec<Covered>) -> Result<Manifest, BackupError> {
+        self.step(Step::Proving)?;
+        let writer = self.writer.as_ref().ok_or(archive::Error::WriterFailed)?;
+        for volume in &covered {
+            let order = prove::Order {
+                covered: volume,
+                component: &self.component,
+                provider: &self.request.provider,
+                writer,
+                backup: self.id,
+                events: self.events,
+                cancel: self.cancel,
+            };
+            prove::prove(order)
+                .await
+                .map_err(|source| BackupError::Proof {
+                    volume: volume.name.clone(),
+                    source,
+                })?;
+        }
+        if self.cancel.is_cancelled() {
+            return Err(BackupError::Cancelled);
+        }
+        self.step(Step::Committing)?;
+        // Every run has ended, so this is the last holder.
+        let writer = self
+            .writer
+            .take()
+            .and_then(Arc::into_inner)
+            .ok_or(archive::Error::WriterFailed)?;
+        let component = self.request.component.clone();
+        let record = self.record(covered, ComponentId::of(&component));
+        let committed = tokio::task::spawn_blocking(move || {
+            writer.keep_component(&component)?;
+            writer.commit(record)
+        });
+        let manifest = committed.await.map_err(BackupError::Task)??;
+        self.step(Step::Committed)?;
+        Ok(manifest)
+    }
+
+    /// Returns what could not be settled; the next run does it.
+    async fn settle_bitmaps(
+        &mut self,
+        point: &PointInTime,
+        committed: &Result<Manifest, BackupError>,
+    ) -> Vec<String> {
+        let unknown = matches!(
+            committed,
+            Err(BackupError::Archive(archive::Error::CommitUnknown { .. }))
+        );
+        if unknown {
+            return vec!["it is not known whether the backup was committed; all bitmaps stay until the archive can be asked".into()];
+        }
+        let mut left = Vec::new();
+        if let Err(error) = self.step(Step::SwitchingBitmaps) {
+            left.push(error.to_string());
+        }
+        for (volume, (disk, choice)) in point.volumes.iter().zip(&self.disks) {
+            let node = &disk.node;
+            let settled = if committed.is_ok() {
+                self.accept(node, choice).await
+            } else {
+                bitmap::back_out(&self.monitor, node, &volume.plan.bitmap).await
+            };
+            match settled {
+                Ok(Tracking::Restored) => {}
+                Ok(Tracking::Lost) => self.events.warn(format!(
+                    "{}: its bitmap could not be made whole; the next backup reads it in full",
+                    disk.name
+                )),
+                Err(error) => left.push(format!("the bitmaps of {}: {error}", disk.name)),
+            }
+        }
+        left
+    }
+
+    async fn accept(&self, node: &str, choice: &Choice) -> Result<Tracking, MonitorError> {
+        bitmap::accept(&self.monitor, node, &choice.bitmap).await?;
+        for stale in &choice.stale {
+            bitmap::remove(&self.monitor, node, stale).await?;
+        }
+        Ok(Tracking::Restored)
+    }
+
+    fn record(&self, covered: Vec<Covered>, component: ComponentId) -> BackupRecord {
+        let volumes = covered
+            .into_iter()
+            .zip(&self.disks)
+            .map(|(volume, (disk, choice))| VolumeRecord {
+                name: volume.name,
+                disk: DiskRecord {
+                    format: disk.format.clone(),
+                    identity: disk.filename.clone(),
+                },
+                mode: volume.mode,
+                base: volume.base,
+                fallback: volume.reason,
+                bitmap: choice.bitmap.new_bitmap().map(ToString::to_string),
+                root: volume.root,
+                receipt: volume.receipt,
+                dirty_bytes: volume.dirty_bytes,
+                zero_bytes: volume.zero_bytes,
+                placed_bytes: volume.dirty_bytes - volume.zero_bytes - volume.claimed.bytes(),
+                claimed_bytes: volume.claimed.bytes(),
+                proof: Proof::Proven,
+            })
+            .collect();
+        BackupRecord {
+            vm: self.request.vm_name.clone(),
+            created: OffsetDateTime::now_utc(),
+            provider: ProviderRecord {
+                name: self.request.provider_name.clone(),
+                component,
+                world: self.component.world,
+                settings: self.request.provider.settings.to_string(),
+            },
+            host_version: env!("CARGO_PKG_VERSION").into(),
+            volumes,
+            attachments: Vec::new(),
+        }
+    }
+
+    /// Removes what was stored; a writer that committed is gone already.
+    fn abandon(&mut self) {
+        if let Some(writer) = self.writer.take().and_then(Arc::into_inner)
+            && let Err(error) = writer.abandon()
+        {
+            self.events.warn(format!(
+                "what backup {} stored could not be removed: {error}",
+                self.id
+            ));
+        }
+    }
+
+    fn step(&mut self, step: Step) -> Result<(), JournalError> {
+        self.events.send(Event::Step { step: step.name() });
+        self.journal.reach(step)
+    }
+}

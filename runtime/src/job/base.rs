@@ -1,0 +1,268 @@
+//! What one disk's backup builds on: decided by its bitmaps' names and the archive, never by time or by "the latest".
+
+use crate::archive::{self, ArchiveId, BackupId, Manifest, NamespaceName, VolumeRecord};
+use crate::qemu::bitmap::{BitmapName, BitmapNameError, Own};
+use crate::qemu::{BitmapPlan, Disk};
+use std::sync::Arc;
+
+/// Whose bitmaps are looked at: this archive's and namespace's, for this volume of this VM.
+#[derive(Debug, Clone)]
+pub struct Owner {
+    /// The archive.
+    pub archive: ArchiveId,
+    /// The provider's part of it.
+    pub namespace: NamespaceName,
+    /// The VM's name.
+    pub vm: String,
+}
+
+impl Owner {
+    /// The name of the bitmap that starts with `backup`, which builds on `base`, on `disk`.
+    pub fn bitmap(
+        &self,
+        disk: &str,
+        backup: BackupId,
+        base: Option<&str>,
+    ) -> Result<BitmapName, BitmapNameError> {
+        BitmapName::new(
+            &self.archive.to_string(),
+            self.namespace.as_str(),
+            &self.volume(disk),
+            &backup.to_string(),
+            base,
+        )
+    }
+
+    /// Whether `name` is a bitmap of this archive and namespace, for any volume.
+    pub fn owns(&self, name: &BitmapName) -> bool {
+        name.archive() == self.archive.to_string() && name.namespace() == self.namespace.as_str()
+    }
+
+    fn volume(&self, disk: &str) -> String {
+        format!("{}/{disk}", self.vm)
+    }
+}
+
+/// The backup that an incremental of one disk builds on.
+#[derive(Debug, Clone)]
+pub struct Base {
+    /// Its manifest.
+    pub manifest: Arc<Manifest>,
+    /// The same disk in it.
+    pub volume: VolumeRecord,
+}
+
+/// What is to be done with one disk.
+#[derive(Debug, Clone)]
+pub struct Choice {
+    /// For the point in time.
+    pub bitmap: BitmapPlan,
+    /// Present exactly where the plan is to reuse a bitmap.
+    pub base: Option<Base>,
+    /// Bitmaps that the new backup makes useless; removed once it is committed.
+    pub stale: Vec<BitmapName>,
+    /// Why everything is read, where a bitmap of ours or a base was there.
+    pub reason: Option<String>,
+}
+
+impl Choice {
+    /// The same disk read in full: what would have been its base is useless once the new backup is committed.
+    pub fn in_full(
+        mut self,
+        owner: &Owner,
+        disk: &Disk,
+        backup: BackupId,
+    ) -> Result<Self, BitmapNameError> {
+        self.stale.extend(self.bitmap.old().cloned());
+        self.bitmap = BitmapPlan::New {
+            name: owner.bitmap(&disk.name, backup, None)?,
+        };
+        self.reason = self
+            .base
+            .take()
+            .map(|_| "it was asked for (--full)".into())
+            .or(self.reason);
+        Ok(self)
+    }
+}
+
+/// Chooses for `disk`. `committed` asks the archive for a backup's manifest; that it cannot answer is an error, since
+/// then nothing may be concluded.
+pub fn choose(
+    owner: &Owner,
+    disk: &Disk,
+    backup: BackupId,
+    block_size: u32,
+    mut committed: impl FnMut(BackupId) -> Result<Option<Arc<Manifest>>, archive::Error>,
+) -> Result<Choice, ChoiceError> {
+    let mut usable: Option<(u64, BitmapName, Base)> = None;
+    let mut stale = Vec::new();
+    let mut reason = None;
+    for bitmap in &disk.bitmaps {
+        let Some(name) = BitmapName::parse(&bitmap.name).filter(|name| owner.owns(name)) else {
+            continue;
+        };
+        if name.volume() != owner.volume(&disk.name) {
+            // It came with its file from elsewhere, still follows writes, and serves again if the file goes back.
+            reason.get_or_insert_with(|| {
+                format!("its image carries the bitmap of {}", name.volume())
+            });
+            continue;
+        }
+        let judged = match bitmap.usable() {
+            Err(unusable) => Err(format!("its bitmap cannot be used: {unusable}")),
+            Ok(()) => base_of(&name, disk, block_size, bitmap.granularity, &mut committed)?,
+        };
+        match judged {
+            // Of two that both serve, the one with less to read; what the other holds is in neither's gap.
+            Ok(base)
+                if usable
+                    .as_ref()
+                    .is_none_or(|(dirty, ..)| bitmap.dirty < *dirty) =>
+            {
+                stale.extend(
+                    usable
+                        .replace((bitmap.dirty, name, base))
+                        .map(|(_, name, _)| name),
+                );
+            }
+            Ok(_) => stale.push(name),
+            Err(why) => {
+                reason = Some(why);
+                stale.push(name);
+            }
+        }
+    }
+    Ok(match usable {
+        Some((_, old, base)) => Choice {
+            bitmap: BitmapPlan::Reuse {
+                new: owner.bitmap(&disk.name, backup, Some(old.backup()))?,
+                old,
+            },
+            base: Some(base),
+            stale,
+            reason: None,
+        },
+        None => Choice {
+            bitmap: BitmapPlan::New {
+                name: owner.bitmap(&disk.name, backup, None)?,
+            },
+            base: None,
+            stale,
+            reason,
+        },
+    })
+}
+
+/// The base that `name` speaks of, or why it is none.
+fn base_of(
+    name: &BitmapName,
+    disk: &Disk,
+    block_size: u32,
+    granularity: u32,
+    committed: &mut impl FnMut(BackupId) -> Result<Option<Arc<Manifest>>, archive::Error>,
+) -> Result<Result<Base, String>, ChoiceError> {
+    let Ok(id) = name.backup().parse::<BackupId>() else {
+        return Ok(Err("its bitmap names no backup".into()));
+    };
+    let Some(manifest) = committed(id)? else {
+        return Ok(Err(format!("the base {id} is not in the archive any more")));
+    };
+    let Some(volume) = manifest
+        .record
+        .volumes
+        .iter()
+        .find(|volume| volume.name == disk.name)
+        .cloned()
+    else {
+        return Ok(Err(format!("the base {id} does not hold it")));
+    };
+    Ok(
+        if volume.bitmap.as_deref() != Some(name.to_string().as_str()) {
+            Err(format!("the base {id} speaks of another bitmap"))
+        } else if volume.root.size() != disk.size {
+            Err(format!(
+                "it had {} bytes in the base {id} and has {} now",
+                volume.root.size(),
+                disk.size
+            ))
+        } else if volume.root.block_size() != block_size || granularity > block_size {
+            Err(format!(
+                "the base {id} has blocks of {} bytes",
+                volume.root.block_size()
+            ))
+        } else {
+            Ok(Base { manifest, volume })
+        },
+    )
+}
+
+/// Why nothing can be chosen.
+#[derive(Debug, thiserror::Error)]
+pub enum ChoiceError {
+    /// A name cannot be part of a bitmap's name.
+    #[error(transparent)]
+    Name(#[from] BitmapNameError),
+    /// The archive cannot say what it holds.
+    #[error("the archive cannot say what it holds: {0}")]
+    Archive(#[from] archive::Error),
+}
+
+/// What becomes of the bitmaps that a dead run left on one disk.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Remedy {
+    /// Its backup committed: the bitmap that it read by goes.
+    Accept {
+        /// On this node.
+        node: String,
+        /// As at the point in time.
+        plan: BitmapPlan,
+    },
+    /// Its backup did not commit: tracking becomes what it was.
+    BackOut {
+        /// On this node.
+        node: String,
+        /// As at the point in time.
+        plan: BitmapPlan,
+    },
+}
+
+/// What to do about all bitmaps of ours after a run died between its point in time and its end. None while all is
+/// well. `committed` is as for [`choose`].
+///
+/// A bitmap names its backup's base, and so the bitmap that stopped when it started: only these two are ever merged.
+/// One without its partner is left for [`choose`] to judge.
+pub fn remedies(
+    owner: &Owner,
+    found: &[Own],
+    mut committed: impl FnMut(BackupId) -> Result<Option<Arc<Manifest>>, archive::Error>,
+) -> Result<Vec<Remedy>, archive::Error> {
+    let mut remedies = Vec::new();
+    for new in found
+        .iter()
+        .filter(|own| owner.owns(&own.name) && own.state.recording)
+    {
+        let Some(old) = found.iter().find(|old| {
+            old.node == new.node
+                && owner.owns(&old.name)
+                && old.name.volume() == new.name.volume()
+                && Some(old.name.backup()) == new.name.base()
+                && !old.state.recording
+        }) else {
+            continue;
+        };
+        let Ok(id) = new.name.backup().parse() else {
+            continue;
+        };
+        let node = new.node.clone();
+        let plan = BitmapPlan::Reuse {
+            old: old.name.clone(),
+            new: new.name.clone(),
+        };
+        remedies.push(match committed(id)? {
+            Some(_) => Remedy::Accept { node, plan },
+            None => Remedy::BackOut { node, plan },
+        });
+    }
+    Ok(remedies)
+}

@@ -1,0 +1,50 @@
+//! A component that may run: compiled, and of a world that grants all that it imports.
+
+use crate::channel::World;
+use crate::sandbox::{self, Cache, CompileError, Compiled, Program, Refusal};
+use bytes::Bytes;
+
+/// A component that was looked at before any of it runs.
+#[derive(Debug)]
+pub struct Component {
+    /// Its machine code.
+    pub compiled: Compiled,
+    /// The world that it is for.
+    pub world: World,
+}
+
+/// Why a component is not run.
+#[derive(Debug, thiserror::Error)]
+pub enum ComponentError {
+    /// It cannot be compiled.
+    #[error(transparent)]
+    Compile(#[from] CompileError),
+    /// Its imports are not granted, or it exports no provider.
+    #[error("it cannot be used as a provider: {0}")]
+    Refused(#[from] Refusal),
+}
+
+impl ComponentError {
+    /// Whether the component itself is at fault, and not this host.
+    pub fn is_refusal(&self) -> bool {
+        match self {
+            Self::Refused(_) => true,
+            Self::Compile(error) => matches!(
+                error,
+                CompileError::TooLarge { .. }
+                    | CompileError::CoreModule
+                    | CompileError::Refused(_)
+                    | CompileError::TimedOut
+            ),
+        }
+    }
+}
+
+impl Component {
+    /// Compiles `bytes`, or takes them from the cache, and checks what they import.
+    pub async fn load(bytes: Bytes, cache: &Cache) -> Result<Self, ComponentError> {
+        let compiled = sandbox::compile(&Program::this(), bytes, cache).await?;
+        let world = sandbox::world_of(&compiled.interface)?;
+        Ok(Self { compiled, world })
+    }
+}

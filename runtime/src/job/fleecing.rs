@@ -1,0 +1,232 @@
+//! The fleecing images of one job: sparse files of exactly the disks' sizes, in a folder of the job's own.
+//!
+//! QEMU keeps the old data of overwritten blocks there. The job keeps a descriptor of each since its creation: QEMU's
+//! buffered writes report an error of the storage below only to those who ask with fsync.
+
+use cap_std::fs::{Dir, DirBuilder, DirBuilderExt, File, OpenOptions, OpenOptionsExt};
+use std::io;
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+use tokio::time::sleep;
+
+/// Free space asked for at the start: this part of all disks together. A guest seldom overwrites more while its
+/// backup runs, and a sparse image on a smaller file system would soon stop the guest's own writes.
+const SHARE: u64 = 16;
+
+/// What is left free at least. Below it the job is given up: QEMU 10.0 fails the guest's write when a fleecing image
+/// cannot grow, and the VM comes first.
+const RESERVE: u64 = 32 << 20;
+
+/// Between two looks at the free space. A guest on fast storage writes some hundred MiB in that time.
+const LOOK: Duration = Duration::from_millis(200);
+
+/// Longest path of a unix socket, in bytes (`sun_path` of unix(7), without its end).
+const SOCKET_PATH_MAX: usize = 107;
+
+/// The images of one job. Dropping it leaves the files; [`Fleecing::remove`] deletes them.
+#[derive(Debug)]
+pub struct Fleecing {
+    parent: Dir,
+    path: PathBuf,
+    name: String,
+    images: Vec<(PathBuf, File)>,
+}
+
+/// Why there are no fleecing images.
+#[derive(Debug, thiserror::Error)]
+pub enum FleecingError {
+    /// The file system has too little room.
+    #[error(
+        "the fleecing folder {folder} is too small: {available} bytes are free, {needed} are needed to begin (name a larger one with --fleecing)",
+        folder = folder.display()
+    )]
+    TooSmall {
+        /// The folder.
+        folder: PathBuf,
+        /// Free bytes.
+        available: u64,
+        /// Bytes asked for.
+        needed: u64,
+    },
+    /// The NBD socket's path would be too long for the kernel.
+    #[error("the fleecing folder's path {folder} is too long: a socket in it would pass {SOCKET_PATH_MAX} bytes", folder = folder.display())]
+    PathTooLong {
+        /// The folder.
+        folder: PathBuf,
+    },
+    /// The file system failed.
+    #[error("cannot make fleecing images in {folder}: {source}", folder = folder.display())]
+    Io {
+        /// The folder.
+        folder: PathBuf,
+        /// Why.
+        source: io::Error,
+    },
+}
+
+/// The fleecing file system is nearly full: the job must end before the guest notices.
+#[derive(Debug, thiserror::Error)]
+#[error(
+    "the fleecing folder is nearly full ({available} bytes are free): the backup was given up so that the VM can go on writing"
+)]
+pub struct NearlyFull {
+    available: u64,
+}
+
+impl Fleecing {
+    /// Makes one image of each of `sizes` (bytes) in a new folder `name` below `parent`, whose absolute path is `path`.
+    pub fn create(
+        parent: Dir,
+        path: &Path,
+        name: &str,
+        sizes: &[u64],
+    ) -> Result<Self, FleecingError> {
+        let io = |source| FleecingError::Io {
+            folder: path.to_owned(),
+            source,
+        };
+        let total = sizes
+            .iter()
+            .fold(0u64, |sum, &size| sum.saturating_add(size));
+        let needed = (total / SHARE).saturating_add(RESERVE);
+        let available = available(&parent).map_err(io)?;
+        if available < needed {
+            return Err(FleecingError::TooSmall {
+                folder: path.to_owned(),
+                available,
+                needed,
+            });
+        }
+        let folder_path = path.join(name);
+        if folder_path.as_os_str().len() + "/nbd.sock".len() > SOCKET_PATH_MAX {
+            return Err(FleecingError::PathTooLong {
+                folder: path.to_owned(),
+            });
+        }
+        // Old data of the guest's disks: nobody else's business.
+        let mut private = DirBuilder::new();
+        private.mode(0o700);
+        parent.create_dir_with(name, &private).map_err(io)?;
+        let mut fleecing = Self {
+            parent,
+            path: folder_path,
+            name: name.to_owned(),
+            images: Vec::new(),
+        };
+        if let Err(source) = fleecing.fill(sizes) {
+            let _ = fleecing.remove();
+            return Err(io(source));
+        }
+        Ok(fleecing)
+    }
+
+    fn fill(&mut self, sizes: &[u64]) -> io::Result<()> {
+        let folder = self.parent.open_dir(&self.name)?;
+        let mut options = OpenOptions::new();
+        options.write(true).create_new(true).mode(0o600);
+        for (index, &size) in sizes.iter().enumerate() {
+            let name = format!("disk{index}.raw");
+            let file = folder.open_with(&name, &options)?;
+            file.set_len(size)?;
+            self.images.push((self.path.join(name), file));
+        }
+        Ok(())
+    }
+
+    /// Absolute paths, in the order of the sizes.
+    pub fn images(&self) -> impl Iterator<Item = &Path> {
+        self.images.iter().map(|(path, _)| path.as_path())
+    }
+
+    /// The job's folder, absolute.
+    pub fn folder(&self) -> &Path {
+        &self.path
+    }
+
+    /// Where the NBD server's socket goes.
+    pub fn socket(&self) -> PathBuf {
+        self.path.join("nbd.sock")
+    }
+
+    /// Bytes that the images take up now.
+    pub fn allocated(&self) -> u64 {
+        use cap_std::fs::MetadataExt;
+        self.images
+            .iter()
+            .filter_map(|(_, file)| file.metadata().ok())
+            .map(|meta| meta.blocks() * 512)
+            .sum()
+    }
+
+    /// Waits until the file system is nearly full.
+    pub async fn nearly_full(&self) -> NearlyFull {
+        loop {
+            if let Ok(available) = available(&self.parent)
+                && available < RESERVE
+            {
+                return NearlyFull { available };
+            }
+            sleep(LOOK).await;
+        }
+    }
+
+    /// Fails where the storage below lost what QEMU wrote there.
+    pub fn sync(&self) -> io::Result<()> {
+        self.images
+            .iter()
+            .try_for_each(|(_, file)| file.sync_data())
+    }
+
+    /// Deletes everything.
+    pub fn remove(&self) -> io::Result<()> {
+        match self.parent.remove_dir_all(&self.name) {
+            Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(()),
+            result => result,
+        }
+    }
+}
+
+fn available(folder: &Dir) -> io::Result<u64> {
+    let stat = rustix::fs::fstatvfs(folder)?;
+    Ok(stat.f_bavail.saturating_mul(stat.f_frsize))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn parent(path: &Path) -> Dir {
+        Dir::open_ambient_dir(path, cap_std::ambient_authority()).unwrap()
+    }
+
+    #[test]
+    fn images_are_sparse_exact_private_and_go_away() {
+        let path = tempfile::tempdir().unwrap();
+        let fleecing = Fleecing::create(
+            parent(path.path()),
+            path.path(),
+            "fbx-1",
+            &[1 << 20, 12345 * 512],
+        )
+        .unwrap();
+        let lengths: Vec<u64> = fleecing
+            .images()
+            .map(|image| std::fs::metadata(image).unwrap().len())
+            .collect();
+        assert_eq!(lengths, [1 << 20, 12345 * 512]);
+        assert_eq!(fleecing.allocated(), 0);
+        fleecing.sync().unwrap();
+        fleecing.remove().unwrap();
+        assert_eq!(std::fs::read_dir(path.path()).unwrap().count(), 0);
+        fleecing.remove().unwrap();
+    }
+
+    #[test]
+    fn a_file_system_without_room_is_refused() {
+        let path = tempfile::tempdir().unwrap();
+        let error =
+            Fleecing::create(parent(path.path()), path.path(), "fbx-1", &[u64::MAX]).unwrap_err();
+        assert!(matches!(error, FleecingError::TooSmall { .. }), "{error}");
+        assert_eq!(std::fs::read_dir(path.path()).unwrap().count(), 0);
+    }
+}

@@ -1,0 +1,118 @@
+//! The proof of what a provider claims: every claimed block is read back through a fresh instance and compared with
+//! its digest as of the point in time. Placed blocks need none: the host put them there itself.
+
+use super::component::Component;
+use super::event::{Event, Events};
+use super::volume_run::{Covered, guest_limits};
+use crate::archive::{self, BackupId, BackupWriter, Entry};
+use crate::channel::{Context, OpenImage};
+use crate::config::Provider;
+use crate::digest;
+use crate::extent::Extent;
+use crate::grants::MAX_READ;
+use crate::grants::image::{Image, ImageError};
+use crate::volume::reader::PIECE;
+use std::sync::Arc;
+use tokio_util::sync::CancellationToken;
+
+/// What a proof needs.
+pub struct Order<'a> {
+    /// The volume.
+    pub covered: &'a Covered,
+    /// The provider.
+    pub component: &'a Component,
+    /// Its settings and limits.
+    pub provider: &'a Provider,
+    /// The backup that is being made.
+    pub writer: &'a Arc<BackupWriter>,
+    /// Its id.
+    pub backup: BackupId,
+    /// Where the job tells what it does.
+    pub events: &'a Events,
+    /// Ends the proof early.
+    pub cancel: &'a CancellationToken,
+}
+
+/// Why a claim is not proven.
+#[derive(Debug, thiserror::Error)]
+pub enum ProofError {
+    /// The provider does not give it back.
+    #[error("the provider claims {extent} but cannot give it back: {source}")]
+    NotGivenBack {
+        /// What was asked for.
+        extent: Extent,
+        /// Why.
+        source: ImageError,
+    },
+    /// The provider cannot open its own backup.
+    #[error("the provider cannot open what it wrote: {0}")]
+    Open(#[source] ImageError),
+    /// The provider gives back other bytes than the disk held.
+    #[error("the provider claims {extent} but gives back other bytes than the disk held")]
+    Wrong {
+        /// The first wrong block.
+        extent: Extent,
+    },
+    /// The archive failed.
+    #[error("the archive: {0}")]
+    Archive(#[from] archive::Error),
+    /// The job was cancelled.
+    #[error("cancelled")]
+    Cancelled,
+}
+
+/// Proves one volume's claims.
+pub async fn prove(order: Order<'_>) -> Result<(), ProofError> {
+    let claimed = &order.covered.claimed;
+    if claimed.is_empty() {
+        return Ok(());
+    }
+    order.events.send(Event::Total {
+        bytes: claimed.bytes(),
+    });
+    let open = OpenImage {
+        limits: guest_limits(order.provider),
+        context: Context {
+            id: order.backup.to_string(),
+            settings: order.provider.settings.to_string(),
+        },
+        receipt: order.covered.receipt.clone(),
+        max_read: MAX_READ,
+    };
+    let objects = order.writer.objects();
+    let mut image = Image::open(
+        open,
+        &order.component.compiled,
+        objects,
+        &order.provider.limits,
+        &order.covered.name,
+        order.events,
+    )
+    .await
+    .map_err(ProofError::Open)?;
+    let table = order.writer.table(order.covered.root);
+    let block = order.covered.root.block_size();
+    for extent in claimed.iter().flat_map(|extent| extent.pieces(PIECE)) {
+        if order.cancel.is_cancelled() {
+            return Err(ProofError::Cancelled);
+        }
+        let bytes = image
+            .read(extent)
+            .await
+            .map_err(|source| ProofError::NotGivenBack { extent, source })?;
+        let found = digest::of_blocks(&bytes, block);
+        for (part, digest) in extent.pieces(block.into()).zip(found) {
+            match table.get(part.start() / u64::from(block))? {
+                Entry::Claimed {
+                    digest: expected, ..
+                } if expected == digest => {}
+                _ => return Err(ProofError::Wrong { extent: part }),
+            }
+        }
+        order.events.send(Event::Advance {
+            bytes: extent.len(),
+        });
+    }
+    image.close().await;
+    Ok(())
+}

@@ -1,0 +1,382 @@
+//! Reads one volume of a backup completely, each block compared with its digest: what restore and verify share.
+//!
+//! What the host placed comes from the archive alone. What a provider claimed is asked of that provider's `image` of
+//! the very backup in which it was claimed, run from the component that the archive keeps.
+
+use super::component::{Component, ComponentError};
+use super::event::{Event, Events};
+use crate::archive::{self, BackupId, Manifest, Namespace, Run, RunContent, VolumeRecord};
+use crate::channel::{Context, GuestLimits, OpenImage};
+use crate::digest;
+use crate::extent::Extent;
+use crate::grants::MAX_READ;
+use crate::grants::image::{Image, ImageError};
+use crate::policy::Limits;
+use crate::sandbox::Cache;
+use crate::volume::reader::PIECE;
+use std::collections::BTreeMap;
+use std::fs::File;
+use std::io;
+use std::os::unix::fs::FileExt;
+use std::sync::Arc;
+use tokio::sync::mpsc;
+use tokio::task::{JoinSet, spawn_blocking};
+use tokio_util::sync::CancellationToken;
+
+/// Runs of the block table that wait to be read.
+const QUEUE: usize = 64;
+
+/// Findings that are listed one by one; a backup with more is as lost as one with these.
+pub const FINDINGS: usize = 100;
+
+/// What to read, and where to.
+pub struct Order<'a> {
+    /// The provider's part of the archive.
+    pub namespace: &'a Arc<Namespace>,
+    /// The backup.
+    pub manifest: &'a Arc<Manifest>,
+    /// Its volume.
+    pub volume: &'a VolumeRecord,
+    /// Where its bytes go; zero blocks are not written, so a file must be sparse and an image zeroed before.
+    pub output: Option<Arc<File>>,
+    /// Compiled components.
+    pub cache: &'a Cache,
+    /// Where the job tells what it does.
+    pub events: &'a Events,
+    /// Ends it early.
+    pub cancel: &'a CancellationToken,
+    /// Whether to go on after a finding.
+    pub all_findings: bool,
+}
+
+/// Something that is not as it was backed up.
+#[derive(Debug, thiserror::Error)]
+pub enum Finding {
+    /// The archive does not give the bytes.
+    #[error("{extent}: {source}")]
+    Unreadable {
+        /// Of the volume.
+        extent: Extent,
+        /// Why.
+        source: archive::Error,
+    },
+    /// The bytes are not those that were backed up.
+    #[error("{extent}: the bytes are not those that were backed up ({origin})")]
+    Wrong {
+        /// The block.
+        extent: Extent,
+        /// Where they came from.
+        origin: String,
+    },
+    /// The provider does not give back what it claimed.
+    #[error(
+        "{extent}: the provider of backup {backup} does not give back what it claimed: {source}"
+    )]
+    NotGivenBack {
+        /// Of the volume.
+        extent: Extent,
+        /// Where it was claimed.
+        backup: BackupId,
+        /// Why.
+        source: ImageError,
+    },
+    /// The provider of a backup cannot be asked.
+    #[error("the provider of backup {backup} cannot be asked for what it claimed: {source}")]
+    NoProvider {
+        /// Where ranges were claimed.
+        backup: BackupId,
+        /// Why.
+        source: ProviderError,
+    },
+    /// The block table itself cannot be read.
+    #[error("the block table: {0}")]
+    Table(archive::Error),
+}
+
+/// Why a backup's own provider cannot be run.
+#[derive(Debug, thiserror::Error)]
+pub enum ProviderError {
+    /// Its manifest or component is not in the archive.
+    #[error(transparent)]
+    Archive(#[from] archive::Error),
+    /// The component does not compile.
+    #[error(transparent)]
+    Component(#[from] ComponentError),
+    /// It does not open its image.
+    #[error(transparent)]
+    Image(#[from] ImageError),
+    /// The manifest does not hold the volume.
+    #[error("its manifest does not hold the volume")]
+    NoVolume,
+}
+
+/// Why reading ended early, findings aside.
+#[derive(Debug, thiserror::Error)]
+pub enum ReplayError {
+    /// The output cannot be written.
+    #[error("writing failed: {0}")]
+    Output(#[from] io::Error),
+    /// A task of the job died.
+    #[error("a task of the job died: {0}")]
+    Task(#[from] tokio::task::JoinError),
+    /// A signal asked for the end.
+    #[error("cancelled")]
+    Cancelled,
+}
+
+/// Reads the volume; returns what was found wrong, at most [`FINDINGS`].
+pub async fn replay(order: Order<'_>) -> Result<Vec<Finding>, ReplayError> {
+    let (sender, mut runs) = mpsc::channel(QUEUE);
+    let namespace = Arc::clone(order.namespace);
+    let root = order.volume.root;
+    let walk = spawn_blocking(move || walk(&namespace, root, &sender));
+    let mut replay = Replay {
+        order,
+        images: BTreeMap::new(),
+        findings: Vec::new(),
+        placed: JoinSet::new(),
+    };
+    let result = replay.read(&mut runs).await;
+    runs.close();
+    replay.placed.shutdown().await;
+    if let Err(error) = walk.await? {
+        replay.findings.push(Finding::Table(error));
+    }
+    for (_, image) in replay.images {
+        image.close().await;
+    }
+    result?;
+    replay.findings.truncate(FINDINGS);
+    Ok(replay.findings)
+}
+
+/// Sends the runs that hold data, cut to what is read at once.
+fn walk(
+    namespace: &Namespace,
+    root: archive::TableRoot,
+    runs: &mpsc::Sender<Run>,
+) -> Result<(), archive::Error> {
+    let table = namespace.table(root);
+    for run in table.entries(0..root.blocks())? {
+        let run = run?;
+        if !matches!(run.content, RunContent::Zero) && runs.blocking_send(run).is_err() {
+            // Nobody reads any more.
+            break;
+        }
+    }
+    Ok(())
+}
+
+struct Replay<'a> {
+    order: Order<'a>,
+    images: BTreeMap<BackupId, Image>,
+    findings: Vec<Finding>,
+    placed: JoinSet<Result<Result<u64, Finding>, io::Error>>,
+}
+
+impl Replay<'_> {
+    async fn read(&mut self, runs: &mut mpsc::Receiver<Run>) -> Result<(), ReplayError> {
+        let at_once = std::thread::available_parallelism().map_or(2, std::num::NonZero::get) * 2;
+        while let Some(run) = runs.recv().await {
+            if self.order.cancel.is_cancelled() {
+                return Err(ReplayError::Cancelled);
+            }
+            match run.content {
+                RunContent::Zero => {}
+                RunContent::Placed { .. } => {
+                    self.start_placed(run);
+                    while self.placed.len() >= at_once {
+                        self.next_placed().await?;
+                    }
+                }
+                RunContent::Claimed {
+                    backup,
+                    ref digests,
+                } => {
+                    self.claimed(backup, self.extent(&run), digests).await?;
+                }
+            }
+            if self.enough() {
+                return Ok(());
+            }
+        }
+        while !self.placed.is_empty() && !self.enough() {
+            self.next_placed().await?;
+        }
+        Ok(())
+    }
+
+    fn enough(&self) -> bool {
+        self.findings.len() >= if self.order.all_findings { FINDINGS } else { 1 }
+    }
+
+    fn extent(&self, run: &Run) -> Extent {
+        let block = u64::from(self.order.volume.root.block_size());
+        let size = self.order.volume.root.size();
+        Extent::between(run.blocks.start * block, (run.blocks.end * block).min(size))
+            .expect("a run is not empty")
+    }
+
+    fn start_placed(&mut self, run: Run) {
+        let extent = self.extent(&run);
+        let namespace = Arc::clone(self.order.namespace);
+        let output = self.order.output.clone();
+        let block = self.order.volume.root.block_size();
+        self.placed.spawn_blocking(move || {
+            let RunContent::Placed {
+                frame,
+                skip,
+                digests,
+            } = run.content
+            else {
+                return Ok(Ok(0));
+            };
+            let bytes = match namespace.read_frame(&frame) {
+                Ok(bytes) => bytes,
+                Err(source) => return Ok(Err(Finding::Unreadable { extent, source })),
+            };
+            let range = skip as usize..skip as usize + extent.len() as usize;
+            let origin = || frame.object().to_string();
+            let Some(bytes) = bytes.get(range) else {
+                return Ok(Err(Finding::Wrong {
+                    extent,
+                    origin: origin(),
+                }));
+            };
+            if let Some(extent) = first_wrong(bytes, extent, block, &digests) {
+                return Ok(Err(Finding::Wrong {
+                    extent,
+                    origin: origin(),
+                }));
+            }
+            if let Some(output) = output {
+                output.write_all_at(bytes, extent.start())?;
+            }
+            Ok(Ok(extent.len()))
+        });
+    }
+
+    async fn next_placed(&mut self) -> Result<(), ReplayError> {
+        if let Some(done) = self.placed.join_next().await {
+            match done?? {
+                Ok(bytes) => self.order.events.send(Event::Advance { bytes }),
+                Err(finding) => self.findings.push(finding),
+            }
+        }
+        Ok(())
+    }
+
+    async fn claimed(
+        &mut self,
+        backup: BackupId,
+        extent: Extent,
+        digests: &[archive::Digest],
+    ) -> Result<(), ReplayError> {
+        if !self.images.contains_key(&backup) {
+            match self.open(backup).await {
+                Ok(image) => drop(self.images.insert(backup, image)),
+                Err(source) => {
+                    self.findings.push(Finding::NoProvider { backup, source });
+                    return Ok(());
+                }
+            }
+        }
+        let Some(image) = self.images.get_mut(&backup) else {
+            return Ok(());
+        };
+        let block = self.order.volume.root.block_size();
+        let per_piece = (PIECE / u64::from(block)) as usize;
+        for (piece, digests) in extent.pieces(PIECE).zip(digests.chunks(per_piece)) {
+            let bytes = match image.read(piece).await {
+                Ok(bytes) => bytes,
+                Err(source) => {
+                    self.findings.push(Finding::NotGivenBack {
+                        extent: piece,
+                        backup,
+                        source,
+                    });
+                    // Whatever made it fail, this instance is of no more use.
+                    self.images.remove(&backup);
+                    return Ok(());
+                }
+            };
+            if let Some(extent) = first_wrong(&bytes, piece, block, digests) {
+                self.findings.push(Finding::Wrong {
+                    extent,
+                    origin: format!("the provider of backup {backup}"),
+                });
+                return Ok(());
+            }
+            if let Some(output) = self.order.output.clone() {
+                spawn_blocking(move || output.write_all_at(&bytes, piece.start())).await??;
+            }
+            self.order
+                .events
+                .send(Event::Advance { bytes: piece.len() });
+        }
+        Ok(())
+    }
+
+    async fn open(&self, backup: BackupId) -> Result<Image, ProviderError> {
+        let own = backup == self.order.manifest.backup;
+        let manifest = if own {
+            Arc::clone(self.order.manifest)
+        } else {
+            Arc::new(self.order.namespace.manifest(backup)?)
+        };
+        let name = &self.order.volume.name;
+        let volume = manifest
+            .record
+            .volumes
+            .iter()
+            .find(|volume| volume.name == *name)
+            .ok_or(ProviderError::NoVolume)?;
+        let bytes = self
+            .order
+            .namespace
+            .component(manifest.record.provider.component)?;
+        let component = Component::load(bytes.into(), self.order.cache).await?;
+        // What a backup was made with need not be configured any more, so the limits are the defaults.
+        let limits = Limits::default();
+        let open = OpenImage {
+            limits: GuestLimits {
+                memory: limits.memory,
+                cpu_ms: limits.cpu_seconds * 1000,
+            },
+            context: Context {
+                id: backup.to_string(),
+                settings: manifest.record.provider.settings.clone(),
+            },
+            receipt: volume.receipt.clone(),
+            max_read: MAX_READ,
+        };
+        let objects = self.order.namespace.objects(&manifest);
+        Ok(Image::open(
+            open,
+            &component.compiled,
+            objects,
+            &limits,
+            name,
+            self.order.events,
+        )
+        .await?)
+    }
+}
+
+/// The first block of `bytes`, which lie at `extent`, that has another digest.
+fn first_wrong(
+    bytes: &[u8],
+    extent: Extent,
+    block: u32,
+    digests: &[archive::Digest],
+) -> Option<Extent> {
+    let found = digest::of_blocks(bytes, block);
+    if found.len() != digests.len() {
+        return Some(extent);
+    }
+    extent
+        .pieces(block.into())
+        .zip(found.iter().zip(digests))
+        .find(|(_, (found, expected))| found != expected)
+        .map(|(extent, _)| extent)
+}

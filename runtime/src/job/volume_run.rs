@@ -1,0 +1,319 @@
+//! One volume of a backup: from its export to covered blocks.
+
+use super::base::Choice;
+use super::component::Component;
+use super::event::{Event, Events};
+use crate::archive::{self, BackupId, BackupWriter, Entry, Namespace, TableRoot};
+use crate::channel::{
+    BitmapMode, Context, GuestLimits, Order as SandboxOrder, Run, VolumeInfo, World,
+};
+use crate::config::Provider;
+use crate::digest::Digest;
+use crate::extent::{Extent, ExtentSet};
+use crate::grants::run::{RunError, Terms};
+use crate::grants::target::{HostFailure, Target};
+use crate::grants::{self, MAX_READ, MAX_WRITE};
+use crate::nbd;
+use crate::qemu::snapshot::Volume;
+use crate::sandbox::{self, Process, Program};
+use crate::volume::canary::Canary;
+use crate::volume::frozen::Frozen;
+use crate::volume::{discard, open, sample};
+use std::collections::BTreeMap;
+use std::path::Path;
+use std::sync::Arc;
+use tokio::sync::Semaphore;
+use tokio_util::sync::CancellationToken;
+
+use super::backup::BLOCK_SIZE;
+
+/// What one volume's run needs.
+pub struct Order<'a> {
+    /// Of the NBD server.
+    pub socket: &'a Path,
+    /// Its export.
+    pub volume: &'a Volume,
+    /// What it builds on.
+    pub choice: &'a Choice,
+    /// The provider's name.
+    pub provider_name: &'a str,
+    /// Its settings, limits and grants.
+    pub provider: &'a Provider,
+    /// Its component.
+    pub component: &'a Component,
+    /// The provider's part of the archive.
+    pub namespace: &'a Arc<Namespace>,
+    /// The backup that is being made.
+    pub writer: &'a Arc<BackupWriter>,
+    /// Its id.
+    pub backup: BackupId,
+    /// Handed to the provider.
+    pub attachments: &'a Arc<BTreeMap<String, Vec<u8>>>,
+    /// Digesting and encoding at once in the whole job.
+    pub encoders: &'a Arc<Semaphore>,
+    /// Where the job tells what it does.
+    pub events: &'a Events,
+    /// Ends the run early.
+    pub stop: &'a CancellationToken,
+}
+
+/// A volume whose every dirty block is covered.
+#[derive(Debug)]
+pub struct Covered {
+    /// Its name.
+    pub name: String,
+    /// How it was tracked.
+    pub mode: BitmapMode,
+    /// The backup that it builds on.
+    pub base: Option<BackupId>,
+    /// Why it was read in full although there was something to build on.
+    pub reason: Option<String>,
+    /// What the provider returned.
+    pub receipt: Vec<u8>,
+    /// The block table.
+    pub root: TableRoot,
+    /// What the provider holds in bytes of its own making, zero blocks left out: to be proven.
+    pub claimed: ExtentSet,
+    /// Bytes that the backup covers.
+    pub dirty_bytes: u64,
+    /// Bytes of these that are zero.
+    pub zero_bytes: u64,
+}
+
+/// Why a volume was not covered.
+#[derive(Debug, thiserror::Error)]
+pub enum VolumeError {
+    /// The export cannot be read.
+    #[error("reading the snapshot failed: {0}")]
+    Snapshot(#[from] nbd::Error),
+    /// The archive failed.
+    #[error("the archive: {0}")]
+    Archive(#[from] archive::Error),
+    /// The sandbox cannot be started.
+    #[error("the provider's sandbox: {0}")]
+    Sandbox(#[from] sandbox::Error),
+    /// The provider did not do it.
+    #[error(transparent)]
+    Run(#[from] RunError),
+    /// The canary does not read as it did: the snapshot broke.
+    #[error("the snapshot changed while it was read (block at {block} differs)")]
+    SnapshotChanged {
+        /// The canary.
+        block: Extent,
+    },
+}
+
+impl VolumeError {
+    /// Whether it only ended because it was told to.
+    pub fn is_cancelled(&self) -> bool {
+        matches!(self, Self::Run(RunError::Cancelled))
+    }
+}
+
+/// Runs the provider on one volume and checks that the snapshot was intact to the end.
+pub async fn run(order: Order<'_>) -> Result<Covered, VolumeError> {
+    let disk = &order.volume.plan.disk;
+    let opened = open_volume(&order).await?;
+    let frozen = Arc::new(opened.frozen);
+    let canary = Canary::choose(&frozen.plan);
+    let before = canary.read(&frozen.reader).await?;
+    discard::clean(&frozen, canary).await?;
+    order.events.send(Event::Total {
+        bytes: frozen.plan.data_bytes(),
+    });
+
+    let table = order
+        .writer
+        .block_table(disk.size, BLOCK_SIZE, opened.base)?;
+    if opened.base.is_some() {
+        for zero in frozen.plan.zero().iter() {
+            for block in
+                zero.start() / u64::from(BLOCK_SIZE)..zero.end().div_ceil(BLOCK_SIZE.into())
+            {
+                table.set(block, Entry::Zero)?;
+            }
+        }
+    }
+    let target = Arc::new(Target::new(
+        disk.name.clone(),
+        Arc::clone(&frozen),
+        canary,
+        Arc::clone(order.writer),
+        order.backup,
+        table,
+        Arc::clone(order.encoders),
+        order.provider.grant.trim_finished,
+        order.events.clone(),
+    ));
+    let process = start(&order, opened.mode).await?;
+    let terms = Terms {
+        world: order.component.world,
+        reader: order.provider.grant.read,
+        discarder: order.provider.grant.discard,
+        limits: order.provider.limits.clone(),
+        attachments: Arc::clone(order.attachments),
+    };
+    let receipt = grants::run::run(process, Arc::clone(&target), terms, order.stop).await?;
+    if canary.read(&frozen.reader).await? != before {
+        let block = before.map_or_else(|| disk_extent(disk.size), |(extent, _)| extent);
+        return Err(VolumeError::SnapshotChanged { block });
+    }
+
+    // Every task of the run has ended, so this is the last holder.
+    let target = Arc::try_unwrap(target).map_err(|_| RunError::Protocol)?;
+    let (_, table, books) = target.into_parts();
+    let root = tokio::task::spawn_blocking(move || table.finish())
+        .await
+        .map_err(HostFailure::from)
+        .map_err(RunError::from)??;
+    let claimed = books
+        .claimed()
+        .iter()
+        .flat_map(|claim| frozen.plan.zero().gaps(claim).collect::<Vec<_>>())
+        .collect();
+    Ok(Covered {
+        name: disk.name.clone(),
+        mode: opened.mode,
+        base: order
+            .choice
+            .base
+            .as_ref()
+            .filter(|_| opened.base.is_some())
+            .map(|base| base.manifest.backup),
+        reason: opened.reason,
+        receipt,
+        root,
+        claimed,
+        dirty_bytes: frozen.plan.dirty().bytes(),
+        zero_bytes: frozen.plan.zero().bytes(),
+    })
+}
+
+struct Opened {
+    frozen: Frozen,
+    mode: BitmapMode,
+    base: Option<TableRoot>,
+    reason: Option<String>,
+}
+
+/// Opens the export; an incremental whose sample of clean blocks differs from its base becomes a full read.
+async fn open_volume(order: &Order<'_>) -> Result<Opened, VolumeError> {
+    let export = &order.volume.export;
+    if let (Some(base), Some(context)) = (&order.choice.base, &order.volume.dirty_context) {
+        let frozen = open::open(order.socket, export, Some(context), BLOCK_SIZE).await?;
+        match missed_change(order.namespace, base.volume.root, &frozen).await? {
+            None => {
+                return Ok(Opened {
+                    frozen,
+                    mode: BitmapMode::Reuse,
+                    base: Some(base.volume.root),
+                    reason: None,
+                });
+            }
+            Some(block) => {
+                let reason = format!(
+                    "the block at {block} differs from the base {} although no bitmap says so",
+                    base.manifest.backup
+                );
+                order.events.warn(format!(
+                    "{}: {reason}; it is read in full",
+                    order.volume.plan.disk.name
+                ));
+                let frozen = open::open(order.socket, export, None, BLOCK_SIZE).await?;
+                return Ok(Opened {
+                    frozen,
+                    mode: BitmapMode::New,
+                    base: None,
+                    reason: Some(reason),
+                });
+            }
+        }
+    }
+    let frozen = open::open(order.socket, export, None, BLOCK_SIZE).await?;
+    Ok(Opened {
+        frozen,
+        mode: BitmapMode::New,
+        base: None,
+        reason: order.choice.reason.clone(),
+    })
+}
+
+/// The first sampled clean block that is not what the base holds.
+async fn missed_change(
+    namespace: &Arc<Namespace>,
+    root: TableRoot,
+    frozen: &Frozen,
+) -> Result<Option<Extent>, VolumeError> {
+    let sample = sample::take(frozen).await?;
+    let block = frozen.plan.block();
+    let namespace = Arc::clone(namespace);
+    let compared = tokio::task::spawn_blocking(move || {
+        let table = namespace.table(root);
+        for (extent, digest) in sample {
+            let expected = match table.get(extent.start() / u64::from(block))? {
+                Entry::Zero => Digest::of(&vec![0; extent.len() as usize]),
+                Entry::Placed { digest, .. } | Entry::Claimed { digest, .. } => digest,
+            };
+            if digest != expected {
+                return Ok(Some(extent));
+            }
+        }
+        Ok(None)
+    });
+    compared
+        .await
+        .map_err(HostFailure::from)
+        .map_err(RunError::from)?
+}
+
+async fn start(order: &Order<'_>, mode: BitmapMode) -> Result<Process, VolumeError> {
+    let disk = &order.volume.plan.disk;
+    let world = order.component.world;
+    let run = Run {
+        world,
+        limits: guest_limits(order.provider),
+        context: Context {
+            id: order.backup.to_string(),
+            settings: order.provider.settings.to_string(),
+        },
+        volume: VolumeInfo {
+            name: disk.name.clone(),
+            size: disk.size,
+            block_size: BLOCK_SIZE,
+            mode,
+        },
+        reader: world == World::Provider && order.provider.grant.read,
+        discarder: order.provider.grant.discard,
+        base: base_receipt(order, mode),
+        max_read: MAX_READ,
+        max_write: MAX_WRITE,
+    };
+    Ok(Process::start(
+        &Program::this(),
+        &SandboxOrder::Run(run),
+        &order.component.compiled.file,
+    )
+    .await?)
+}
+
+/// What this very provider returned for this volume in the base; another provider's receipt says nothing to it.
+fn base_receipt(order: &Order<'_>, mode: BitmapMode) -> Option<Vec<u8>> {
+    let base = order
+        .choice
+        .base
+        .as_ref()
+        .filter(|_| mode == BitmapMode::Reuse)?;
+    (base.manifest.record.provider.name == order.provider_name).then(|| base.volume.receipt.clone())
+}
+
+/// What the sandbox process enforces by itself.
+pub fn guest_limits(provider: &Provider) -> GuestLimits {
+    GuestLimits {
+        memory: provider.limits.memory,
+        cpu_ms: provider.limits.cpu_seconds.saturating_mul(1000),
+    }
+}
+
+fn disk_extent(size: u64) -> Extent {
+    Extent::between(0, size.max(1)).expect("0..1 is a range")
+}
