@@ -153,6 +153,10 @@ impl Agent {
     /// # Errors
     /// Why freezing failed; [`AgentError::StillFrozen`] where thawing after that failed too.
     pub async fn freeze(&mut self) -> Result<u64, AgentError> {
+        if !self.in_step {
+            // While the command was not sent there is nothing to thaw.
+            self.sync().await?;
+        }
         let limit = self.limits.freeze;
         let frozen = self.call(guest_fsfreeze_freeze {}, limit).await;
         let failure = match frozen.map(|count| count.as_u64()) {
@@ -160,13 +164,6 @@ impl Agent {
             Ok(None) => AgentError::Nonsense {
                 command: "guest-fsfreeze-freeze",
             },
-            // Nobody heard the command, so nothing is frozen and there is nobody to thaw.
-            Err(
-                e @ AgentError::Silent {
-                    command: "guest-sync-delimited",
-                    ..
-                },
-            ) => return Err(e),
             Err(e) => e,
         };
         self.thaw().await?;

@@ -20,7 +20,7 @@ use tokio::net::UnixStream;
 use tokio::net::unix::{OwnedReadHalf, OwnedWriteHalf};
 use tokio::sync::{broadcast, mpsc, oneshot};
 use tokio::task::AbortHandle;
-use tokio::time::timeout;
+use tokio::time::{Instant, sleep, timeout};
 
 /// Longest line taken from QEMU. Its longest answers are the schema (about 250 KiB) and the list of
 /// block nodes (about 1 KiB each): room for some ten thousand nodes.
@@ -31,6 +31,13 @@ const GREETING_CAP: usize = 64 << 10;
 
 /// How long a socket has to show that it is a monitor.
 const GREETING_LIMIT: Duration = Duration::from_secs(5);
+
+/// How long a connection that is closed without a word is tried again: QEMU 10.0.2 now and then does
+/// that to a client that comes just when the last one goes.
+const RECONNECT_LIMIT: Duration = Duration::from_secs(1);
+
+/// Pause between two such tries.
+const RECONNECT_PAUSE: Duration = Duration::from_millis(20);
 
 /// How long QEMU has to answer a command. A transaction drains its disks, so slow storage counts here.
 const COMMAND_LIMIT: Duration = Duration::from_secs(60);
@@ -199,10 +206,9 @@ impl Events {
 
     /// Returns when anything happened, or after `pause`: for callers who then ask QEMU for its state.
     pub(super) async fn nudge(&mut self, pause: Duration) {
-        match timeout(pause, self.next()).await {
-            // A lost connection must not turn the caller's loop into a spin; its next command says so.
-            Ok(Err(MonitorError::Lost { .. })) => tokio::time::sleep(pause).await,
-            _ => {}
+        if let Ok(Err(MonitorError::Lost { .. })) = timeout(pause, self.next()).await {
+            // This must not turn the caller's loop into a spin; its next command tells.
+            sleep(pause).await;
         }
     }
 
@@ -252,13 +258,22 @@ impl Monitor {
     /// # Errors
     /// [`MonitorError::Connect`], [`MonitorError::NotQmp`].
     pub async fn connect(path: &Path) -> Result<Self, MonitorError> {
-        let stream = socket::connect(path, GREETING_LIMIT)
-            .await
-            .map_err(|source| MonitorError::Connect {
-                path: path.into(),
-                source,
-            })?;
-        Self::over(stream, &path.display().to_string()).await
+        let deadline = Instant::now() + RECONNECT_LIMIT;
+        loop {
+            let stream = socket::connect(path, GREETING_LIMIT)
+                .await
+                .map_err(|source| MonitorError::Connect {
+                    path: path.into(),
+                    source,
+                })?;
+            match Self::over(stream, &path.display().to_string()).await {
+                Err(MonitorError::NotQmp {
+                    reason: NotQmp::Closed,
+                    ..
+                }) if Instant::now() < deadline => sleep(RECONNECT_PAUSE).await,
+                result => return result,
+            }
+        }
     }
 
     /// Negotiates on a connected socket; `name` is for error messages.

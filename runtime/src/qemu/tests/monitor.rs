@@ -233,3 +233,21 @@ async fn a_silent_socket_and_a_missing_one_are_errors_that_name_it() {
         }
     ));
 }
+
+#[tokio::test]
+async fn a_monitor_that_closes_at_once_is_tried_again() {
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("qmp.sock");
+    let listener = UnixListener::bind(&path).unwrap();
+    let server = tokio::spawn(async move {
+        drop(listener.accept().await.unwrap());
+        serve(listener.accept().await.unwrap().0, |_| {
+            r#"{"return": {}, "id": ID}"#.into()
+        })
+        .await;
+    });
+    let monitor = Monitor::connect(&path).await.unwrap();
+    monitor.execute_raw("stop", json!({})).await.unwrap();
+    drop(monitor);
+    server.await.unwrap();
+}
