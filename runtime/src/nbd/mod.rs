@@ -1,1 +1,37 @@
-//! To be written.
+//! An asynchronous NBD client: the way in of a volume's bytes.
+//!
+//! A [`Connection`] is one Unix socket after the newstyle handshake. Any number of tasks use it at
+//! once; requests are told apart by their cookie, and the server answers in the order it likes.
+//!
+//! - [`wire`](self) encodes and parses, and does no I/O;
+//! - `assembly` decides whether the pieces of an answer make up what was asked;
+//! - `handshake` negotiates;
+//! - `replies` receives: one task for each connection, which owns the buffers of waiting requests;
+//! - `client` is what the rest of the program calls.
+//!
+//! What holds:
+//! - Nothing is allocated because a server said a length. A length is compared with what was asked
+//!   first, and bytes of a read go straight into the buffer that the caller lent.
+//! - Whatever the server does that the protocol forbids ends the connection with a [`Violation`]
+//!   that names the rule; every waiting request gets it at once.
+//! - A request whose future is dropped stays in the table until its reply has been received, so its
+//!   late bytes meet its own buffer and never another's.
+//! - Nothing here waits longer than for the handshake: a time limit of a request is its caller's.
+//!
+//! The rules are those of the NBD protocol, `doc/proto.md` of the reference implementation, which
+//! is meant wherever a comment names a section or an `NBD_` constant.
+
+mod assembly;
+mod client;
+mod error;
+mod handshake;
+mod replies;
+#[cfg(test)]
+mod tests;
+mod wire;
+
+pub use assembly::StatusRun;
+pub use client::Connection;
+pub use error::{Error, ErrorCode, Refusal, Violation};
+pub use handshake::ExportInfo;
+pub use wire::{Command, Negotiation};
