@@ -3,7 +3,7 @@
 //! A [`Connection`] is one Unix socket after the newstyle handshake. Any number of tasks use it at
 //! once; requests are told apart by their cookie, and the server answers in the order it likes.
 //!
-//! - [`wire`](self) encodes and parses, and does no I/O;
+//! - `wire` encodes and parses, and does no I/O;
 //! - `assembly` decides whether the pieces of an answer make up what was asked;
 //! - `handshake` negotiates;
 //! - `replies` receives: one task for each connection, which owns the buffers of waiting requests;

@@ -79,7 +79,7 @@ impl Answer {
 }
 
 impl Waiting {
-    /// Hands over the answer, or gives the request back with the rule that the server broke.
+    /// Hands over the answer; an error if the server ended the reply against the rules, which whoever waits is told as well.
     fn finish(self) -> Result<(), Violation> {
         if let Some((code, message)) = self.failure {
             let (command, extent) = (self.answer.command(), self.answer.extent());
