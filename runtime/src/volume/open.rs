@@ -16,8 +16,8 @@ const STATE_ZERO: u64 = 1 << 1;
 /// `qemu:dirty-bitmap:NAME`, bit 0: the range is dirty.
 const DIRTY: u64 = 1;
 
-/// Asked about at once, in bytes: 2^20 blocks of 64 KiB, fewer runs than the client takes in one answer.
-const STATUS_PIECE: u64 = 64 << 30;
+/// Asked about at once, in bytes: few enough runs to fit in memory, whatever the server says.
+const STATUS_PIECE: u64 = 4 << 30;
 
 /// Connects to the export. With a `dirty_context` (`qemu:dirty-bitmap:NAME`) only what that bitmap holds is covered,
 /// otherwise everything is.
