@@ -555,7 +555,11 @@ fn many_threads_share_one_writer() {
                 scope.spawn(move || {
                     let one = |n: u64| {
                         // Half of the chunks are put by all threads.
-                        let seed = if n % 2 == 0 { n } else { n + 1000 * thread };
+                        let seed = if n.is_multiple_of(2) {
+                            n
+                        } else {
+                            n + 1000 * thread
+                        };
                         let chunk = data(seed, 256);
                         let frame = put(writer, &chunk);
                         let entry = Entry::Placed {
