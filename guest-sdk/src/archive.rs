@@ -6,7 +6,7 @@ use crate::bindings::imports::{archive, types};
 use crate::{Error, Extent, Snapshot};
 
 /// Longest range that one [`Archive::put`] takes, in bytes.
-pub const MAX_PUT: u64 = 4 << 20;
+pub const MAX_PUT: u64 = 1 << 20;
 
 /// How the host encodes what it stores. It decodes again when reading, so that sizes and offsets are always those
 /// before encoding.
@@ -43,7 +43,7 @@ impl Archive {
             .put(source.handle(), range.into(), encoding.into())?)
     }
 
-    /// Starts an object. Its name is unique within the backup, which may have other volumes, and plain: 1 to 200
+    /// Starts an object. Its name is unique within the backup, which may have other volumes, and plain: 1 to 128
     /// ASCII letters, digits, `-`, `_` and `.`, not beginning with `.`.
     ///
     /// # Errors

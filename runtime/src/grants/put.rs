@@ -15,7 +15,19 @@ pub(super) async fn start(target: &Arc<Target>, extent: Extent, encoding: Encodi
         if let Err(failure) = store(&task, permit, extent, encoding).await {
             task.fail(failure);
         }
+        task.put_ended.notify_waiters();
     });
+}
+
+/// Waits until no put of any part of `extent` is under way, or one has failed.
+pub(super) async fn ended(target: &Target, extent: Extent) {
+    loop {
+        let next = target.put_ended.notified();
+        if target.has_failed() || !target.books().is_being_put(extent) {
+            return;
+        }
+        next.await;
+    }
 }
 
 async fn store(

@@ -186,6 +186,7 @@ impl Run {
         process: &mut Process,
     ) -> Result<Result<Answer, ErrorCode>, RunError> {
         Ok(match call {
+            Call::NextRegions { limit: 0 } => Err(ErrorCode::OutOfRange),
             Call::NextRegions { limit } => Ok(self.next_regions(limit)),
             Call::Discard(range) => self.discard(range).await,
             Call::Read { offset, length } => match self.read(offset, length).await {
@@ -242,6 +243,8 @@ impl Run {
             return Err(ErrorCode::NotFound);
         }
         let extent = self.whole_blocks(range)?;
+        put::ended(&self.target, extent).await;
+        self.check_host()?;
         self.target
             .books()
             .begin_discard(&self.target.frozen.plan, extent)
@@ -459,9 +462,8 @@ fn io(_: Failed) -> ErrorCode {
 
 fn refused(error: CoverageError) -> ErrorCode {
     match error {
-        CoverageError::NotDirty(_) | CoverageError::Covered(_) => ErrorCode::NotDirty,
-        CoverageError::Unfinished(_) => {
-            ErrorCode::Other(Some("the backup of the range is not finished".into()))
+        CoverageError::NotDirty(_) | CoverageError::Covered(_) | CoverageError::Unfinished(_) => {
+            ErrorCode::NotDirty
         }
     }
 }

@@ -10,7 +10,7 @@ use crate::volume::coverage::Coverage;
 use crate::volume::discard;
 use crate::volume::frozen::Frozen;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
-use tokio::sync::Semaphore;
+use tokio::sync::{Notify, Semaphore};
 use tokio::task::JoinError;
 use tokio_util::task::TaskTracker;
 
@@ -48,6 +48,8 @@ pub struct Target {
     pub events: Events,
     /// All that is under way for this run, so that its end can be waited for.
     pub tasks: TaskTracker,
+    /// Told at the end of each put.
+    pub put_ended: Notify,
     table: Mutex<BlockTableWriter>,
     books: Mutex<Coverage>,
     failure: Mutex<Option<HostFailure>>,
@@ -77,6 +79,7 @@ impl Target {
             trim_finished,
             events,
             tasks: TaskTracker::new(),
+            put_ended: Notify::new(),
             table: Mutex::new(table),
             books: Mutex::new(Coverage::default()),
             failure: Mutex::new(None),

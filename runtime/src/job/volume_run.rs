@@ -127,11 +127,8 @@ pub async fn run(order: Order<'_>) -> Result<Covered, VolumeError> {
         .block_table(disk.size, BLOCK_SIZE, opened.base)?;
     if opened.base.is_some() {
         for zero in frozen.plan.zero().iter() {
-            for block in
-                zero.start() / u64::from(BLOCK_SIZE)..zero.end().div_ceil(BLOCK_SIZE.into())
-            {
-                table.set(block, Entry::Zero)?;
-            }
+            let block = u64::from(BLOCK_SIZE);
+            table.set_zero(zero.start() / block..zero.end().div_ceil(block))?;
         }
     }
     let target = Arc::new(Target::new(

@@ -70,6 +70,13 @@ impl Coverage {
         Ok(())
     }
 
+    /// Whether a `put` of some part of `extent` is under way.
+    pub fn is_being_put(&self, extent: Extent) -> bool {
+        self.pending
+            .get(&Cover::Put)
+            .is_some_and(|puts| puts.overlaps(extent))
+    }
+
     /// A `put` of `extent` is stored.
     pub fn put_done(&mut self, extent: Extent) {
         if let Some(pending) = self.pending.get_mut(&Cover::Put) {
