@@ -7,7 +7,7 @@
 //!
 //! | key | meaning | unless set |
 //! |---|---|---|
-//! | `chunk-size` | length of a chunk in bytes: a multiple of the volume's block size, at most 4 MiB | 1 MiB, or one block if that is more |
+//! | `chunk-size` | length of a chunk in bytes: a multiple of the volume's block size, at most 1 MiB | 1 MiB, or one block if that is more |
 //! | `encoding` | `"zstd"` or `"identity"` | `"zstd"` |
 //! | `discard` | whether to give snapshot space back during the backup | `false` |
 

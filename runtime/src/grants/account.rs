@@ -44,6 +44,13 @@ impl Account {
         )
     }
 
+    /// Bytes that the host copies from the volume to the archive: both read and stored, or neither.
+    pub(super) fn copy(&mut self, bytes: u64) -> Result<(), ErrorCode> {
+        let before = self.read;
+        self.read(bytes)?;
+        self.output(bytes).inspect_err(|_| self.read = before)
+    }
+
     /// One more object.
     pub(super) fn object(&mut self) -> Result<(), ErrorCode> {
         if self.objects >= self.limits.objects {
@@ -89,6 +96,10 @@ mod tests {
         assert_eq!(account.read(u64::MAX), Ok(()));
         assert_eq!(
             account.read(1),
+            Err(ErrorCode::QuotaExceeded(Quota::ReadBytes))
+        );
+        assert_eq!(
+            account.copy(1),
             Err(ErrorCode::QuotaExceeded(Quota::ReadBytes))
         );
         assert_eq!(account.object(), Ok(()));

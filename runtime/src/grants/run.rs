@@ -285,11 +285,7 @@ impl Run {
             return Err(ErrorCode::TooLarge);
         }
         let extent = self.whole_blocks(range)?;
-        self.account.output(extent.len())?;
-        self.target
-            .books()
-            .begin(&self.target.frozen.plan, Cover::Put, extent)
-            .map_err(refused)?;
+        self.reserve(Cover::Put, extent)?;
         put::start(&self.target, extent, encoding).await;
         Ok(Answer::Unit)
     }
@@ -335,13 +331,11 @@ impl Run {
     async fn splice(&mut self, number: u32, range: RawRange) -> Result<Answer, ErrorCode> {
         self.check_host()?;
         let extent = self.whole_blocks(range)?;
+        if !self.streams.contains_key(&number) {
+            return Err(ErrorCode::NotFound);
+        }
+        self.reserve(Cover::Stream(number), extent)?;
         let stream = self.streams.get(&number).ok_or(ErrorCode::NotFound)?;
-        self.account.output(extent.len())?;
-        let cover = Cover::Stream(number);
-        self.target
-            .books()
-            .begin(&self.target.frozen.plan, cover, extent)
-            .map_err(refused)?;
         stream.splice(extent).await.map_err(io)?;
         Ok(Answer::Unit)
     }
@@ -431,6 +425,15 @@ impl Run {
         }
         self.target.tasks.close();
         self.target.tasks.wait().await;
+    }
+
+    /// Checks, charges and enters that the host copies `extent`.
+    fn reserve(&mut self, cover: Cover, extent: Extent) -> Result<(), ErrorCode> {
+        let plan = &self.target.frozen.plan;
+        let mut books = self.target.books();
+        books.check(plan, extent).map_err(refused)?;
+        self.account.copy(extent.len())?;
+        books.begin(plan, cover, extent).map_err(refused)
     }
 
     fn whole_blocks(&self, range: RawRange) -> Result<Extent, ErrorCode> {

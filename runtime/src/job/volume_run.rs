@@ -274,7 +274,7 @@ async fn start(order: &Order<'_>, mode: BitmapMode) -> Result<Process, VolumeErr
             settings: order.provider.settings.to_string(),
         },
         volume: VolumeInfo {
-            name: disk.name.clone(),
+            name: plain(&disk.name),
             size: disk.size,
             block_size: BLOCK_SIZE,
             mode,
@@ -291,6 +291,27 @@ async fn start(order: &Order<'_>, mode: BitmapMode) -> Result<Process, VolumeErr
         &order.component.compiled.file,
     )
     .await?)
+}
+
+/// A disk's name as the contract allows names, for providers that name objects after it: others come from QEMU's own
+/// ids, such as `#block123`.
+fn plain(name: &str) -> String {
+    let plain: String = name
+        .chars()
+        .map(|c| {
+            if c.is_ascii_alphanumeric() || "-_.".contains(c) {
+                c
+            } else {
+                '_'
+            }
+        })
+        .take(archive::NAME_LIMIT)
+        .collect();
+    if plain.starts_with('.') || plain.is_empty() {
+        format!("_{}", &plain[plain.len().min(1)..])
+    } else {
+        plain
+    }
 }
 
 /// What this very provider returned for this volume in the base; another provider's receipt says nothing to it.

@@ -41,6 +41,17 @@ pub struct Coverage {
 }
 
 impl Coverage {
+    /// Whether `extent`, made of whole blocks, may be covered now.
+    pub fn check(&self, plan: &Plan, extent: Extent) -> Result<(), CoverageError> {
+        if !plan.dirty().contains(extent) {
+            return Err(CoverageError::NotDirty(extent));
+        }
+        if self.finished.overlaps(extent) || self.pending.values().any(|set| set.overlaps(extent)) {
+            return Err(CoverageError::Covered(extent));
+        }
+        Ok(())
+    }
+
     /// Reserves `extent` for `cover`. The extent must be whole blocks.
     pub fn begin(
         &mut self,
@@ -48,12 +59,7 @@ impl Coverage {
         cover: Cover,
         extent: Extent,
     ) -> Result<(), CoverageError> {
-        if !plan.dirty().contains(extent) {
-            return Err(CoverageError::NotDirty(extent));
-        }
-        if self.finished.overlaps(extent) || self.pending.values().any(|set| set.overlaps(extent)) {
-            return Err(CoverageError::Covered(extent));
-        }
+        self.check(plan, extent)?;
         self.pending.entry(cover).or_default().insert(extent);
         Ok(())
     }
