@@ -1,4 +1,35 @@
 //! Fleecebox backs up running QEMU virtual machines through WebAssembly providers that nobody has to trust.
+//!
+//! # The way of a byte
+//!
+//! 1. [`qemu::snapshot::take`] freezes all disks at one moment. From then on QEMU keeps the old data of every block that
+//!    the guest overwrites in a fleecing image, and an NBD export of each disk reads as of that moment.
+//! 2. [`volume::open`] asks the export what is dirty and what is zero, and grows both to whole blocks: the
+//!    [`Plan`](volume::plan::Plan). What is clean is given back to the fleecing image at once.
+//! 3. [`job::volume_run`] starts the provider in a [`sandbox`] process of its own; [`grants::run`] answers its calls over
+//!    the [`channel`].
+//! 4. (a) `put` and `splice` name a range: [`nbd`] reads it, [`digest`] names its blocks, the [`archive`] encodes and
+//!    stores it, and its place goes into the block table. (b) `read` hands the bytes to the provider through the shared
+//!    memory; `write` takes bytes of its own making back; `claim` says which blocks these hold.
+//!    [`Coverage`](volume::coverage::Coverage) keeps the books of both.
+//! 5. After the last read a canary block and QEMU's jobs show that the snapshot was intact, and it is taken down.
+//! 6. [`job::prove`] reads every claimed block back through a fresh instance. The manifest appears, which is the commit.
+//!    Then the old bitmaps go.
+//! 7. [`job::replay`] is the way back, for restore and verify alike.
+//!
+//! # What always holds
+//!
+//! - A backup without a manifest does not exist; a manifest appears only after all that it refers to is durable.
+//! - Every dirty block of a committed backup is zero, placed by the host, or proven to be given back by the provider.
+//! - A bitmap is the base of an incremental only if the archive holds the very backup that its name says.
+//! - What a sandbox process sends is checked, then charged, then done. No length, range or name in it is believed.
+//! - Before a job ends, QEMU holds nothing of it but bitmaps; what a killed job leaves is found by its ids.
+//!
+//! # Absences
+//!
+//! Only [`sandbox`] uses wasmtime, and it uses neither [`qemu`], [`nbd`], [`volume`] nor [`archive`]. [`qemu`] and
+//! [`archive`] know no provider. Paths are opened in [`cli`], for QEMU's sockets, and to spawn processes; everything else
+//! gets a handle.
 
 #![deny(missing_docs)]
 
