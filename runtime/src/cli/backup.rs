@@ -188,6 +188,7 @@ fn tell(session: &Session, summary: &Summary, started: Instant) {
             "seconds": took.as_secs_f64(),
             "frozen_ms": summary.frozen.map(|frozen| frozen.as_millis()),
             "snapshot_seconds": summary.snapshot.as_secs_f64(),
+            "step_seconds": summary.steps.iter().map(|(step, took)| (step.name(), took.as_secs_f64())).collect::<BTreeMap<_, _>>(),
             "fleecing_peak_bytes": summary.fleecing_peak,
             "clean_up_left": summary.left,
             "volumes": manifest.record.volumes,

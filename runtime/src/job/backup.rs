@@ -88,6 +88,8 @@ pub struct Summary {
     pub snapshot: Duration,
     /// Most bytes that the fleecing images took up.
     pub fleecing_peak: u64,
+    /// How long each step took, in order.
+    pub steps: Vec<(Step, Duration)>,
     /// Clean-up that failed although the backup is committed. The next run does it.
     pub left: Vec<String>,
 }
@@ -295,6 +297,7 @@ pub async fn backup(
         id,
         job,
         disks,
+        reached: Vec::new(),
         events,
         cancel,
     }
@@ -327,6 +330,7 @@ struct Backup<'a> {
     id: BackupId,
     job: JobId,
     disks: Vec<(qemu::Disk, Choice)>,
+    reached: Vec<(Step, Instant)>,
     events: &'a Events,
     cancel: &'a CancellationToken,
 }
@@ -381,8 +385,19 @@ impl Backup<'_> {
             frozen: point.frozen,
             snapshot,
             fleecing_peak,
+            steps: self.steps(),
             left,
         })
+    }
+
+    /// How long each step that was reached took; the last one is over now.
+    fn steps(&self) -> Vec<(Step, Duration)> {
+        let ends = self.reached.iter().skip(1).map(|&(_, at)| at);
+        self.reached
+            .iter()
+            .zip(ends.chain([Instant::now()]))
+            .map(|(&(step, from), to)| (step, to - from))
+            .collect()
     }
 
     async fn point_in_time(&mut self) -> Result<PointInTime, BackupError> {
@@ -645,6 +660,7 @@ impl Backup<'_> {
 
     fn step(&mut self, step: Step) -> Result<(), JournalError> {
         self.events.send(Event::Step { step: step.name() });
+        self.reached.push((step, Instant::now()));
         self.journal.reach(step)
     }
 }
