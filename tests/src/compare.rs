@@ -27,6 +27,19 @@ pub fn same_disk(left: &Path, right: &Path) -> Result<()> {
     .map(drop)
 }
 
+/// A qcow2 file whose own structures are without a fault, by `qemu-img check`.
+///
+/// # Errors
+/// With qemu-img's words.
+pub fn qcow2_is_clean(image: &Path) -> Result<()> {
+    let mut check = tool("qemu-img");
+    run(
+        "qemu-utils",
+        check.args(["check", "-q", "-f", "qcow2"]).arg(image),
+    )
+    .map(drop)
+}
+
 /// A raw image with an ext4 file system without a fault, by `e2fsck -fn`.
 ///
 /// # Errors

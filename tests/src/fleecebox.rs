@@ -32,6 +32,7 @@ pub struct Fleecebox {
     arguments: Vec<OsString>,
     folder: Option<PathBuf>,
     environment: Vec<(OsString, OsString)>,
+    without_capabilities: Option<&'static str>,
 }
 
 impl Fleecebox {
@@ -43,6 +44,7 @@ impl Fleecebox {
             arguments,
             folder: None,
             environment: Vec::new(),
+            without_capabilities: None,
         }
     }
 
@@ -64,6 +66,15 @@ impl Fleecebox {
     #[must_use]
     pub fn env(mut self, name: impl Into<OsString>, value: impl Into<OsString>) -> Self {
         self.environment.push((name.into(), value.into()));
+        self
+    }
+
+    /// Root, too, is bound by permission bits in it: without the capabilities to pass over them.
+    #[must_use]
+    pub fn bound_by_permissions(mut self) -> Self {
+        if rustix::process::geteuid().is_root() {
+            self.without_capabilities = Some("-dac_override,-dac_read_search");
+        }
         self
     }
 
@@ -96,7 +107,15 @@ impl Fleecebox {
                 binary.display()
             );
         }
-        let mut command = Command::new(binary);
+        let mut command = match self.without_capabilities {
+            None => Command::new(binary),
+            // It becomes the product: `setpriv` ends in an exec.
+            Some(capabilities) => {
+                let mut command = Command::new("setpriv");
+                command.arg("--bounding-set").arg(capabilities).arg(binary);
+                command
+            }
+        };
         command
             .args(&self.arguments)
             .envs(self.environment.iter().map(|(name, value)| (name, value)))
@@ -109,7 +128,9 @@ impl Fleecebox {
             command.current_dir(folder);
         }
         let started = Instant::now();
-        let mut child = command.spawn()?;
+        let mut child = command
+            .spawn()
+            .with_context(|| format!("cannot run {command:?}"))?;
         let output = Arc::new(Output::default());
         let readers = [
             child
@@ -338,6 +359,15 @@ impl Outcome {
     /// The signal that ended it.
     pub fn signal(&self) -> Option<i32> {
         self.status.signal()
+    }
+
+    /// The JSON document that standard output is: the result, or the error, of `--json`.
+    ///
+    /// # Errors
+    /// When it is something else.
+    pub fn document(&self) -> Result<Value> {
+        serde_json::from_str(&self.stdout)
+            .with_context(|| format!("not one JSON document:\n{}\n{}", self.stdout, self.stderr))
     }
 
     /// The JSON objects on standard output, one a line, as `--json` prints them.

@@ -8,7 +8,7 @@
 //!    booted Linux) serves the disks. [`Disk`] says what they are.
 //! 2. [`QemuState::read`] remembers what QEMU shows.
 //! 3. A [`Writer`] changes the disks all the while; in a [`Guest`] its own processes do.
-//! 4. [`Fleecebox`] runs the product against a [`Proxy`], which makes QEMU take an independent
+//! 4. [`Site`] holds the archive and runs the product, by [`Fleecebox`], against a [`Proxy`], which makes QEMU take an independent
 //!    full copy of each disk at the product's own point in time, and can cut, delay or hold the
 //!    product's commands one by one.
 //! 5. [`compare`] holds what the product restored against [`Proxy::references`], and
@@ -24,11 +24,13 @@ mod ext4_disk;
 mod fleecebox;
 mod guest;
 mod nbd;
+pub mod nbd_map;
 mod process;
 mod proxy;
 mod qemu_state;
 mod qmp;
 mod random;
+mod site;
 mod storage_daemon;
 mod writer;
 
@@ -43,6 +45,7 @@ pub use proxy::{At, Fault, Held, Proxy, ReferenceImage, Stage, What};
 pub use qemu_state::{Bitmap, QemuState};
 pub use qmp::{Monitors, Qmp, QmpError};
 pub use random::Random;
+pub use site::{Backup, Order, Site, bytes_below, files_below};
 pub use storage_daemon::StorageDaemon;
 pub use writer::{Load, Writer, WriterReport};
 

@@ -78,6 +78,11 @@ impl StorageDaemon {
         self.folder.path().join("nbd.sock")
     }
 
+    /// Whether it runs an NBD server of its own.
+    pub fn has_writer_exports(&self) -> bool {
+        self.writer_exports
+    }
+
     /// A connection to write to the live disk `node`, through the daemon as a guest would.
     ///
     /// # Errors

@@ -1,0 +1,281 @@
+//! Full and incremental backups of live disks by the honest providers.
+
+use std::fs::File;
+use std::io::Write;
+use std::ops::Range;
+use std::path::Path;
+use std::time::Duration;
+
+use anyhow::{Context, Result, ensure};
+use fleecebox_tests::{
+    At, Backup, Disk, Ext4Disk, Fault, Load, MIB, Order, Proxy, QemuState, Random, Site, Stage,
+    StorageDaemon, What, Writer, bytes_below, compare, nbd_map,
+};
+use serde_json::json;
+
+/// The unit of dirty tracking, in bytes.
+const BLOCK: u64 = 64 << 10;
+
+#[test]
+fn chunked_restores_each_point_in_time_of_live_disks() -> Result<()> {
+    restores_each_point_in_time_of_live_disks("chunked")
+}
+
+#[test]
+fn image_restores_each_point_in_time_of_live_disks() -> Result<()> {
+    restores_each_point_in_time_of_live_disks("image")
+}
+
+fn restores_each_point_in_time_of_live_disks(provider: &str) -> Result<()> {
+    let site = Site::new()?;
+    let size = 48 * MIB;
+    let odd_size = size + 3 * 512;
+    let ext4 = Ext4Disk::create(&site.path("ext4.raw"), size)?;
+    let content = random_image(&site.path("content.raw"), 24 * MIB, 1)?;
+    let disks = [
+        Disk::raw("da", size).holding(&ext4.path),
+        Disk::qcow2("db", odd_size).holding(&content),
+    ];
+    let daemon = StorageDaemon::start_with_writer_exports(&disks)?;
+    let proxy = Proxy::start(daemon.monitors())?;
+    let order = site.order(&daemon, provider)?.through(&proxy);
+    let before = QemuState::read(daemon.monitors())?;
+    // Both ends of the odd disk, data and holes.
+    let regions = [0..4 * MIB, 23 * MIB..25 * MIB, size - MIB..odd_size];
+    let may_be_dirty = [grown(&ext4.data_extents, size), grown(&regions, odd_size)];
+    let writers = [
+        writer(&daemon, "da", 1, ext4.data_extents)?,
+        writer(&daemon, "db", 2, regions.into())?,
+    ];
+
+    let mut backups: Vec<(Backup, Vec<_>)> = Vec::new();
+    for _ in 0..4 {
+        writers.iter().try_for_each(|writer| writer.wait_for(20))?;
+        let backup = site.backup(&order)?;
+        let references = proxy.references()?;
+        let base = backups.last().map(|(base, _)| base);
+        for (disk, most) in ["da", "db"].into_iter().zip(may_be_dirty) {
+            backup.assert_base(disk, base);
+            if base.is_some() {
+                let dirty = backup.dirty_bytes(disk);
+                ensure!(0 < dirty && dirty <= most, "{disk}: {dirty} bytes dirty");
+            }
+        }
+        check(&site, &order, &backup, &references)?;
+        backups.push((backup, references));
+        // Of each disk one, and it records.
+        let now = QemuState::read(daemon.monitors())?;
+        now.assert_restored(&before, |_| true);
+        let bitmaps: Vec<_> = now.bitmaps().collect();
+        let nodes: Vec<_> = bitmaps.iter().map(|bitmap| &bitmap.node[..]).collect();
+        ensure!(nodes == ["da", "db"], "{bitmaps:?}");
+        ensure!(
+            bitmaps
+                .iter()
+                .all(|bitmap| bitmap.recording && !bitmap.inconsistent)
+        );
+        ensure!(
+            !bitmaps[0].persistent && bitmaps[1].persistent,
+            "{bitmaps:?}"
+        );
+    }
+    for writer in writers {
+        writer.stop()?;
+    }
+    assert_eq!(backups[0].0.dirty_bytes("da"), size);
+    assert_eq!(backups[0].0.dirty_bytes("db"), odd_size);
+    let ids: Vec<_> = backups
+        .iter()
+        .map(|(backup, _)| backup.id.clone())
+        .collect();
+    assert_eq!(site.list(&order.archive)?, ids);
+    // The later ones took nothing away from the earlier ones.
+    for (backup, references) in &backups {
+        check(&site, &order, backup, references)?;
+    }
+    Ok(())
+}
+
+#[test]
+fn a_backup_of_nothing_new_is_a_backup() -> Result<()> {
+    for provider in ["chunked", "image"] {
+        let site = Site::new()?;
+        let content = random_image(&site.path("content.raw"), 8 * MIB, 3)?;
+        let daemon = StorageDaemon::start(&[Disk::raw("da", 9 * MIB).holding(&content)])?;
+        let order = site.order(&daemon, provider)?;
+        let before = QemuState::read(daemon.monitors())?;
+        let full = site.backup(&order)?;
+        let stored = bytes_below(&order.archive)?;
+        let empty = site.backup(&order)?;
+        empty.assert_base("da", Some(&full));
+        assert_eq!(empty.dirty_bytes("da"), 0);
+        let grown = bytes_below(&order.archive)? - stored;
+        ensure!(grown < BLOCK, "nothing new took {grown} bytes");
+        site.verify(&order.archive, &empty.id)?;
+        let restored = site.restore(&order.archive, &empty.id)?;
+        compare::same_bytes(&restored.join("da.raw"), &daemon.disks()[0].path)?;
+        // The NBD server that it started is gone, too.
+        QemuState::read(daemon.monitors())?.assert_restored(&before, |_| true);
+    }
+    Ok(())
+}
+
+#[test]
+fn what_the_archive_holds_is_not_stored_again() -> Result<()> {
+    let site = Site::new()?;
+    let length = 16 * MIB;
+    let content = random_image(&site.path("content.raw"), length, 4)?;
+    let twins = [
+        Disk::raw("da", length).holding(&content),
+        Disk::qcow2("db", length).holding(&content),
+    ];
+    let little = length / 16;
+
+    let daemon = StorageDaemon::start(&twins)?;
+    let order = site.order(&daemon, "chunked")?;
+    site.backup(&order.clone().only(&["da"]))?;
+    let one = bytes_below(&order.archive)?;
+    ensure!(one > length, "random bytes were packed into {one}");
+    // Another volume, another backup of the same, another VM.
+    site.backup(&order)?;
+    let again = Order {
+        full: true,
+        ..order.clone()
+    };
+    let again = site.backup(&again)?;
+    assert_eq!(again.dirty_bytes("da"), length);
+    let other = StorageDaemon::start(&twins)?;
+    let of_other = Order {
+        vm: "mail".into(),
+        ..site.order(&other, "chunked")?
+    };
+    let of_other = site.backup(&of_other)?;
+    of_other.assert_base("da", None);
+    let all = bytes_below(&order.archive)?;
+    ensure!(all < one + little, "{all} bytes in place of {one}");
+    for backup in [again, of_other] {
+        let restored = site.restore(&order.archive, &backup.id)?;
+        compare::same_bytes(&restored.join("da.raw"), &content)?;
+        compare::same_bytes(&restored.join("db.raw"), &content)?;
+    }
+    Ok(())
+}
+
+#[test]
+fn what_is_read_is_what_qemu_calls_dirty() -> Result<()> {
+    let site = Site::new()?;
+    let sizes = [("da", 24 * MIB), ("db", 16 * MIB + 5 * 512)];
+    let disks = [Disk::raw("da", sizes[0].1), Disk::qcow2("db", sizes[1].1)];
+    let daemon = StorageDaemon::start_with_writer_exports(&disks)?;
+    let proxy = Proxy::start(daemon.monitors())?;
+    let order = site.order(&daemon, "chunked")?.through(&proxy);
+    site.backup(&order)?;
+    proxy.references()?;
+    for (index, (disk, size)) in sizes.into_iter().enumerate() {
+        let mut random = Random::new(index as u64);
+        let mut access = daemon.writer_access(disk)?;
+        for _ in 0..30 {
+            let offset = random.below(size / 512 - 64) * 512;
+            let length = 512 * (1 + random.below(64));
+            access.write(offset, &vec![0xb5; length as usize])?;
+        }
+        // The short last block.
+        access.write(size - 512, &[0x5b; 512])?;
+        access.flush()?;
+    }
+
+    // Both exports are up, and nothing has been read or trimmed.
+    proxy.forget_commands();
+    proxy.inject(Fault {
+        at: At::Named("block-export-add", 2),
+        stage: Stage::BeforeAnswer,
+        what: What::Hold,
+    });
+    let running = site.backup_command(&order).start()?;
+    let held = proxy.wait_held(Duration::from_secs(60))?;
+    let exports = daemon
+        .control()?
+        .execute("query-block-exports", json!({}))?;
+    let mut expected = Vec::new();
+    let mut exports: Vec<_> = exports
+        .as_array()
+        .context("no list of exports")?
+        .iter()
+        .filter_map(|export| export["id"].as_str())
+        .filter(|id| !id.starts_with("writer-"))
+        .collect();
+    exports.sort_unstable();
+    for (export, (_, size)) in exports.into_iter().zip(sizes) {
+        let contexts = nbd_map::dirty_contexts(&daemon.nbd_socket(), export)?;
+        let [context] = &contexts[..] else {
+            anyhow::bail!("not one bitmap on {export}: {contexts:?}");
+        };
+        let ranges = nbd_map::dirty_ranges(&daemon.nbd_socket(), export, context)?;
+        ensure!(!ranges.is_empty(), "nothing is dirty on {export}");
+        expected.push(grown(&ranges, size));
+    }
+    held.go_on();
+    let backup = Backup::told_by(&running.finish()?.assert_success())?;
+    let read: Vec<_> = sizes.map(|(disk, _)| backup.dirty_bytes(disk)).into();
+    assert_eq!(read, expected);
+    check(&site, &order, &backup, &proxy.references()?)
+}
+
+/// Verifies a backup, restores it, and holds it against what QEMU itself copied at its point in time.
+fn check(
+    site: &Site,
+    order: &Order,
+    backup: &Backup,
+    references: &[fleecebox_tests::ReferenceImage],
+) -> Result<()> {
+    ensure!(references.len() == order.disks.len(), "{references:?}");
+    site.verify(&order.archive, &backup.id)?;
+    let restored = site.restore(&order.archive, &backup.id)?;
+    for reference in references {
+        let image = restored.join(format!("{}.raw", reference.device));
+        compare::same_bytes(&image, &reference.path)
+            .with_context(|| format!("{} of backup {}", reference.device, backup.id))?;
+    }
+    // The first disk of the live tests holds a file system.
+    if site.path("ext4.raw").exists() {
+        compare::ext4_is_clean(&restored.join("da.raw"))?;
+    }
+    Ok(std::fs::remove_dir_all(restored)?)
+}
+
+fn writer(
+    daemon: &StorageDaemon,
+    disk: &str,
+    seed: u64,
+    regions: Vec<Range<u64>>,
+) -> Result<Writer> {
+    let load = Load {
+        seed,
+        rate: 100,
+        regions: Some(regions),
+    };
+    Writer::start(daemon.writer_access(disk)?, load)
+}
+
+fn random_image(path: &Path, length: u64, seed: u64) -> Result<std::path::PathBuf> {
+    let mut random = Random::new(seed);
+    let mut file = File::create(path)?;
+    let mut piece = vec![0; MIB as usize];
+    for _ in 0..length / MIB {
+        random.fill(&mut piece);
+        file.write_all(&piece)?;
+    }
+    Ok(path.into())
+}
+
+/// Bytes of all blocks that the ranges touch, the last one of the disk cut at its end.
+fn grown(ranges: &[Range<u64>], size: u64) -> u64 {
+    let blocks: std::collections::BTreeSet<u64> = ranges
+        .iter()
+        .flat_map(|range| range.start / BLOCK..range.end.div_ceil(BLOCK))
+        .collect();
+    blocks
+        .into_iter()
+        .map(|block| BLOCK.min(size - block * BLOCK))
+        .sum()
+}
