@@ -1,25 +1,25 @@
-//! `fleecebox demo`: runs the program `fleecebox-demo` that is built beside this one. The demonstration plays the VM,
+//! `fleecebox demo`: becomes the program `fleecebox-demo` that is built beside this one. The demonstration plays the VM,
 //! its disk and hostile providers, none of which belongs into this program.
 
 use super::{Failure, Session};
 use anyhow::{Context, anyhow};
 use clap::Args;
-use std::ffi::OsString;
+use std::os::unix::process::CommandExt;
+use std::path::PathBuf;
 use std::process::Command;
 
-/// Show the main job on a real storage daemon with a disk that is written all the while.
+/// Show the main job on a real QEMU with disks that are written all the while.
 #[derive(Debug, Args)]
 #[command(
     after_help = "Example:\n  fleecebox demo --components target/components\n\n`make demo` builds what it needs first."
 )]
 pub(super) struct Demo {
-    /// Handed to the demonstration
-    #[arg(
-        trailing_var_arg = true,
-        allow_hyphen_values = true,
-        value_name = "ARGUMENTS"
-    )]
-    arguments: Vec<OsString>,
+    /// Folder of the built providers
+    #[arg(long, value_name = "FOLDER")]
+    components: PathBuf,
+    /// On a Linux guest that boots under QEMU, instead of on QEMU's storage daemon
+    #[arg(long)]
+    vm: bool,
 }
 
 impl Demo {
@@ -34,18 +34,15 @@ impl Demo {
                 program.display()
             )));
         }
-        // The demonstration cleans up by itself on a signal, which reaches it as it reaches this process.
-        let status = tokio::task::spawn_blocking(move || {
-            Command::new(program).args(self.arguments).status()
-        })
-        .await
-        .map_err(|error| Failure::Failed(error.into()))?
-        .map_err(|error| Failure::Failed(error.into()))?;
-        match status.success() {
-            true => Ok(()),
-            false => Err(Failure::Failed(anyhow!(
-                "the demonstration ended with {status}"
-            ))),
+        let mut demo = Command::new(&program);
+        demo.arg("--components").arg(&self.components);
+        if self.vm {
+            demo.arg("--vm");
         }
+        // In place of this process, so that signals reach it and its exit status is ours.
+        let error = demo.exec();
+        Err(Failure::Failed(
+            anyhow!(error).context(format!("{} cannot be run", program.display())),
+        ))
     }
 }
