@@ -211,6 +211,9 @@ fn tell(session: &Session, summary: &Summary, started: Instant) {
             text::size(volume.claimed_bytes)
         );
     }
+    if let Some(frozen) = summary.frozen {
+        eprintln!("the guest was frozen for {} ms", frozen.as_millis());
+    }
     eprintln!("committed in {}", text::pace(covered, took));
     // The id alone on standard output, for scripts.
     println!("{}", manifest.backup);

@@ -103,7 +103,7 @@ pub fn main() -> ExitCode {
                 Failure::Mistake(error) => (error, 2),
                 Failure::Failed(error) => (error, 1),
             };
-            let line = text::one_line(&format!("{error:#}"));
+            let line = text::error(&error);
             eprintln!("fleecebox: {line}");
             if json {
                 println!(

@@ -15,6 +15,30 @@ pub(super) fn one_line(text: &str) -> String {
         .collect()
 }
 
+/// An error with its causes on one line. Most errors name their cause in their own words; it is not said twice.
+pub(super) fn error(error: &anyhow::Error) -> String {
+    let mut said = String::new();
+    for cause in error.chain().map(ToString::to_string) {
+        if said.is_empty() {
+            said = cause;
+        } else if !said.contains(&cause) {
+            said = format!("{said}: {cause}");
+        }
+    }
+    one_line(&said)
+}
+
+/// `error` and its causes, each said once: many a message holds its cause's words already.
+pub(super) fn chain(error: &anyhow::Error) -> String {
+    let mut text = error.to_string();
+    for cause in error.chain().skip(1).map(ToString::to_string) {
+        if !text.contains(&cause) {
+            text = format!("{text}: {cause}");
+        }
+    }
+    text
+}
+
 /// A number of bytes, such as `1.5 GiB`.
 pub(super) fn size(bytes: u64) -> String {
     indicatif::BinaryBytes(bytes).to_string()
@@ -24,4 +48,43 @@ pub(super) fn size(bytes: u64) -> String {
 pub(super) fn pace(bytes: u64, took: Duration) -> String {
     let rate = bytes as f64 / took.as_secs_f64().max(0.001);
     format!("{:.1} s, {}/s", took.as_secs_f64(), size(rate as u64))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use anyhow::anyhow;
+
+    #[derive(Debug, thiserror::Error)]
+    #[error("volume a: {source}")]
+    struct Volume {
+        source: std::io::Error,
+    }
+
+    #[test]
+    fn an_error_names_each_cause_once_and_on_one_line() {
+        let source = std::io::Error::other("no\nroom");
+        let said = anyhow!(Volume { source }).context("the backup");
+        assert_eq!(error(&said), r"the backup: volume a: no\nroom");
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[derive(Debug, thiserror::Error)]
+    #[error("the archive: {source}")]
+    struct Holding {
+        source: std::io::Error,
+    }
+
+    #[test]
+    fn a_cause_is_said_once_whoever_says_it() {
+        let cause = || std::io::Error::other("no space");
+        let holding = anyhow::Error::new(Holding { source: cause() });
+        assert_eq!(chain(&holding), "the archive: no space");
+        let context = anyhow::Error::new(cause()).context("the archive");
+        assert_eq!(chain(&context), "the archive: no space");
+    }
 }

@@ -1,10 +1,10 @@
 //! Running programs in sight of the reader: the command as it could be typed, then what it says as it says it.
 
 use std::ffi::OsStr;
-use std::io::{BufRead, BufReader, Read};
+use std::io::{BufRead, BufReader};
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, ExitStatus, Stdio};
-use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender, channel};
+use std::sync::mpsc::{Receiver, RecvTimeoutError, channel};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail};
@@ -30,8 +30,6 @@ pub(crate) struct Outcome {
     pub(crate) status: ExitStatus,
     /// Standard output and standard error, line by line, as they came.
     pub(crate) lines: Vec<String>,
-    /// The last line on standard output.
-    pub(crate) last: Option<String>,
 }
 
 impl Outcome {
@@ -45,13 +43,7 @@ impl Outcome {
 #[derive(Debug)]
 pub(crate) struct Running {
     child: Child,
-    output: Receiver<Line>,
-}
-
-#[derive(Debug)]
-struct Line {
-    on_stdout: bool,
-    text: String,
+    output: Receiver<String>,
 }
 
 impl Programs {
@@ -120,19 +112,21 @@ impl Programs {
 
 impl Running {
     fn start(mut command: Command) -> Result<Self> {
-        let mut child = command
+        // One pipe for both, so that lines come in the order in which they were printed.
+        let (reader, writer) = std::io::pipe()?;
+        command
             .stdin(Stdio::null())
-            .stdout(Stdio::piped())
-            .stderr(Stdio::piped())
+            .stdout(writer.try_clone()?)
+            .stderr(writer);
+        let child = command
             .spawn()
             .with_context(|| format!("cannot run {}", command.get_program().display()))?;
         let (lines, output) = channel();
-        if let Some(pipe) = child.stdout.take() {
-            read(pipe, true, lines.clone());
-        }
-        if let Some(pipe) = child.stderr.take() {
-            read(pipe, false, lines);
-        }
+        std::thread::spawn(move || {
+            // An error of a pipe is its end, and so is that nobody listens.
+            let mut texts = BufReader::new(reader).lines().map_while(Result::ok);
+            while texts.next().is_some_and(|text| lines.send(text).is_ok()) {}
+        });
         Ok(Self { child, output })
     }
 
@@ -155,16 +149,12 @@ impl Running {
     pub(crate) fn finish(mut self, mut show: impl FnMut(&str)) -> Result<Outcome> {
         let deadline = Instant::now() + LIMIT;
         let mut lines = Vec::new();
-        let mut last = None;
         loop {
             let left = deadline.saturating_duration_since(Instant::now());
             match self.output.recv_timeout(left) {
                 Ok(line) => {
-                    show(&line.text);
-                    if line.on_stdout {
-                        last = Some(line.text.clone());
-                    }
-                    lines.push(line.text);
+                    show(&line);
+                    lines.push(line);
                 }
                 Err(RecvTimeoutError::Disconnected) => break,
                 Err(RecvTimeoutError::Timeout) => {
@@ -174,21 +164,6 @@ impl Running {
             }
         }
         let status = self.child.wait()?;
-        Ok(Outcome {
-            status,
-            lines,
-            last,
-        })
+        Ok(Outcome { status, lines })
     }
-}
-
-fn read(pipe: impl Read + Send + 'static, on_stdout: bool, lines: Sender<Line>) {
-    std::thread::spawn(move || {
-        // An error of a pipe is its end.
-        for text in BufReader::new(pipe).lines().map_while(Result::ok) {
-            if lines.send(Line { on_stdout, text }).is_err() {
-                return;
-            }
-        }
-    });
 }

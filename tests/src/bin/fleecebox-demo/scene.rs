@@ -13,10 +13,10 @@ use crate::held::Held;
 
 /// Large enough that an incremental is seen to read less, small enough that nobody waits.
 const DISK_SIZE: u64 = 256 * MIB;
-/// Writes per second: their mean length is 130 KiB, so about 10 MiB change per second.
-const WRITE_RATE: u32 = 80;
+/// Writes per second: their mean length is 130 KiB, so about 15 MiB change per second.
+const WRITE_RATE: u32 = 120;
 /// Writes between two backups.
-const CHANGES: u64 = 100;
+const CHANGES: u64 = 80;
 
 /// Which QEMU.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -54,7 +54,7 @@ enum Machine {
 }
 
 impl Scene {
-    /// Starts it; `qmp.sock` and, with a guest, `agent.sock` appear in `folder`.
+    /// Starts it; `qmp.sock` appears in `folder`, and `nbd.sock` or `agent.sock`.
     pub(crate) fn start(kind: Kind, folder: &Path) -> Result<Self> {
         let machine = match kind {
             Kind::Daemon => Machine::daemon(folder)?,
@@ -62,8 +62,11 @@ impl Scene {
         };
         let proxy = Proxy::start(machine.monitors())?;
         symlink(proxy.socket(), folder.join("qmp.sock"))?;
-        if let Machine::Guest(guest) = &machine {
-            symlink(guest.agent_socket(), folder.join("agent.sock"))?;
+        match &machine {
+            Machine::Daemon { daemon, .. } => {
+                symlink(daemon.nbd_socket(), folder.join("nbd.sock"))?
+            }
+            Machine::Guest(guest) => symlink(guest.agent_socket(), folder.join("agent.sock"))?,
         }
         Ok(Self { proxy, machine })
     }

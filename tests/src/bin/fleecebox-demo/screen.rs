@@ -3,7 +3,7 @@
 use std::io::{IsTerminal, Write};
 
 /// Columns, so that it reads well in a usual terminal and in a log.
-const WIDTH: usize = 94;
+const WIDTH: usize = 96;
 
 /// The page. Output that nobody reads any more (`| head`) is no error.
 #[derive(Debug)]
@@ -67,22 +67,26 @@ impl Screen {
     /// A command, as it could be typed.
     pub(crate) fn command(&mut self, text: &str) {
         self.gap();
-        for (index, line) in wrapped(text, WIDTH - 6).iter().enumerate() {
+        let lines = wrapped(text, WIDTH - 8);
+        for (index, line) in lines.iter().enumerate() {
             let prompt = if index == 0 { "  $ " } else { "      " };
-            let more = if index + 1 == wrapped(text, WIDTH - 6).len() {
-                ""
-            } else {
-                " \\"
-            };
+            let more = if index + 1 == lines.len() { "" } else { " \\" };
             self.line(prompt, Style::Command, &format!("{line}{more}"));
         }
     }
 
     /// A line that a program printed, or one of a file that is shown.
     pub(crate) fn printed(&mut self, text: &str) {
-        for line in wrapped(text, WIDTH - 4) {
-            self.line("  │ ", Style::Faint, &line);
+        // Two columns are kept for the indent of what does not fit into one line.
+        for (index, line) in wrapped(text, WIDTH - 6).iter().enumerate() {
+            let indent = if index == 0 { "  │ " } else { "  │   " };
+            self.line(indent, Style::Faint, line);
         }
+    }
+
+    /// One of several things that a check is about.
+    pub(crate) fn item(&mut self, text: &str) {
+        self.bullet("      ", Style::Plain, text);
     }
 
     /// A fact that was looked up.

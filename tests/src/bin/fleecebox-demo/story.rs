@@ -33,12 +33,11 @@ pub(crate) fn tell(kind: Kind, components: &Path, folder: &Path) -> Result<Scree
     let mut story = Story::begin(kind, components, folder)?;
     story.provider()?;
     story.backup("A full backup", "The first backup reads everything.")?;
-    for heading in ["An incremental backup", "Another incremental backup"] {
-        story.backup(
-            heading,
-            "QEMU has tracked what was written since; only that is read.",
-        )?;
-    }
+    story.backup(
+        "An incremental backup",
+        "QEMU has tracked what was written since. Only that is read.",
+    )?;
+    story.backup("Another incremental backup", "It builds on the one before.")?;
     story.attacks()?;
     if kind == Kind::Guest {
         story.killed_while_frozen()?;
@@ -88,12 +87,12 @@ impl Story {
         for name in ["archive", "fleecing", "restored"] {
             std::fs::create_dir(folder.join(name))?;
         }
-        let agent = match kind {
-            Kind::Daemon => "",
+        let sockets = match kind {
+            Kind::Daemon => "nbd = \"nbd.sock\"  # the NBD server that this QEMU runs already\n",
             Kind::Guest => "agent = \"agent.sock\"\n",
         };
         let mut config = format!(
-            "state = \"state\"\n\n[vm.web]\nqmp = \"qmp.sock\"\n{agent}fleecing = \"fleecing\"\ndisks = {disks}\n\
+            "state = \"state\"\n\n[vm.web]\nqmp = \"qmp.sock\"\n{sockets}fleecing = \"fleecing\"\ndisks = {disks}\n\
              archive = \"main\"\nprovider = \"chunked\"\n\n[archive.main]\npath = \"archive\"\n\n\
              [provider.chunked]\ncomponent = \"components/chunked.wasm\"\nnamespace = \"web\"\n"
         );
@@ -156,7 +155,7 @@ impl Story {
         let backup = ["backup", "web", "--config", "demo.toml"];
         let outcome = self.programs.fleecebox(&mut self.screen, &backup)?;
         let writes = self.scene.writes() - writes;
-        let id = match outcome.last {
+        let id = match outcome.lines.last().cloned() {
             Some(id) if outcome.status.success() => id,
             _ => bail!("the backup failed ({})", outcome.status),
         };
