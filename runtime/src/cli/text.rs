@@ -28,17 +28,6 @@ pub(super) fn error(error: &anyhow::Error) -> String {
     one_line(&said)
 }
 
-/// `error` and its causes, each said once: many a message holds its cause's words already.
-pub(super) fn chain(error: &anyhow::Error) -> String {
-    let mut text = error.to_string();
-    for cause in error.chain().skip(1).map(ToString::to_string) {
-        if !text.contains(&cause) {
-            text = format!("{text}: {cause}");
-        }
-    }
-    text
-}
-
 /// A number of bytes, such as `1.5 GiB`.
 pub(super) fn size(bytes: u64) -> String {
     indicatif::BinaryBytes(bytes).to_string()
@@ -66,25 +55,5 @@ mod tests {
         let source = std::io::Error::other("no\nroom");
         let said = anyhow!(Volume { source }).context("the backup");
         assert_eq!(error(&said), r"the backup: volume a: no\nroom");
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[derive(Debug, thiserror::Error)]
-    #[error("the archive: {source}")]
-    struct Holding {
-        source: std::io::Error,
-    }
-
-    #[test]
-    fn a_cause_is_said_once_whoever_says_it() {
-        let cause = || std::io::Error::other("no space");
-        let holding = anyhow::Error::new(Holding { source: cause() });
-        assert_eq!(chain(&holding), "the archive: no space");
-        let context = anyhow::Error::new(cause()).context("the archive");
-        assert_eq!(chain(&context), "the archive: no space");
     }
 }
