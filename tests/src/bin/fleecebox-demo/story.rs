@@ -150,7 +150,9 @@ impl Story {
     fn backup(&mut self, heading: &str, text: &str) -> Result<()> {
         self.screen.chapter(heading);
         self.screen.say(text);
+        let earlier = self.scene.position();
         self.scene.wait_for_changes()?;
+        let usual = self.scene.worst_write(earlier);
         let (writes, position) = (self.scene.writes(), self.scene.position());
         let backup = ["backup", "web", "--config", "demo.toml"];
         let outcome = self.programs.fleecebox(&mut self.screen, &backup)?;
@@ -160,16 +162,17 @@ impl Story {
             _ => bail!("the backup failed ({})", outcome.status),
         };
         self.screen.gap();
-        if let Some(position) = position {
-            if let Some(worst) = self.scene.worst_write(position)? {
-                let ms = worst.as_millis();
-                self.screen.fact(&format!(
-                    "By the guest's own clock its slowest write, with its sync, took {ms} ms."
-                ));
-            }
-        } else {
-            self.screen
-                .fact(&format!("{writes} writes reached the disk while this ran."));
+        self.scene.wait_for_changes()?;
+        match (usual, self.scene.worst_write(position)) {
+            (Some(usual), Some(worst)) => self.screen.fact(&format!(
+                "By the guest's own clock its slowest write, with its sync, took {} ms; just before, without a backup, \
+                 {} ms.",
+                worst.as_millis(),
+                usual.as_millis()
+            )),
+            _ => self
+                .screen
+                .fact(&format!("{writes} writes reached the disk while this ran.")),
         }
         self.made += 1;
         let number = self.made.to_string();
