@@ -1,5 +1,11 @@
 //! A seeded generator, so that a failing run can be repeated.
 
+use std::fs::File;
+use std::io::{self, Write};
+use std::path::Path;
+
+use crate::MIB;
+
 /// SplitMix64 (Steele, Lea and Flood, 2014).
 #[derive(Clone, Debug)]
 pub struct Random(u64);
@@ -30,5 +36,19 @@ impl Random {
             let random = (self.bits() | 1).to_le_bytes();
             chunk.copy_from_slice(&random[..chunk.len()]);
         }
+    }
+
+    /// Makes a file of `mebibytes` that [`Random::fill`] filled.
+    ///
+    /// # Errors
+    /// When there is no room.
+    pub fn fill_file(&mut self, path: &Path, mebibytes: u64) -> io::Result<()> {
+        let mut file = File::create(path)?;
+        let mut piece = vec![0; MIB as usize];
+        for _ in 0..mebibytes {
+            self.fill(&mut piece);
+            file.write_all(&piece)?;
+        }
+        Ok(())
     }
 }

@@ -9,7 +9,7 @@ use anyhow::{Context, Result, ensure};
 use serde_json::Value;
 use tempfile::TempDir;
 
-use crate::{Fleecebox, Outcome, Proxy, StorageDaemon, component};
+use crate::{Fleecebox, Outcome, Proxy, ReferenceImage, StorageDaemon, compare, component};
 
 /// The folders of one host that runs Fleecebox, in a temporary folder that goes when this value goes.
 #[derive(Debug)]
@@ -198,6 +198,34 @@ impl Site {
         let command = command.arg(archive).arg("--to").arg(&folder);
         command.run()?.assert_success();
         Ok(folder)
+    }
+
+    /// Verifies a backup, restores it, and holds each of its volumes against what QEMU itself copied at its point in
+    /// time.
+    ///
+    /// # Errors
+    /// When one differs, or there is not a reference for each of the order's disks.
+    ///
+    /// # Panics
+    /// When the product fails.
+    #[track_caller]
+    pub fn check(
+        &self,
+        order: &Order,
+        backup: &Backup,
+        references: &[ReferenceImage],
+    ) -> Result<()> {
+        let devices: Vec<_> = references.iter().map(|image| &image.device).collect();
+        let expected: Vec<_> = order.disks.iter().collect();
+        ensure!(devices == expected, "references of {devices:?}");
+        self.verify(&order.archive, &backup.id)?;
+        let restored = self.restore(&order.archive, &backup.id)?;
+        for reference in references {
+            let image = restored.join(format!("{}.raw", reference.device));
+            compare::same_bytes(&image, &reference.path)
+                .with_context(|| format!("{} of backup {}", reference.device, backup.id))?;
+        }
+        Ok(fs::remove_dir_all(restored)?)
     }
 
     /// The ids of `archive`'s backups (`list`), in the product's order.

@@ -1,9 +1,6 @@
 //! Full and incremental backups of live disks by the honest providers.
 
-use std::fs::File;
-use std::io::Write;
 use std::ops::Range;
-use std::path::Path;
 use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};
@@ -31,7 +28,8 @@ fn restores_each_point_in_time_of_live_disks(provider: &str) -> Result<()> {
     let size = 48 * MIB;
     let odd_size = size + 3 * 512;
     let ext4 = Ext4Disk::create(&site.path("ext4.raw"), size)?;
-    let content = random_image(&site.path("content.raw"), 24 * MIB, 1)?;
+    let content = site.path("content.raw");
+    Random::new(1).fill_file(&content, 24)?;
     let disks = [
         Disk::raw("da", size).holding(&ext4.path),
         Disk::qcow2("db", odd_size).holding(&content),
@@ -61,7 +59,7 @@ fn restores_each_point_in_time_of_live_disks(provider: &str) -> Result<()> {
                 ensure!(0 < dirty && dirty <= most, "{disk}: {dirty} bytes dirty");
             }
         }
-        check(&site, &order, &backup, &references)?;
+        site.check(&order, &backup, &references)?;
         backups.push((backup, references));
         // Of each disk one, and it records.
         let now = QemuState::read(daemon.monitors())?;
@@ -91,7 +89,8 @@ fn restores_each_point_in_time_of_live_disks(provider: &str) -> Result<()> {
     assert_eq!(site.list(&order.archive)?, ids);
     // The later ones took nothing away from the earlier ones.
     for (backup, references) in &backups {
-        check(&site, &order, backup, references)?;
+        site.check(&order, backup, references)?;
+        compare::ext4_is_clean(&references[0].path)?;
     }
     Ok(())
 }
@@ -100,7 +99,8 @@ fn restores_each_point_in_time_of_live_disks(provider: &str) -> Result<()> {
 fn a_backup_of_nothing_new_is_a_backup() -> Result<()> {
     for provider in ["chunked", "image"] {
         let site = Site::new()?;
-        let content = random_image(&site.path("content.raw"), 8 * MIB, 3)?;
+        let content = site.path("content.raw");
+        Random::new(3).fill_file(&content, 8)?;
         let daemon = StorageDaemon::start(&[Disk::raw("da", 9 * MIB).holding(&content)])?;
         let order = site.order(&daemon, provider)?;
         let before = QemuState::read(daemon.monitors())?;
@@ -124,7 +124,8 @@ fn a_backup_of_nothing_new_is_a_backup() -> Result<()> {
 fn what_the_archive_holds_is_not_stored_again() -> Result<()> {
     let site = Site::new()?;
     let length = 16 * MIB;
-    let content = random_image(&site.path("content.raw"), length, 4)?;
+    let content = site.path("content.raw");
+    Random::new(4).fill_file(&content, length / MIB)?;
     let twins = [
         Disk::raw("da", length).holding(&content),
         Disk::qcow2("db", length).holding(&content),
@@ -218,29 +219,7 @@ fn what_is_read_is_what_qemu_calls_dirty() -> Result<()> {
     let backup = Backup::told_by(&running.finish()?.assert_success())?;
     let read: Vec<_> = sizes.map(|(disk, _)| backup.dirty_bytes(disk)).into();
     assert_eq!(read, expected);
-    check(&site, &order, &backup, &proxy.references()?)
-}
-
-/// Verifies a backup, restores it, and holds it against what QEMU itself copied at its point in time.
-fn check(
-    site: &Site,
-    order: &Order,
-    backup: &Backup,
-    references: &[fleecebox_tests::ReferenceImage],
-) -> Result<()> {
-    ensure!(references.len() == order.disks.len(), "{references:?}");
-    site.verify(&order.archive, &backup.id)?;
-    let restored = site.restore(&order.archive, &backup.id)?;
-    for reference in references {
-        let image = restored.join(format!("{}.raw", reference.device));
-        compare::same_bytes(&image, &reference.path)
-            .with_context(|| format!("{} of backup {}", reference.device, backup.id))?;
-    }
-    // The first disk of the live tests holds a file system.
-    if site.path("ext4.raw").exists() {
-        compare::ext4_is_clean(&restored.join("da.raw"))?;
-    }
-    Ok(std::fs::remove_dir_all(restored)?)
+    site.check(&order, &backup, &proxy.references()?)
 }
 
 fn writer(
@@ -255,17 +234,6 @@ fn writer(
         regions: Some(regions),
     };
     Writer::start(daemon.writer_access(disk)?, load)
-}
-
-fn random_image(path: &Path, length: u64, seed: u64) -> Result<std::path::PathBuf> {
-    let mut random = Random::new(seed);
-    let mut file = File::create(path)?;
-    let mut piece = vec![0; MIB as usize];
-    for _ in 0..length / MIB {
-        random.fill(&mut piece);
-        file.write_all(&piece)?;
-    }
-    Ok(path.into())
 }
 
 /// Bytes of all blocks that the ranges touch, the last one of the disk cut at its end.

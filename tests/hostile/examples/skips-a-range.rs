@@ -11,7 +11,7 @@ impl BlindProvider for SkipsARange {
         archive: Archive,
         _base: Option<Vec<u8>>,
     ) -> Result<Vec<u8>, Error> {
-        let mut object = archive.create("some", Encoding::Zstd)?;
+        let mut object = archive.create(&volume.snapshot.info().name, Encoding::Zstd)?;
         let mut before = None;
         for run in volume.dirty.data_runs() {
             if let Some(run) = before.replace(run?) {

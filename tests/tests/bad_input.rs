@@ -1,0 +1,341 @@
+//! What the user can mend: one line that names the thing, exit status 2, and nothing was touched.
+
+use std::fs;
+use std::io::{Read, Write};
+use std::os::unix::fs::PermissionsExt;
+use std::os::unix::net::UnixListener;
+use std::path::PathBuf;
+
+use anyhow::{Context, Result, ensure};
+use fleecebox_tests::{Disk, Fleecebox, MIB, Order, QemuState, Site, StorageDaemon, component};
+use serde_json::{Value, json};
+
+/// One small disk, and an order for it in which everything is right.
+struct Scene {
+    site: Site,
+    daemon: StorageDaemon,
+    order: Order,
+}
+
+impl Scene {
+    fn new() -> Result<Self> {
+        let site = Site::new()?;
+        let daemon = StorageDaemon::start(&[Disk::raw("da", MIB)])?;
+        let order = site.order(&daemon, "chunked")?;
+        Ok(Self {
+            site,
+            daemon,
+            order,
+        })
+    }
+
+    /// Sees a backup refused with `name` in its one line, and all as it was.
+    fn refuses(&self, order: &Order, name: &str) -> Result<()> {
+        self.refuses_command(self.site.backup_command(order), name)
+    }
+
+    fn refuses_command(&self, command: Fleecebox, name: &str) -> Result<()> {
+        let before = QemuState::read(self.daemon.monitors())?;
+        // What it says of its disks before it fails is no error.
+        let outcome = command.arg("--quiet").run()?.assert_refused(2, name);
+        let document = outcome.document()?;
+        let error = document["error"].as_str().context("no error in JSON")?;
+        ensure!(error.contains(name), "{document}");
+        ensure!(document["exit_status"] == 2, "{document}");
+        QemuState::read(self.daemon.monitors())?.assert_restored(&before, |_| false);
+        self.site.check_no_fleecing_images()
+    }
+
+    fn file(&self, name: &str, bytes: &[u8]) -> Result<String> {
+        let path = self.site.path(name);
+        fs::write(&path, bytes)?;
+        Ok(path.to_str().context("a path in UTF-8")?.into())
+    }
+}
+
+#[test]
+fn a_vm_that_is_not_configured() -> Result<()> {
+    let scene = Scene::new()?;
+    scene.site.configure("[vm.mail]\nqmp = '/run/mail.qmp'\n")?;
+    let command = scene.site.command(&["backup", "wbe", "--json"]);
+    scene.refuses_command(command, "no VM named 'wbe' (there is mail)")
+}
+
+#[test]
+fn a_name_that_cannot_be_a_vms() -> Result<()> {
+    let scene = Scene::new()?;
+    for name in ["../web", "", ".web", "a b", &"x".repeat(65)] {
+        let order = Order {
+            vm: name.into(),
+            ..scene.order.clone()
+        };
+        scene.refuses(&order, &format!("'{name}' cannot name a VM"))?;
+    }
+    Ok(())
+}
+
+#[test]
+fn a_disk_that_is_not_there() -> Result<()> {
+    let scene = Scene::new()?;
+    scene.refuses(&scene.order.clone().only(&["da", "dx"]), "dx")
+}
+
+#[test]
+fn a_provider_that_is_no_component() -> Result<()> {
+    let scene = Scene::new()?;
+    let whole = fs::read(component("chunked")?)?;
+    let files: [(&str, &[u8]); 4] = [
+        ("garbage.wasm", b"this is no component at all"),
+        ("empty.wasm", b""),
+        // `\0asm` and version 1: a core module.
+        ("core.wasm", b"\0asm\x01\0\0\0"),
+        ("truncated.wasm", &whole[..whole.len() / 2]),
+    ];
+    for (name, bytes) in files {
+        let order = Order {
+            provider: scene.file(name, bytes)?,
+            ..scene.order.clone()
+        };
+        scene.refuses(&order, name.trim_end_matches(".wasm"))?;
+        let inspect = scene.site.command(&["provider", "inspect", "--json"]);
+        let inspect = inspect.arg(&order.provider).run()?;
+        inspect.assert_refused(2, name);
+    }
+    Ok(())
+}
+
+#[test]
+fn a_provider_that_is_not_there() -> Result<()> {
+    let scene = Scene::new()?;
+    let order = Order {
+        provider: "./missing.wasm".into(),
+        ..scene.order.clone()
+    };
+    scene.refuses(&order, "./missing.wasm")?;
+    let unknown = Order {
+        provider: "chnuked".into(),
+        ..scene.order.clone()
+    };
+    scene.refuses(&unknown, "no provider named 'chnuked'")
+}
+
+#[test]
+fn a_component_of_another_world() -> Result<()> {
+    let scene = Scene::new()?;
+    let order = scene.site.order(&scene.daemon, "wrong-world")?;
+    scene.refuses(&order, "provider wrong-world: it is no provider")
+}
+
+#[test]
+fn a_component_that_imports_what_is_not_granted() -> Result<()> {
+    let scene = Scene::new()?;
+    let order = scene.site.order(&scene.daemon, "imports-a-socket")?;
+    let name = "it imports `wasi:sockets/tcp-create-socket@0.2.";
+    scene.refuses(&order, name)?;
+    let inspect = scene.site.command(&["provider", "inspect", "--json"]);
+    let outcome = inspect.arg(&order.provider).run()?;
+    ensure!(outcome.code() == Some(2), "{}", outcome.stderr);
+    ensure!(outcome.stderr.contains(name), "{}", outcome.stderr);
+    Ok(())
+}
+
+#[test]
+fn a_monitor_that_is_not_there() -> Result<()> {
+    let scene = Scene::new()?;
+    let order = Order {
+        qmp: "/nonexistent/web.qmp".into(),
+        ..scene.order.clone()
+    };
+    scene.refuses(&order, "/nonexistent/web.qmp")?;
+    let file = Order {
+        qmp: scene.file("no-socket", b"")?.into(),
+        ..scene.order.clone()
+    };
+    scene.refuses(&file, "no-socket")
+}
+
+#[test]
+fn a_socket_that_is_no_monitor() -> Result<()> {
+    let scene = Scene::new()?;
+    let qmp = scene.site.path("hello.sock");
+    let listener = UnixListener::bind(&qmp)?;
+    std::thread::spawn(move || {
+        for client in listener.incoming() {
+            let Ok(mut client) = client else { return };
+            // A client that goes away is what we expect.
+            let _ = client.write_all(b"hello\r\n");
+            let _ = client.read(&mut [0]);
+        }
+    });
+    let order = Order {
+        qmp,
+        ..scene.order.clone()
+    };
+    scene.refuses(&order, "hello.sock")
+}
+
+#[test]
+fn an_archive_that_is_not_there_or_is_none() -> Result<()> {
+    let scene = Scene::new()?;
+    let to = |archive: PathBuf| Order {
+        archive,
+        ..scene.order.clone()
+    };
+    let missing = scene.site.path("missing-archive");
+    scene.refuses(&to(missing.clone()), "missing-archive")?;
+    ensure!(!missing.exists(), "it was made");
+    scene.refuses(&to(scene.file("a-file", b"")?.into()), "a-file")?;
+    let full = scene.site.path("full-of-else");
+    fs::create_dir(&full)?;
+    fs::write(full.join("letter.txt"), "dear reader")?;
+    scene.refuses(&to(full.clone()), "full-of-else")?;
+    assert_eq!(fs::read_dir(&full)?.count(), 1);
+    Ok(())
+}
+
+#[test]
+fn an_archive_that_cannot_be_written() -> Result<()> {
+    let scene = Scene::new()?;
+    let read_only = |is: bool| {
+        let mode = if is { 0o555 } else { 0o755 };
+        fs::set_permissions(scene.site.archive(), PermissionsExt::from_mode(mode))
+    };
+    read_only(true)?;
+    let command = scene.site.backup_command(&scene.order);
+    scene.refuses_command(command.bound_by_permissions(), "archive")?;
+    // The same once it is an archive.
+    read_only(false)?;
+    scene.site.backup(&scene.order)?;
+    let other = scene.site.order(&scene.daemon, "image")?;
+    let namespaces = scene.site.archive().join("namespaces");
+    fs::set_permissions(&namespaces, PermissionsExt::from_mode(0o555))?;
+    let command = scene.site.backup_command(&other);
+    scene.refuses_command(command.bound_by_permissions(), "archive")
+}
+
+#[test]
+fn a_fleecing_folder_that_is_too_small() -> Result<()> {
+    let scene = Scene::new()?;
+    // Larger than any file system.
+    let huge = json!({"driver": "null-co", "node-name": "huge", "size": 1u64 << 60});
+    scene.daemon.control()?.execute("blockdev-add", huge)?;
+    let order = scene.order.clone().only(&["huge"]);
+    scene.refuses(&order, "is too small")?;
+    let folder = scene.site.path("fleecing");
+    let folder = folder.to_str().context("a path in UTF-8")?.to_string();
+    scene.refuses(&order, &folder)
+}
+
+#[test]
+fn a_fleecing_folder_that_is_a_file() -> Result<()> {
+    let scene = Scene::new()?;
+    let file = scene.file("fleecing-file", b"")?;
+    let command = scene
+        .site
+        .command(&["backup", "web", "--json", "--disk", "da"]);
+    let command = command.arg("--qmp").arg(&scene.order.qmp);
+    let command = command.arg("--provider").arg(&scene.order.provider);
+    let command = command.arg("--archive").arg(&scene.order.archive);
+    scene.refuses_command(command.arg("--fleecing").arg(file), "fleecing-file")
+}
+
+#[test]
+fn an_unknown_key_in_the_configuration() -> Result<()> {
+    let scene = Scene::new()?;
+    let toml = "[vm.web]\nqmp = '/run/web.qmp'\nfleeceing = '/srv'\n";
+    scene.site.configure(toml)?;
+    let command = || scene.site.command(&["backup", "web", "--json"]);
+    scene.refuses_command(command(), "line 3")?;
+    scene.refuses_command(command(), "`fleeceing`")?;
+    scene.refuses_command(command(), "fleecebox.toml")
+}
+
+#[test]
+fn a_backup_that_the_archive_does_not_hold() -> Result<()> {
+    let scene = Scene::new()?;
+    scene.site.backup(&scene.order)?;
+    let to = scene.site.path("to");
+    let unknown = "20200101T000000Z-0123456789abcdef";
+    for command in ["restore", "verify", "show"] {
+        for id in [unknown, "yesterday"] {
+            let run = scene.site.command(&[command, id, "--json"]);
+            let mut run = run.arg("--archive").arg(scene.site.archive());
+            if command == "restore" {
+                run = run.arg("--to").arg(&to);
+            }
+            scene.refuses_command(run, id)?;
+        }
+    }
+    ensure!(!to.exists(), "something was restored");
+    Ok(())
+}
+
+#[test]
+fn a_place_that_cannot_take_what_is_restored() -> Result<()> {
+    let mut scene = Scene::new()?;
+    scene.daemon.add_disk(&Disk::raw("db", MIB))?;
+    let backup = scene
+        .site
+        .backup(&scene.site.order(&scene.daemon, "chunked")?)?;
+    let restore = |to: &str, volume: Option<&str>| {
+        let command = scene.site.command(&["restore", &backup.id, "--json"]);
+        let command = command.arg("--archive").arg(scene.site.archive());
+        let command = command.arg("--to").arg(to);
+        match volume {
+            Some(volume) => command.arg("--volume").arg(volume),
+            None => command,
+        }
+    };
+    let existing = scene.file("existing.raw", b"precious")?;
+    scene.refuses_command(restore(&existing, Some("da")), "existing.raw exists")?;
+    assert_eq!(fs::read(&existing)?, b"precious");
+    scene.refuses_command(restore(&existing, Some("dx")), "'dx' (there is da, db)")?;
+    let both = scene.site.path("both.raw");
+    let both = both.to_str().context("a path in UTF-8")?;
+    scene.refuses_command(restore(both, None), "holds 2 volumes")?;
+    scene.refuses_command(
+        restore("/nonexistent/da.raw", Some("da")),
+        "/nonexistent/da.raw",
+    )
+}
+
+#[test]
+fn every_command_shows_an_example() -> Result<()> {
+    let commands: [&[&str]; 7] = [
+        &["backup"],
+        &["restore"],
+        &["verify"],
+        &["list"],
+        &["show"],
+        &["provider", "inspect"],
+        &["demo"],
+    ];
+    let overview = Fleecebox::new(["--help"]).run()?.assert_success().stdout;
+    for command in commands {
+        ensure!(overview.contains(command[0]), "{overview}");
+        let help = Fleecebox::new(command.iter().copied()).arg("--help");
+        let help = help.run()?.assert_success().stdout;
+        let example = format!("  fleecebox {}", command.join(" "));
+        ensure!(help.contains("Example"), "no example:\n{help}");
+        ensure!(help.contains(&example), "no {example:?}:\n{help}");
+    }
+    Ok(())
+}
+
+#[test]
+fn a_damaged_archive_is_no_mistake_of_the_users() -> Result<()> {
+    let scene = Scene::new()?;
+    let backup = scene.site.backup(&scene.order)?;
+    let manifest = fleecebox_tests::files_below(&scene.site.archive())?
+        .into_iter()
+        .find(|file| file.ends_with("manifest.json"))
+        .context("no manifest")?;
+    let manifest = scene.site.archive().join(manifest);
+    let text = fs::read_to_string(&manifest)?.replace("\"web\"", "\"wob\"");
+    fs::write(&manifest, text)?;
+    let show = scene.site.command(&["show", &backup.id, "--json"]);
+    let outcome = show.arg("--archive").arg(scene.site.archive()).run()?;
+    let outcome = outcome.assert_refused(1, &backup.id);
+    assert_eq!(outcome.document()?["exit_status"], Value::from(1));
+    Ok(())
+}
