@@ -16,13 +16,14 @@ WASM = $(CARGO_TARGET_DIR)/wasm32-unknown-unknown/release
 
 # One step after the other: cargo uses all processors by itself.
 .NOTPARALLEL:
-.PHONY: help setup demo demo-vm test bench lint providers build clean
+.PHONY: help setup demo demo-vm test bench fuzz lint providers build clean
 
 help:
 	@echo "make demo       back up a live disk, restore it, and let hostile providers try; under a minute once built"
 	@echo "make demo-vm    the same on a Linux guest that boots under QEMU"
 	@echo "make test       all tests"
 	@echo "make bench      measure against nbdcopy and qemu-img"
+	@echo "make fuzz       feed rubbish to all that reads bytes from outside, SECONDS=60 for each part; needs nightly"
 	@echo "make lint       formatting and clippy"
 	@echo "make providers  build the providers into $(COMPONENTS)"
 	@echo "make setup      only see to the Debian packages that the tests need"
@@ -51,6 +52,10 @@ bench:
 	@tests/setup/packages.sh bench
 	@$(MAKE) build providers
 	cargo bench --locked -p fleecebox-tests
+
+SECONDS ?= 60
+fuzz:
+	@tests/fuzz/fuzz.sh $(SECONDS)
 
 lint:
 	cargo fmt --all --check
