@@ -178,6 +178,7 @@ impl BackupError {
             Self::Component { source, .. } => source.is_refusal(),
             Self::Monitor(error) => error.is_no_monitor(),
             Self::Machine(error) => !matches!(error, MachineError::Monitor(_)),
+            Self::Archive(error) => error.is_not_writable(),
             Self::Choice(ChoiceError::Name(_))
             | Self::Fleecing(FleecingError::TooSmall { .. } | FleecingError::PathTooLong { .. }) => {
                 true
@@ -250,6 +251,7 @@ pub async fn backup(
         tell_choice(events, &disk, &choice);
         disks.push((disk, choice));
     }
+    tell_missing(events, &disks);
 
     let job = JobId::random()?;
     let name = format!("fbx-{job}");
@@ -309,12 +311,33 @@ fn tell_choice(events: &Events, disk: &qemu::Disk, choice: &Choice) {
     let what = match (&choice.base, &choice.reason) {
         (Some(base), _) => format!("incremental since {}", base.manifest.backup),
         (None, Some(reason)) => format!("read in full: {reason}"),
-        (None, None) => "read in full: it has no bitmap of this archive yet".into(),
+        (None, None) if disk.can_persist => {
+            "read in full: it has no bitmap of this archive yet".into()
+        }
+        (None, None) => {
+            "read in full: it has no bitmap of this archive (its image keeps none when QEMU ends)"
+                .into()
+        }
     };
     events.note(format!(
         "{} ({}, {} bytes): {what}",
         disk.name, disk.format, disk.size
     ));
+}
+
+/// Says which volumes of the bases are no more: removed from the VM, or not chosen this time.
+fn tell_missing(events: &Events, disks: &[(qemu::Disk, Choice)]) {
+    let mut missing = BTreeMap::new();
+    for base in disks.iter().filter_map(|(_, choice)| choice.base.as_ref()) {
+        for volume in &base.manifest.record.volumes {
+            if !disks.iter().any(|(disk, _)| disk.name == volume.name) {
+                missing.insert(&volume.name, base.manifest.backup);
+            }
+        }
+    }
+    for (volume, base) in missing {
+        events.note(format!("{volume} was in {base} and is not in this backup"));
+    }
 }
 
 /// A backup under way.
