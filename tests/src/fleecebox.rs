@@ -22,6 +22,9 @@ const RUN_LIMIT: Duration = Duration::from_secs(300);
 const FAMILY_LIMIT: Duration = Duration::from_secs(5);
 /// In the environment of each run, to find processes that left the run's process group.
 const MARK: &str = "FLEECEBOX_TEST_RUN";
+/// How `/proc/PID/limits` calls a limit that Linux keeps and inherits but never applies (RLIMIT_LOCKS, getrlimit(2)):
+/// it marks processes of a run that also cleared their environment, as sandboxes and watchdogs do.
+const MARK_LIMIT: &str = "Max file locks";
 /// What a Rust program prints when it breaks instead of failing.
 const SIGNS_OF_A_CRASH: [&str; 3] = ["panicked at", "stack backtrace:", "RUST_BACKTRACE"];
 
@@ -107,15 +110,15 @@ impl Fleecebox {
                 binary.display()
             );
         }
-        let mut command = match self.without_capabilities {
-            None => Command::new(binary),
-            // It becomes the product: `setpriv` ends in an exec.
-            Some(capabilities) => {
-                let mut command = Command::new("setpriv");
-                command.arg("--bounding-set").arg(capabilities).arg(binary);
-                command
-            }
-        };
+        // Each of these becomes the next by an exec: the limit is in place before the product's first instruction.
+        let mut command = Command::new("prlimit");
+        command.arg(format!("--locks={0}:{0}", mark_number(run)));
+        if let Some(capabilities) = self.without_capabilities {
+            command
+                .args(["setpriv", "--bounding-set"])
+                .arg(capabilities);
+        }
+        command.arg(binary);
         command
             .args(&self.arguments)
             .envs(self.environment.iter().map(|(name, value)| (name, value)))
@@ -143,6 +146,11 @@ impl Fleecebox {
                 .map(|pipe| output.collect(Stream::Err, pipe)),
         ];
         let readers = readers.into_iter().flatten().collect();
+        let mark = Mark {
+            leader: child.id().cast_signed(),
+            environment: format!("{MARK}={mark}"),
+            limit: mark_number(run).to_string(),
+        };
         Ok(Running {
             child,
             mark,
@@ -172,10 +180,23 @@ pub fn component(name: &str) -> Result<PathBuf> {
 #[derive(Debug)]
 pub struct Running {
     child: Child,
-    mark: String,
+    mark: Mark,
     started: Instant,
     output: Arc<Output>,
     readers: Vec<JoinHandle<()>>,
+}
+
+/// How a run's processes are known.
+#[derive(Debug)]
+struct Mark {
+    leader: i32,
+    environment: String,
+    limit: String,
+}
+
+/// Unique among all runs on this machine: a process id has at most 22 bits (proc_pid_max(5)).
+fn mark_number(run: u32) -> u64 {
+    (u64::from(std::process::id()) << 32) | u64::from(run)
 }
 
 /// A process of a run.
@@ -264,8 +285,8 @@ impl Running {
     /// # Errors
     /// When `/proc` cannot be read.
     pub fn family(&self) -> Result<BTreeSet<Process>> {
-        let leader = self.child.id().cast_signed();
-        Ok(family(leader, &self.mark)?
+        let leader = self.mark.leader;
+        Ok(family(&self.mark)?
             .into_iter()
             .filter(|process| process.pid != leader)
             .collect())
@@ -304,11 +325,10 @@ impl Running {
     fn outcome(&mut self) -> Result<Outcome> {
         let status = self.child.wait()?;
         let took = self.started.elapsed();
-        let leader = self.child.id().cast_signed();
         eventually("the job's other processes to end", FAMILY_LIMIT, || {
-            Ok(family(leader, &self.mark)?.is_empty().then_some(()))
+            Ok(family(&self.mark)?.is_empty().then_some(()))
         })
-        .with_context(|| format!("left behind: {:?}", family(leader, &self.mark)))?;
+        .with_context(|| format!("left behind: {:?}", family(&self.mark)))?;
         for reader in self.readers.drain(..) {
             // A reader that panicked has nothing more to give.
             let _ = reader.join();
@@ -332,7 +352,7 @@ impl Drop for Running {
         // Gone already is what we want.
         let _ = self.child.kill();
         let _ = self.child.wait();
-        for process in family(self.child.id().cast_signed(), &self.mark).unwrap_or_default() {
+        for process in family(&self.mark).unwrap_or_default() {
             let _ = process.kill();
         }
     }
@@ -473,9 +493,8 @@ fn target_folder() -> Result<PathBuf> {
         .into())
 }
 
-/// The living processes of the leader's process group and those that carry the mark.
-fn family(leader: i32, mark: &str) -> Result<BTreeSet<Process>> {
-    let mark = format!("{MARK}={mark}");
+/// The living processes of the leader's process group and those that carry a mark.
+fn family(mark: &Mark) -> Result<BTreeSet<Process>> {
     let mut family = BTreeSet::new();
     for entry in std::fs::read_dir("/proc")? {
         let name = entry?.file_name();
@@ -495,8 +514,8 @@ fn family(leader: i32, mark: &str) -> Result<BTreeSet<Process>> {
         let environment = std::fs::read(format!("/proc/{pid}/environ")).unwrap_or_default();
         let marked = environment
             .split(|&byte| byte == 0)
-            .any(|entry| entry == mark.as_bytes());
-        if group == leader || marked {
+            .any(|entry| entry == mark.environment.as_bytes());
+        if group == mark.leader || marked || limit(pid).is_some_and(|limit| limit == mark.limit) {
             family.insert(Process {
                 pid,
                 command_line: command_line(pid),
@@ -504,6 +523,15 @@ fn family(leader: i32, mark: &str) -> Result<BTreeSet<Process>> {
         }
     }
     Ok(family)
+}
+
+/// The limit that marks a process: `Max file locks  SOFT  HARD  locks`.
+fn limit(pid: i32) -> Option<String> {
+    let limits = std::fs::read_to_string(format!("/proc/{pid}/limits")).ok()?;
+    let line = limits
+        .lines()
+        .find_map(|line| line.strip_prefix(MARK_LIMIT))?;
+    line.split_whitespace().next().map(String::from)
 }
 
 /// From `/proc/PID/stat`: `pid (name) state parent group …`, where the name may hold anything.
@@ -575,8 +603,8 @@ mod tests {
     }
 
     #[test]
-    fn a_process_that_outlives_the_job_is_found_though_it_left_the_group() {
-        let running = shell("setsid sleep 60 >/dev/null 2>&1 & echo started")
+    fn a_process_that_outlives_the_job_is_found_though_it_left_the_group_and_its_environment() {
+        let running = shell("setsid env -i sleep 60 >/dev/null 2>&1 & echo started")
             .start()
             .unwrap();
         running

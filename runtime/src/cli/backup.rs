@@ -193,7 +193,7 @@ fn tell(session: &Session, summary: &Summary, started: Instant) {
             "clean_up_left": summary.left,
             "volumes": manifest.record.volumes,
         });
-        println!("{result:#}");
+        show!("{result:#}");
         return;
     }
     let covered: u64 = manifest
@@ -203,7 +203,7 @@ fn tell(session: &Session, summary: &Summary, started: Instant) {
         .map(|volume| volume.dirty_bytes)
         .sum();
     for volume in &manifest.record.volumes {
-        eprintln!(
+        say!(
             "{}: {} covered, {} of it zero, {} claimed and proven",
             volume.name,
             text::size(volume.dirty_bytes),
@@ -212,9 +212,9 @@ fn tell(session: &Session, summary: &Summary, started: Instant) {
         );
     }
     if let Some(frozen) = summary.frozen {
-        eprintln!("the guest was frozen for {} ms", frozen.as_millis());
+        say!("the guest was frozen for {} ms", frozen.as_millis());
     }
-    eprintln!("committed in {}", text::pace(covered, took));
+    say!("committed in {}", text::pace(covered, took));
     // The id alone on standard output, for scripts.
-    println!("{}", manifest.backup);
+    show!("{}", manifest.backup);
 }

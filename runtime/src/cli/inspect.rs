@@ -35,18 +35,18 @@ impl Inspect {
                 "imports": compiled.interface.imports,
                 "exports": compiled.interface.exports,
             });
-            println!("{result:#}");
+            show!("{result:#}");
         } else {
-            println!("sha256   {sha256}");
-            println!("size     {} bytes", compiled.size);
+            show!("sha256   {sha256}");
+            show!("size     {} bytes", compiled.size);
             if let Ok(world) = &world {
-                println!("world    {}", world.name());
+                show!("world    {}", world.name());
             }
             for import in &compiled.interface.imports {
-                println!("imports  {}", import.escape_debug());
+                show!("imports  {}", import.escape_debug());
             }
             for export in &compiled.interface.exports {
-                println!("exports  {}", export.escape_debug());
+                show!("exports  {}", export.escape_debug());
             }
         }
         match world {

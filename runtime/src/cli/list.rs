@@ -29,7 +29,7 @@ impl List {
                         rows.push(manifest)
                     }
                     Ok(_) => {}
-                    Err(error) => eprintln!("warning: backup {id}: {error}"),
+                    Err(error) => say!("warning: backup {id}: {error}"),
                 }
             }
         }
@@ -51,10 +51,10 @@ impl List {
                     })
                 })
                 .collect();
-            println!("{:#}", json!(rows));
+            show!("{:#}", json!(rows));
             return Ok(());
         }
-        println!("{:<34} {:<16} {:<14} VOLUMES", "BACKUP", "VM", "PROVIDER");
+        show!("{:<34} {:<16} {:<14} VOLUMES", "BACKUP", "VM", "PROVIDER");
         for manifest in rows {
             let volumes: Vec<String> = manifest
                 .record
@@ -74,7 +74,7 @@ impl List {
                     )
                 })
                 .collect();
-            println!(
+            show!(
                 "{:<34} {:<16} {:<14} {}",
                 manifest.backup,
                 manifest.record.vm,

@@ -1,5 +1,8 @@
 //! The commands: one file each. This one parses arguments, cares for signals, and turns errors into exit statuses.
 
+#[macro_use]
+mod output;
+
 mod backup;
 mod demo;
 mod inspect;
@@ -104,9 +107,9 @@ pub fn main() -> ExitCode {
                 Failure::Failed(error) => (error, 1),
             };
             let line = text::error(&error);
-            eprintln!("fleecebox: {line}");
+            say!("fleecebox: {line}");
             if json {
-                println!(
+                show!(
                     "{}",
                     serde_json::json!({ "error": line, "exit_status": status })
                 );

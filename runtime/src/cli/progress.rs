@@ -28,7 +28,7 @@ async fn tell(mut events: UnboundedReceiver<Event>, quiet: bool) {
     let bar = bar(quiet);
     let say = |line: String| {
         if bar.is_hidden() {
-            eprintln!("{line}");
+            say!("{line}");
         } else {
             bar.println(line);
         }

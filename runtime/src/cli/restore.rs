@@ -117,16 +117,16 @@ impl Restore {
                 .iter()
                 .map(|(volume, path)| json!({ "volume": volume, "path": path }))
                 .collect();
-            println!(
+            show!(
                 "{:#}",
                 json!({ "backup": manifest.backup, "volumes": volumes })
             );
         } else {
             let bytes = volumes.iter().map(|volume| volume.root.size()).sum();
             for (volume, path) in &written {
-                eprintln!("{volume}: {}", path.display());
+                say!("{volume}: {}", path.display());
             }
-            eprintln!("restored in {}", text::pace(bytes, started.elapsed()));
+            say!("restored in {}", text::pace(bytes, started.elapsed()));
         }
         Ok(())
     }

@@ -20,7 +20,7 @@ impl Show {
     pub(super) fn run(self, session: &Session) -> Result<(), Failure> {
         let archive = target::archive(session, self.archive.as_deref(), false)?;
         let (_, manifest) = target::backup(&archive, &self.backup)?;
-        println!(
+        show!(
             "{}",
             serde_json::to_string_pretty(&*manifest).map_err(target::failed)?
         );

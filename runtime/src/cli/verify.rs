@@ -61,13 +61,13 @@ impl Verify {
                 .iter()
                 .map(|(volume, finding)| json!({ "volume": volume, "finding": finding }))
                 .collect();
-            println!(
+            show!(
                 "{:#}",
                 json!({ "backup": manifest.backup, "intact": findings.is_empty(), "findings": findings })
             );
         } else {
             for (volume, finding) in &findings {
-                println!("{volume}: {}", text::one_line(finding));
+                show!("{volume}: {}", text::one_line(finding));
             }
         }
         if !findings.is_empty() {
@@ -84,7 +84,7 @@ impl Verify {
             .map(|volume| volume.root.size())
             .sum();
         if !session.json {
-            eprintln!(
+            say!(
                 "backup {} is intact ({})",
                 manifest.backup,
                 text::pace(bytes, started.elapsed())

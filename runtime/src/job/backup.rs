@@ -6,13 +6,13 @@
 //! then each of the guest's writes pays for it. Whatever fails, on every way out: QEMU's part is taken down first, then
 //! tracking becomes what it was, then what was stored is removed.
 
-use super::base::{self, Choice, ChoiceError, Owner};
+use super::base::{self, Choice, ChoiceError, Owner, Recorded};
 use super::component::{Component, ComponentError};
 use super::event::{Event, Events};
 use super::fleecing::{Fleecing, FleecingError, NearlyFull};
 use super::journal::{Journal, JournalError, Record, Step};
 use super::prove::{self, ProofError};
-use super::recover::{self, RecoverError};
+use super::recover::{self, RecoverError, Traces};
 use super::volume_run::{self, Covered, VolumeError};
 use crate::archive::{
     self, Archive, BackupId, BackupRecord, BackupWriter, ComponentId, DiskRecord, Manifest,
@@ -20,7 +20,6 @@ use crate::archive::{
 };
 use crate::config::{Provider, Vm};
 use crate::qemu::bitmap::{self, Tracking};
-use crate::qemu::removal::RemovalError;
 use crate::qemu::snapshot::{Broken, NbdServer, Request as PointRequest};
 use crate::qemu::{
     self, Agent, JobId, MachineError, Monitor, MonitorError, Plan, PointInTime, Schema,
@@ -199,27 +198,29 @@ pub async fn backup(
         name: request.provider_name.clone(),
         source,
     };
-    let component = Component::load(request.component.clone(), &places.cache)
-        .await
-        .map_err(refused)?;
+    let component = tokio::select! {
+        loaded = Component::load(request.component.clone(), &places.cache) => loaded.map_err(refused)?,
+        () = cancel.cancelled() => return Err(BackupError::Cancelled),
+    };
     let namespace = Arc::new(places.archive.create_namespace(&request.namespace)?);
     let owner = Owner {
         archive: places.archive.id(),
         namespace: request.namespace.clone(),
         vm: request.vm_name.clone(),
     };
-    let monitor = Monitor::connect(&request.qmp).await?;
+    // First the lock: QEMU would let a second job wait for the monitor without a word.
     let mut journal = Journal::open(places.vm_state.0, places.vm_state.1)?;
+    let monitor = Monitor::connect(&request.qmp).await?;
     let fleecing_folder = &places.fleecing.0;
-    recover::recover(
-        &monitor,
-        &mut journal,
-        &namespace,
-        &owner,
-        fleecing_folder,
-        events,
-    )
-    .await?;
+    let traces = Traces {
+        monitor: &monitor,
+        fleecing: fleecing_folder,
+        own_server: request.vm.nbd.is_none(),
+        archive: &places.archive,
+        namespace: &namespace,
+        owner: &owner,
+    };
+    recover::recover(&traces, &mut journal, events).await?;
 
     let choice = match &request.vm.disks[..] {
         [] => machine::Choice::All,
@@ -235,9 +236,9 @@ pub async fn backup(
         let mut known = BTreeMap::new();
         let choice = base::choose(&owner, &disk, id, BLOCK_SIZE, |id| {
             if let Some(known) = known.get(&id) {
-                return Ok(Option::clone(known));
+                return Ok(Recorded::clone(known));
             }
-            let found = recover::committed(&namespace, id)?;
+            let found = recover::recorded(&namespace, id)?;
             known.insert(id, found.clone());
             Ok(found)
         })?;
@@ -253,8 +254,11 @@ pub async fn backup(
     }
     tell_missing(events, &disks);
 
+    let parent = fleecing_folder
+        .try_clone()
+        .map_err(BackupError::FleecingLost)?;
     let job = JobId::random()?;
-    let name = format!("fbx-{job}");
+    let name = Fleecing::name(job);
     journal.write(Record {
         job: job.to_string(),
         archive: places.archive.id().to_string(),
@@ -265,26 +269,20 @@ pub async fn backup(
         nbd_server: request.vm.nbd.is_none(),
     })?;
     let sizes: Vec<u64> = disks.iter().map(|(disk, _)| disk.size).collect();
-    let prepared = Fleecing::create(
-        fleecing_folder
-            .try_clone()
-            .map_err(BackupError::FleecingLost)?,
-        &places.fleecing.1,
-        &name,
-        &sizes,
-    );
-    let fleecing = match prepared {
+    let fleecing = match Fleecing::create(parent, &places.fleecing.1, &name, &sizes) {
         Ok(fleecing) => fleecing,
         Err(error) => {
-            journal.clear()?;
+            // Where this fails, the next run finds a journal and nothing else.
+            let _ = journal.clear();
             return Err(error.into());
         }
     };
     let writer = match namespace.begin(id) {
         Ok(writer) => Some(Arc::new(writer)),
         Err(error) => {
-            let _ = fleecing.remove();
-            journal.clear()?;
+            if fleecing.remove().is_ok() {
+                let _ = journal.clear();
+            }
             return Err(error.into());
         }
     };
@@ -359,31 +357,30 @@ struct Backup<'a> {
 }
 
 impl Backup<'_> {
+    /// No `?` between the point in time and the end of the clean-up: whatever fails, the rest of it is done.
     async fn make(mut self) -> Result<Summary, BackupError> {
         let point = match self.point_in_time().await {
             Ok(point) => point,
             Err(error) => {
-                // The point in time has been taken back by itself, or could not be: then the journal stays.
+                // It has been taken back, but for what the error names.
                 let undone = !matches!(&error, BackupError::Snapshot(error) if error.frozen.is_some() || !error.left.is_empty());
-                let _ = self.fleecing.remove();
-                self.abandon();
+                let mut left = Vec::new();
+                left.extend(self.remove_fleecing());
+                left.extend(self.abandon());
                 if undone {
-                    self.journal.clear()?;
+                    self.close_journal(&mut left);
                 }
+                self.tell_left(&left);
                 return Err(error);
             }
         };
         let since = Instant::now();
         let read = self.read_all(&point).await;
         let fleecing_peak = self.fleecing.allocated();
-        // The VM first, whatever became of the reading.
-        self.step(Step::Releasing)?;
-        let mut left: Vec<String> = self
-            .take_down(&point)
-            .await
-            .iter()
-            .map(ToString::to_string)
-            .collect();
+        // The VM first, whatever became of the reading and whether the journal can be kept.
+        let mut left = Vec::new();
+        left.extend(self.step(Step::Releasing).err().map(|e| e.to_string()));
+        left.extend(self.take_down(&point).await);
         let snapshot = since.elapsed();
         let committed = match read {
             Ok(covered) => self.prove_and_commit(covered).await,
@@ -391,18 +388,10 @@ impl Backup<'_> {
         };
         left.extend(self.settle_bitmaps(&point, &committed).await);
         if committed.is_err() {
-            self.abandon();
+            left.extend(self.abandon());
         }
-        if left.is_empty() {
-            self.journal.clear()?;
-        }
-        let manifest = committed.inspect_err(|_| {
-            for left in &left {
-                self.events.warn(format!(
-                    "clean-up is incomplete, the next run does the rest: {left}"
-                ));
-            }
-        })?;
+        self.close_journal(&mut left);
+        let manifest = committed.inspect_err(|_| self.tell_left(&left))?;
         Ok(Summary {
             manifest,
             frozen: point.frozen,
@@ -411,6 +400,23 @@ impl Backup<'_> {
             steps: self.steps(),
             left,
         })
+    }
+
+    /// While anything is left, the journal stays for the next run.
+    fn close_journal(&mut self, left: &mut Vec<String>) {
+        if left.is_empty()
+            && let Err(error) = self.journal.clear()
+        {
+            left.push(error.to_string());
+        }
+    }
+
+    fn tell_left(&self, left: &[String]) {
+        for left in left {
+            self.events.warn(format!(
+                "clean-up is incomplete, the next run does the rest: {left}"
+            ));
+        }
     }
 
     /// How long each step that was reached took; the last one is over now.
@@ -463,8 +469,10 @@ impl Backup<'_> {
         drop(agent);
         if let Some(watchdog) = watchdog
             && !frozen
+            && let Err(error) = watchdog.disarm().await
         {
-            watchdog.disarm().await?;
+            // It may thaw the guest once more, which does no harm. The point in time is there and stays.
+            self.events.warn(error.to_string());
         }
         Ok(taken?)
     }
@@ -534,16 +542,24 @@ impl Backup<'_> {
         Ok(covered.into_iter().flatten().collect())
     }
 
-    async fn take_down(&self, point: &PointInTime) -> Vec<RemovalError> {
-        let left = point.teardown(&self.monitor).await;
-        // QEMU may still hold a file that could not be taken from it; deleting it harms neither side.
-        if let Err(error) = self.fleecing.remove() {
-            self.events.warn(format!(
-                "the fleecing images in {}: {error}",
-                self.fleecing.folder().display()
-            ));
+    /// Returns what could not be removed; the next run does it.
+    async fn take_down(&mut self, point: &PointInTime) -> Vec<String> {
+        let errors = point.teardown(&self.monitor).await;
+        if errors.is_empty() {
+            self.journal.server_stopped();
         }
+        let mut left: Vec<_> = errors.iter().map(ToString::to_string).collect();
+        // QEMU may still hold a file that could not be taken from it; deleting it harms neither side.
+        left.extend(self.remove_fleecing());
         left
+    }
+
+    fn remove_fleecing(&self) -> Option<String> {
+        let error = self.fleecing.remove().err()?;
+        Some(format!(
+            "the fleecing images in {}: {error}",
+            self.fleecing.folder().display()
+        ))
     }
 
     async fn prove_and_commit(&mut self, covered: Vec<Covered>) -> Result<Manifest, BackupError> {
@@ -559,12 +575,13 @@ impl Backup<'_> {
                 events: self.events,
                 cancel: self.cancel,
             };
-            prove::prove(order)
-                .await
-                .map_err(|source| BackupError::Proof {
+            prove::prove(order).await.map_err(|source| match source {
+                ProofError::Cancelled => BackupError::Cancelled,
+                source => BackupError::Proof {
                     volume: volume.name.clone(),
                     source,
-                })?;
+                },
+            })?;
         }
         if self.cancel.is_cancelled() {
             return Err(BackupError::Cancelled);
@@ -583,7 +600,10 @@ impl Backup<'_> {
             writer.commit(record)
         });
         let manifest = committed.await.map_err(BackupError::Task)??;
-        self.step(Step::Committed)?;
+        // The backup is there, whether or not the journal can say so: the archive decides.
+        if let Err(error) = self.step(Step::Committed) {
+            self.events.warn(error.to_string());
+        }
         Ok(manifest)
     }
 
@@ -669,16 +689,10 @@ impl Backup<'_> {
         }
     }
 
-    /// Removes what was stored; a writer that committed is gone already.
-    fn abandon(&mut self) {
-        if let Some(writer) = self.writer.take().and_then(Arc::into_inner)
-            && let Err(error) = writer.abandon()
-        {
-            self.events.warn(format!(
-                "what backup {} stored could not be removed: {error}",
-                self.id
-            ));
-        }
+    /// Removes what was stored; a writer that committed is gone already. Returns what could not be removed.
+    fn abandon(&mut self) -> Option<String> {
+        let error = Arc::into_inner(self.writer.take()?)?.abandon().err()?;
+        Some(format!("what backup {} stored: {error}", self.id))
     }
 
     fn step(&mut self, step: Step) -> Result<(), JournalError> {

@@ -3,6 +3,7 @@
 //! QEMU keeps the old data of overwritten blocks there. The job keeps a descriptor of each since its creation: QEMU's
 //! buffered writes report an error of the storage below only to those who ask with fsync.
 
+use crate::qemu::JobId;
 use cap_std::fs::{Dir, DirBuilder, DirBuilderExt, File, OpenOptions, OpenOptionsExt};
 use std::io;
 use std::path::{Path, PathBuf};
@@ -74,6 +75,11 @@ pub struct NearlyFull {
 }
 
 impl Fleecing {
+    /// The name of a job's folder.
+    pub fn name(job: JobId) -> String {
+        format!("fbx-{job}")
+    }
+
     /// Makes one image of each of `sizes` (bytes) in a new folder `name` below `parent`, whose absolute path is `path`.
     pub fn create(
         parent: Dir,

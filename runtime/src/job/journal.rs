@@ -68,7 +68,7 @@ pub struct Record {
     pub step: Step,
     /// The job's folder within the VM's fleecing folder.
     pub fleecing: String,
-    /// Whether the job starts the NBD server.
+    /// Whether an NBD server that the job starts may be running.
     pub nbd_server: bool,
 }
 
@@ -150,6 +150,13 @@ impl Journal {
         }
     }
 
+    /// The NBD server is stopped: recorded with the next step, since one that runs later is somebody else's.
+    pub fn server_stopped(&mut self) {
+        if let Some(record) = &mut self.record {
+            record.nbd_server = false;
+        }
+    }
+
     /// Nothing is left to clean up.
     pub fn clear(&mut self) -> Result<(), JournalError> {
         if self.record.take().is_some() {
@@ -186,6 +193,7 @@ mod tests {
         assert_eq!(journal.record(), None);
         journal.write(record(Step::Preparing)).unwrap();
         journal.reach(Step::Running).unwrap();
+        journal.server_stopped();
         assert!(matches!(open(), Err(JournalError::Busy { .. })));
         drop(journal);
         let mut journal = open().unwrap();

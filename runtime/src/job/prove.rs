@@ -33,6 +33,16 @@ pub struct Order<'a> {
     pub cancel: &'a CancellationToken,
 }
 
+impl Order<'_> {
+    /// A provider that takes its time must not hold up a cancel. What is dropped here ends its sandbox.
+    async fn unless_cancelled<T>(&self, future: impl Future<Output = T>) -> Result<T, ProofError> {
+        self.cancel
+            .run_until_cancelled(future)
+            .await
+            .ok_or(ProofError::Cancelled)
+    }
+}
+
 /// Why a claim is not proven.
 #[derive(Debug, thiserror::Error)]
 pub enum ProofError {
@@ -80,32 +90,33 @@ pub async fn prove(order: Order<'_>) -> Result<(), ProofError> {
         max_read: MAX_READ,
     };
     let objects = order.writer.objects();
-    let mut image = Image::open(
+    let opened = Image::open(
         open,
         &order.component.compiled,
         objects,
         &order.provider.limits,
         &order.covered.name,
         order.events,
-    )
-    .await
-    .map_err(ProofError::Open)?;
+    );
+    let mut image = order
+        .unless_cancelled(opened)
+        .await?
+        .map_err(ProofError::Open)?;
     let table = order.writer.table(order.covered.root);
     let block = order.covered.root.block_size();
     for extent in claimed.iter().flat_map(|extent| extent.pieces(PIECE)) {
-        if order.cancel.is_cancelled() {
-            return Err(ProofError::Cancelled);
-        }
-        let bytes = image
-            .read(extent)
-            .await
+        let bytes = order
+            .unless_cancelled(image.read(extent))
+            .await?
             .map_err(|source| ProofError::NotGivenBack { extent, source })?;
         let found = digest::of_blocks(&bytes, block);
         for (part, digest) in extent.pieces(block.into()).zip(found) {
             match table.get(part.start() / u64::from(block))? {
+                // Of this very backup: a base's claim proves nothing of what changed since.
                 Entry::Claimed {
-                    digest: expected, ..
-                } if expected == digest => {}
+                    digest: expected,
+                    backup,
+                } if expected == digest && backup == order.backup => {}
                 _ => return Err(ProofError::Wrong { extent: part }),
             }
         }

@@ -2,14 +2,16 @@
 //!
 //! Runs under the VM's lock, so that nothing found here belongs to a live job.
 
-use super::base::{self, Owner, Remedy};
+use super::base::{self, Owner, Recorded, Remedy};
 use super::event::Events;
-use super::journal::{Journal, JournalError};
-use crate::archive::{self, BackupId, Manifest, Namespace};
+use super::fleecing::Fleecing;
+use super::journal::{Journal, JournalError, Record};
+use crate::archive::{self, Archive, BackupId, Namespace};
 use crate::qemu::bitmap::{self, Tracking};
-use crate::qemu::removal::{RemovalError, ServerFate};
+use crate::qemu::removal::{self, RemovalError, ServerFate};
 use crate::qemu::{Monitor, MonitorError, leftovers};
 use cap_std::fs::Dir;
+use std::collections::BTreeSet;
 use std::io;
 use std::sync::Arc;
 
@@ -33,13 +35,26 @@ pub enum RecoverError {
     Journal(#[from] JournalError),
 }
 
-/// Cleans up. `fleecing` is the folder that this VM's jobs make their fleecing folders in.
+/// Where a dead run may have left something.
+pub struct Traces<'a> {
+    /// The VM's monitor.
+    pub monitor: &'a Monitor,
+    /// The folder that this VM's jobs make their fleecing folders in.
+    pub fleecing: &'a Dir,
+    /// Whether jobs on this VM start the NBD server themselves.
+    pub own_server: bool,
+    /// The archive of this run.
+    pub archive: &'a Archive,
+    /// The provider's part of it.
+    pub namespace: &'a Arc<Namespace>,
+    /// Whose bitmaps are settled.
+    pub owner: &'a Owner,
+}
+
+/// Cleans up after the run that `journal` records, and after those that QEMU still shows though no journal does.
 pub async fn recover(
-    monitor: &Monitor,
+    traces: &Traces<'_>,
     journal: &mut Journal,
-    namespace: &Arc<Namespace>,
-    owner: &Owner,
-    fleecing: &Dir,
     events: &Events,
 ) -> Result<(), RecoverError> {
     let dead = journal.record().cloned();
@@ -51,34 +66,40 @@ pub async fn recover(
             dead.step.name()
         ));
     }
-    for (job, leftover) in leftovers::find(monitor).await? {
-        events.note(format!("removing what job {job} left in QEMU"));
-        let started = dead
+    let mut folders: BTreeSet<String> = dead.iter().map(|dead| dead.fleecing.clone()).collect();
+    // Without nodes and exports the server may still be there: it is what a job stops last.
+    let mut server_started = dead.as_ref().is_some_and(|dead| dead.nbd_server);
+    for (job, leftover) in leftovers::find(traces.monitor).await? {
+        let recorded = dead
             .as_ref()
-            .is_some_and(|dead| dead.job == job.to_string() && dead.nbd_server);
-        let server = if started {
-            ServerFate::StopIfUnused
+            .is_some_and(|dead| dead.job == job.to_string());
+        if recorded {
+            events.note(format!("removing what job {job} left in QEMU"));
         } else {
-            ServerFate::Keep
-        };
-        if let Some(error) = leftovers::remove(monitor, &leftover, server)
-            .await
-            .into_iter()
-            .next()
-        {
+            events.warn(format!(
+                "a job that no journal tells of ({job}) left something in QEMU; removing it"
+            ));
+            folders.insert(Fleecing::name(job));
+            server_started |= traces.own_server;
+        }
+        let errors = leftovers::remove(traces.monitor, &leftover, ServerFate::Keep).await;
+        if let Some(error) = errors.into_iter().next() {
             return Err(error.into());
         }
     }
-    if let Some(dead) = &dead {
-        match fleecing.remove_dir_all(&dead.fleecing) {
+    if server_started {
+        removal::stop_unused_server(traces.monitor).await?;
+    }
+    for folder in folders {
+        match traces.fleecing.remove_dir_all(&folder) {
             Ok(()) => events.note("removed its fleecing images"),
             Err(error) if error.kind() == io::ErrorKind::NotFound => {}
             Err(error) => return Err(RecoverError::Files(error)),
         }
     }
-    settle_bitmaps(monitor, namespace, owner, events).await?;
+    settle_bitmaps(traces.monitor, traces.namespace, traces.owner, events).await?;
     if let Some(dead) = dead {
-        discard_backup(namespace, owner, &dead, events)?;
+        discard_backup(traces, &dead, events)?;
         journal.clear()?;
     }
     Ok(())
@@ -91,7 +112,7 @@ async fn settle_bitmaps(
     events: &Events,
 ) -> Result<(), RecoverError> {
     let found = bitmap::find(monitor).await?;
-    for remedy in base::remedies(owner, &found, |id| committed(namespace, id))? {
+    for remedy in base::remedies(owner, &found, |id| recorded(namespace, id))? {
         match remedy {
             Remedy::Accept { node, plan } => {
                 events.note(format!(
@@ -100,8 +121,12 @@ async fn settle_bitmaps(
                 bitmap::accept(monitor, &node, &plan).await?;
             }
             Remedy::BackOut { node, plan } => {
+                let what = match plan.old() {
+                    Some(_) => "its changes are merged back",
+                    None => "its bitmap is removed",
+                };
                 events.note(format!(
-                    "{node}: the last backup did not commit; its changes are merged back"
+                    "{node}: nothing can be built on the last backup; {what}"
                 ));
                 if bitmap::back_out(monitor, &node, &plan).await? == Tracking::Lost {
                     events.warn(format!(
@@ -114,40 +139,44 @@ async fn settle_bitmaps(
     Ok(())
 }
 
-fn discard_backup(
-    namespace: &Arc<Namespace>,
-    owner: &Owner,
-    dead: &super::journal::Record,
-    events: &Events,
-) -> Result<(), RecoverError> {
-    let here =
-        dead.archive == owner.archive.to_string() && dead.namespace == namespace.name().as_str();
-    let Ok(id) = dead.backup.parse() else {
+fn discard_backup(traces: &Traces<'_>, dead: &Record, events: &Events) -> Result<(), RecoverError> {
+    let (Ok(id), Ok(name)) = (dead.backup.parse(), dead.namespace.parse()) else {
         return Ok(());
     };
-    if !here {
-        events.note(format!(
-            "backup {id} was for another archive, whose next backup clears it away"
+    if dead.archive != traces.archive.id().to_string() {
+        events.warn(format!(
+            "backup {id} was for another archive ({}); if it did not commit, what it stored there stays",
+            dead.archive
         ));
-    } else if committed(namespace, id)?.is_some() {
-        events.note(format!("backup {id} is committed and stays"));
-    } else {
-        namespace.discard_uncommitted(id)?;
-        events.note(format!(
-            "removed what backup {id}, which never committed, left in the archive"
-        ));
+        return Ok(());
+    }
+    let namespace = match traces.archive.namespace(&name) {
+        Err(archive::Error::NotFound { .. }) => return Ok(()),
+        namespace => namespace?,
+    };
+    match recorded(&namespace, id)? {
+        Recorded::Absent => {
+            namespace.discard_uncommitted(id)?;
+            events.note(format!(
+                "removed what backup {id}, which never committed, left in the archive"
+            ));
+        }
+        Recorded::Committed(_) => events.note(format!("backup {id} is committed and stays")),
+        Recorded::Damaged { reason } => events.warn(format!(
+            "backup {id} is committed and stays, but it is damaged: {reason}"
+        )),
     }
     Ok(())
 }
 
-/// The manifest of `id`, or nothing where the archive can be read and does not hold it.
-pub fn committed(
-    namespace: &Arc<Namespace>,
-    id: BackupId,
-) -> Result<Option<Arc<Manifest>>, archive::Error> {
+/// What the archive says of backup `id`.
+pub fn recorded(namespace: &Namespace, id: BackupId) -> Result<Recorded, archive::Error> {
     match namespace.manifest(id) {
-        Ok(manifest) => Ok(Some(Arc::new(manifest))),
-        Err(archive::Error::NotFound { .. }) => Ok(None),
+        Ok(manifest) => Ok(Recorded::Committed(Arc::new(manifest))),
+        Err(archive::Error::NotFound { .. }) => Ok(Recorded::Absent),
+        Err(error @ archive::Error::Damaged { .. }) => Ok(Recorded::Damaged {
+            reason: error.to_string(),
+        }),
         Err(error) => Err(error),
     }
 }

@@ -197,6 +197,17 @@ async fn job(monitor: &Monitor, id: &str) -> Result<(), Reason> {
     }
 }
 
+/// Stops the NBD server that a job of ours started and died with, unless an export is on it by now.
+///
+/// # Errors
+/// Where it may still run.
+pub async fn stop_unused_server(monitor: &Monitor) -> Result<(), RemovalError> {
+    stop_server(monitor).await.map_err(|reason| RemovalError {
+        what: Thing::Server,
+        reason,
+    })
+}
+
 /// Stopping it drops every export, so one with a stranger's export goes on running.
 async fn stop_server(monitor: &Monitor) -> Result<(), Reason> {
     let exports = present::exports(monitor).await?;

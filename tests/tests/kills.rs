@@ -1,0 +1,173 @@
+//! Kills (-9) in the middle of an incremental backup, everywhere: at each step of the journal, before and after each
+//! QMP command, and with the sandbox killed first. Each time the next run has to put everything right.
+
+mod crash;
+
+use std::time::Duration;
+
+use anyhow::{Context, Result, ensure};
+use crash::{Attempt, Server, Site};
+use fleecebox_tests::{At, Fault, Running, Stage, What, eventually};
+
+/// As they stand in the journal, in their order.
+const STEPS: [&str; 8] = [
+    "preparing",
+    "snapshot",
+    "running",
+    "releasing",
+    "proving",
+    "committing",
+    "committed",
+    "switching-bitmaps",
+];
+const SOON: Duration = Duration::from_secs(60);
+
+fn kill_at_step(site: &Site, step: &str) -> Result<Attempt> {
+    let running = site.backup().env("FLEECEBOX_STOP_AT", step).start()?;
+    wait_stopped(&running)?;
+    let outcome = running.kill()?;
+    assert_eq!(outcome.signal(), Some(9));
+    let dead = site.attempt()?;
+    assert_eq!(dead.step(), Some(step));
+    Ok(dead)
+}
+
+/// Waits until the job has stopped itself, as a step of the journal tells it.
+fn wait_stopped(running: &Running) -> Result<()> {
+    let pid = running.process().pid;
+    eventually("the job to stop itself", SOON, || {
+        let stat = std::fs::read_to_string(format!("/proc/{pid}/stat"))?;
+        let state = stat
+            .rsplit_once(") ")
+            .and_then(|(_, rest)| rest.chars().next());
+        ensure!(state != Some('Z'), "the job ended");
+        Ok((state == Some('T')).then_some(()))
+    })
+}
+
+#[test]
+fn a_job_killed_at_any_step_of_its_journal_is_cleaned_up_by_the_next() -> Result<()> {
+    let mut site = Site::new(Server::Shared)?;
+    for step in STEPS {
+        let dead = kill_at_step(&site, step)?;
+        site.recover_from(&dead)
+            .with_context(|| format!("killed at {step}"))?;
+    }
+    Ok(())
+}
+
+#[test]
+fn a_job_that_started_the_nbd_server_is_cleaned_up_by_the_next() -> Result<()> {
+    let mut site = Site::new(Server::Own)?;
+    for step in STEPS {
+        let dead = kill_at_step(&site, step)?;
+        site.recover_from(&dead)
+            .with_context(|| format!("killed at {step}"))?;
+    }
+    kill_around_commands(&mut site, Stage::BeforeQemu, is_about_the_server)?;
+    kill_around_commands(&mut site, Stage::BeforeAnswer, is_about_the_server)
+}
+
+fn is_about_the_server(command: &str) -> bool {
+    command.starts_with("nbd-server") || command.starts_with("block-export")
+}
+
+#[test]
+fn a_job_killed_before_qemu_gets_any_command_is_cleaned_up_by_the_next() -> Result<()> {
+    kill_around_commands(&mut Site::new(Server::Shared)?, Stage::BeforeQemu, |_| true)
+}
+
+#[test]
+fn a_job_killed_before_it_gets_any_answer_is_cleaned_up_by_the_next() -> Result<()> {
+    kill_around_commands(&mut Site::new(Server::Shared)?, Stage::BeforeAnswer, |_| {
+        true
+    })
+}
+
+/// Kills a job at each of the commands that `chosen` accepts, one backup each, all in one chain of incrementals.
+fn kill_around_commands(
+    site: &mut Site,
+    stage: Stage,
+    chosen: impl Fn(&str) -> bool,
+) -> Result<()> {
+    site.renew_proxy()?;
+    site.write_some()?;
+    let outcome = site.backup().run()?.assert_success();
+    let commands = site.proxy.commands();
+    let references = site.proxy.references()?;
+    site.base = site.prove(&outcome, &references)?;
+    for (number, command) in (1..).zip(&commands) {
+        if chosen(command) {
+            kill_at_command(site, number, stage)
+                .with_context(|| format!("killed at {command} ({number}, {stage:?})"))?;
+        }
+    }
+    Ok(())
+}
+
+/// How often it looks at what is there decides how many commands a job gives, so the last ones may not come.
+fn kill_at_command(site: &mut Site, number: usize, stage: Stage) -> Result<()> {
+    site.renew_proxy()?;
+    site.proxy.inject(Fault {
+        at: At::Number(number),
+        stage,
+        what: What::Hold,
+    });
+    let running = site.backup().start()?;
+    let pid = running.process().pid;
+    let held = eventually("the command, or the end", SOON, || {
+        if let Ok(held) = site.proxy.wait_held(Duration::from_millis(1)) {
+            return Ok(Some(Some(held)));
+        }
+        let stat = std::fs::read_to_string(format!("/proc/{pid}/stat"))?;
+        Ok(stat.contains(") Z ").then_some(None))
+    })?;
+    match held {
+        Some(held) => {
+            let outcome = running.kill()?;
+            assert_eq!(outcome.signal(), Some(9));
+            held.cut();
+        }
+        None => drop(running.finish()?.assert_success()),
+    }
+    let dead = site.attempt()?;
+    if held_nothing(&dead) && !dead.references.is_empty() {
+        // It went through: its backup is what the next one builds on.
+        site.base = site.listed()?.pop_last().context("no backup")?;
+    }
+    site.recover_from(&dead)?;
+    Ok(())
+}
+
+fn held_nothing(attempt: &Attempt) -> bool {
+    attempt.journal.is_none()
+}
+
+#[test]
+fn a_sandbox_and_then_its_job_killed_in_the_middle_of_a_run_are_cleaned_up_by_the_next()
+-> Result<()> {
+    let mut site = Site::new(Server::Shared)?;
+    site.proxy.inject(Fault {
+        at: At::Named("block-export-del", 1),
+        stage: Stage::BeforeQemu,
+        what: What::Hold,
+    });
+    let running = site.stalled_backup()?;
+    let sandboxes = running.family()?;
+    assert_eq!(sandboxes.len(), 2, "{sandboxes:?}");
+    sandboxes.first().context("no sandbox")?.kill()?;
+    let held = site.proxy.wait_held(SOON)?;
+    running.kill()?;
+    held.cut();
+    let dead = site.attempt()?;
+    assert_eq!(dead.step(), Some("releasing"));
+    site.recover_from(&dead)?;
+
+    // The job alone, with both sandboxes at work: they end with it.
+    let running = site.stalled_backup()?;
+    running.kill()?;
+    let dead = site.attempt()?;
+    assert_eq!(dead.step(), Some("running"));
+    site.recover_from(&dead)?;
+    Ok(())
+}
