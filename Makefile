@@ -11,6 +11,8 @@ export FLEECEBOX_CACHE
 COMPONENTS = $(CARGO_TARGET_DIR)/components
 FLEECEBOX = $(CARGO_TARGET_DIR)/release/fleecebox
 PROVIDERS = chunked image
+# One that only the benchmark needs.
+BENCH_PROVIDER = splices-everything
 HOSTILE = $(basename $(notdir $(wildcard tests/hostile/examples/*.rs)))
 WASM = $(CARGO_TARGET_DIR)/wasm32-unknown-unknown/release
 
@@ -51,7 +53,7 @@ test: setup
 bench:
 	@tests/setup/packages.sh bench
 	@$(MAKE) build providers
-	cargo bench --locked -p fleecebox-tests
+	TMPDIR=$${FLEECEBOX_BENCH_FOLDER:-/dev/shm} cargo bench --locked -p fleecebox-tests --bench speed
 
 SECONDS ?= 60
 fuzz:
@@ -61,19 +63,21 @@ lint:
 	cargo fmt --all --check
 	cargo clippy --release --locked --workspace --all-targets -- -D warnings
 
+# The tests with it: cargo settles the features of dependencies for all that it builds at once, so that another choice
+# of packages would compile wasmtime again.
 build:
 	@echo "building fleecebox; the first time takes some minutes, most of them for wasmtime"
-	cargo build --release --locked
+	cargo test --release --locked --workspace --no-run
 
 # Flags for all targets would hide those for this one. The hostile providers are for tests and the demonstration.
 providers:
 	@config=$$(guest-sdk/wasm-std.sh) && unset RUSTFLAGS CARGO_ENCODED_RUSTFLAGS CARGO_BUILD_TARGET && \
 	build="cargo build --release --locked --target wasm32-unknown-unknown" && \
 	echo "building the providers" && \
-	$$build --config "$$config" $(PROVIDERS:%=-p %) && \
+	$$build --config "$$config" $(PROVIDERS:%=-p %) -p $(BENCH_PROVIDER) && \
 	$$build --config "$$config" -p hostile --examples
 	@mkdir -p $(COMPONENTS)
-	@for name in $(PROVIDERS); do \
+	@for name in $(PROVIDERS) $(BENCH_PROVIDER); do \
 		install -C -m 644 "$(WASM)/$$(echo $$name | tr - _).wasm" "$(COMPONENTS)/$$name.wasm" || exit; done
 	@for name in $(HOSTILE); do \
 		install -C -m 644 "$(WASM)/examples/$$(echo $$name | tr - _).wasm" "$(COMPONENTS)/$$name.wasm" || exit; done

@@ -22,6 +22,10 @@ use writer::Writer;
 
 struct Streamed;
 
+/// Bytes read before they are claimed. The host keeps the digests of what was read last, and reads anew what was
+/// claimed too late.
+const CLAIM: u64 = 1 << 30;
+
 #[derive(serde::Deserialize)]
 #[serde(rename_all = "kebab-case", deny_unknown_fields, default)]
 struct Settings {
@@ -53,13 +57,14 @@ impl Provider for Streamed {
         let object = archive.create(&info.name, settings.encoding)?;
         let mut stream = Writer::new(object, info.size)?;
         for run in volume.dirty.data_runs() {
-            let run = run?;
-            let pieces = run
-                .pieces(reader.max_read().into())
-                // A piece is no longer than the grid, which came from a u32.
-                .map(|piece| reader.read(piece.offset, piece.length as u32));
-            stream.record(run, pieces)?;
-            stream.output().claim(&volume.snapshot, run)?;
+            for part in run?.pieces(CLAIM) {
+                let pieces = part
+                    .pieces(reader.max_read().into())
+                    // A piece is no longer than the grid, which came from a u32.
+                    .map(|piece| reader.read(piece.offset, piece.length as u32));
+                stream.record(part, pieces)?;
+                stream.output().claim(&volume.snapshot, part)?;
+            }
         }
         let size = stream.finish()?.finish()?;
         job.info(format_args!("{size} bytes in `{}`", info.name));

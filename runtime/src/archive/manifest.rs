@@ -4,7 +4,7 @@ use super::block_table::TableRoot;
 use super::error::{Damage, Error};
 use super::name::{ArchiveId, BackupId, ComponentId, NamespaceName, ObjectName};
 use super::object::ObjectInfo;
-use crate::channel::{BitmapMode, World};
+use crate::channel::{BitmapMode, GuestLimits, World};
 use crate::digest::Digest;
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
@@ -64,6 +64,8 @@ pub struct ProviderRecord {
     pub world: World,
     /// What it was given (TOML), for its `image` to be given again.
     pub settings: String,
+    /// What it was proven under, and so what it needs to give back what it claims.
+    pub limits: GuestLimits,
 }
 
 /// One volume of a backup.
@@ -206,6 +208,10 @@ pub(super) mod tests {
                 component: ComponentId::of(b"component"),
                 world: World::BlindProvider,
                 settings: String::new(),
+                limits: GuestLimits {
+                    memory: 1 << 20,
+                    cpu_ms: 1000,
+                },
             },
             host_version: "0.1.0".into(),
             volumes,

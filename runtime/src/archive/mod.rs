@@ -76,7 +76,7 @@ pub use name::{
     ArchiveId, BackupId, ComponentId, NAME_LIMIT, NamespaceName, NotAName, ObjectName, PackName,
 };
 pub use namespace::{COMPONENT_LIMIT, Namespace};
-pub use object::{ObjectInfo, ObjectWriter};
+pub use object::{EncodedFrame, FrameEncoder, ObjectInfo, ObjectWriter};
 pub use stored::{STORED_READ_LIMIT, StoredObjects};
 
 use cap_std::fs::Dir;

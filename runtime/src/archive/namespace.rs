@@ -112,6 +112,16 @@ impl Namespace {
         Ok(manifest)
     }
 
+    /// [`Self::manifest`], made durable before it is believed: a job that died in its commit may have renamed the
+    /// manifest and not synced its directory, and a backup built on one that a loss of power takes away is lost too.
+    pub fn durable_manifest(&self, id: BackupId) -> Result<Manifest, Error> {
+        let manifest = self.manifest(id)?;
+        let dir = self.store.backups.open_dir(id.to_string());
+        dir.and_then(|dir| directory::sync(&dir))
+            .map_err(Error::at(id))?;
+        Ok(manifest)
+    }
+
     /// Removes what is left of a backup that never committed; nothing being left is no error. Refused for a committed
     /// one. The caller knows that the job that made it has ended.
     pub fn discard_uncommitted(&self, id: BackupId) -> Result<(), Error> {

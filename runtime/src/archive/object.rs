@@ -72,7 +72,10 @@ impl Objects {
         Ok(ObjectWriter {
             objects: self.clone(),
             name: name.clone(),
-            encoding,
+            encoder: FrameEncoder {
+                encoding,
+                compressors: self.compressors.clone(),
+            },
             file,
             pending: Vec::new(),
             size: 0,
@@ -102,9 +105,10 @@ impl Objects {
 pub struct ObjectWriter {
     objects: Arc<Objects>,
     name: ObjectName,
-    encoding: Encoding,
+    encoder: FrameEncoder,
     file: File,
-    /// Written by the provider and not yet a frame; less than [`FRAME_LIMIT`] bytes.
+    /// Written by the provider and not yet a frame; less than [`FRAME_LIMIT`] bytes, none where there is nothing to
+    /// encode.
     pending: Vec<u8>,
     /// Before encoding, `pending` included.
     size: u64,
@@ -131,16 +135,18 @@ impl ObjectWriter {
         self.size
     }
 
-    /// Appends bytes that the host took from a volume, and says in which frames they lie: one per piece of
-    /// [`FRAME_LIMIT`] bytes, the last may be shorter.
-    pub fn append(&mut self, bytes: &[u8]) -> Result<Vec<Frame>, Error> {
+    /// Makes frames for [`ObjectWriter::append`].
+    pub fn encoder(&self) -> FrameEncoder {
+        self.encoder.clone()
+    }
+
+    /// Appends bytes that the host took from a volume, encoded by this object's own encoder, and says where they lie.
+    pub fn append(&mut self, frame: &EncodedFrame) -> Result<Frame, Error> {
+        debug_assert_eq!(frame.encoding, self.encoder.encoding);
         self.flush()?;
-        let mut frames = Vec::new();
-        for piece in bytes.chunks(FRAME_LIMIT as usize) {
-            frames.push(self.frame(piece)?);
-            self.size += piece.len() as u64;
-        }
-        Ok(frames)
+        let placed = self.frame(frame)?;
+        self.size += u64::from(frame.decoded);
+        Ok(placed)
     }
 
     /// Appends bytes that the provider made. Only these will be served to it again.
@@ -157,6 +163,9 @@ impl ObjectWriter {
         }
         self.written.push(extent);
         self.size += bytes.len() as u64;
+        if self.encoder.encoding == Encoding::Identity {
+            return self.store(bytes);
+        }
         let mut rest = bytes;
         while !rest.is_empty() {
             let room = FRAME_LIMIT as usize - self.pending.len();
@@ -176,14 +185,14 @@ impl ObjectWriter {
         if self.state == Progress::Failed {
             return Err(Error::WriterFailed);
         }
-        if self.encoding == Encoding::Zstd {
+        if self.encoder.encoding == Encoding::Zstd {
             let table = seek_table::render(&self.frames).map_err(Error::damaged(&self.name))?;
             self.store(&table)?;
         }
         self.file.sync_all().map_err(Error::at(&self.name))?;
         let info = ObjectInfo {
             name: self.name.clone(),
-            encoding: self.encoding,
+            encoding: self.encoder.encoding,
             size: self.size,
             stored: self.stored,
             digest: self.hasher.finalize().into(),
@@ -198,58 +207,57 @@ impl ObjectWriter {
 
     fn flush(&mut self) -> Result<(), Error> {
         if !self.pending.is_empty() {
-            let mut pending = std::mem::take(&mut self.pending);
-            self.frame(&pending)?;
-            pending.clear();
-            self.pending = pending;
+            let room = Vec::with_capacity(FRAME_LIMIT as usize);
+            let pending = std::mem::replace(&mut self.pending, room);
+            // What was pending is in the frame or lost.
+            let frame = self.encoder.encode(pending).inspect_err(|_| self.fail())?;
+            self.frame(&frame)?;
         }
         Ok(())
     }
 
-    /// Stores one frame. After an error the object cannot be finished: bytes are missing.
-    fn frame(&mut self, piece: &[u8]) -> Result<Frame, Error> {
-        let offset = self.stored;
-        if self.state == Progress::Failed {
-            return Err(Error::WriterFailed);
-        }
-        self.state = Progress::Failed;
-        // Every frame of a zstd object is one, gain or not, so that the file is what zstd reads.
-        let compressed;
-        let stored = match self.encoding {
-            Encoding::Identity => piece,
-            Encoding::Zstd => {
-                let compressors = &self.objects.compressors;
-                compressed = compressors.compress(piece).map_err(Error::Encode)?;
-                &compressed
-            }
-        };
+    fn frame(&mut self, frame: &EncodedFrame) -> Result<Frame, Error> {
         let lengths = Lengths {
-            stored: stored.len() as u32,
-            decoded: piece.len() as u32,
+            stored: frame.stored.len() as u32,
+            decoded: frame.decoded,
         };
         let object = ObjectRef::Object {
             backup: self.objects.backup,
             name: self.name.clone(),
         };
-        let Lengths {
-            stored: length,
-            decoded,
-        } = lengths;
-        let frame = Frame::new(object, offset, length, decoded, self.encoding)
-            .map_err(|_| Error::damaged(&self.name)(Damage::Frame))?;
-        self.store(stored)?;
-        if self.encoding == Encoding::Zstd {
+        let placed = Frame::new(
+            object,
+            self.stored,
+            lengths.stored,
+            lengths.decoded,
+            frame.encoding,
+        );
+        let placed = placed.map_err(|_| {
+            self.fail();
+            Error::damaged(&self.name)(Damage::Frame)
+        })?;
+        self.store(&frame.stored)?;
+        if frame.encoding == Encoding::Zstd {
             self.frames.push(lengths);
         }
-        self.state = Progress::Open;
-        Ok(frame)
+        Ok(placed)
     }
 
+    /// Writes to the file. After an error the object cannot be finished: bytes are missing.
     fn store(&mut self, bytes: &[u8]) -> Result<(), Error> {
+        if self.state == Progress::Failed {
+            return Err(Error::WriterFailed);
+        }
+        self.fail();
         self.file.write_all(bytes).map_err(Error::at(&self.name))?;
         self.hasher.update(bytes);
         self.stored += bytes.len() as u64;
+        self.state = Progress::Open;
         Ok(())
+    }
+
+    fn fail(&mut self) {
+        self.state = Progress::Failed;
     }
 }
 
@@ -260,5 +268,43 @@ impl Drop for ObjectWriter {
             let path = object_path(self.objects.backup, &self.name);
             directory::remove(&self.objects.store.backups, &path);
         }
+    }
+}
+
+/// Makes the frames of one object, on any thread and in any order: encoding is what takes time, and only appending
+/// has to go in turn.
+#[derive(Clone)]
+pub struct FrameEncoder {
+    encoding: Encoding,
+    compressors: Arc<Compressors>,
+}
+
+/// A frame's bytes as they are stored, with no place in an object yet.
+pub struct EncodedFrame {
+    stored: Vec<u8>,
+    decoded: u32,
+    encoding: Encoding,
+}
+
+impl FrameEncoder {
+    /// One frame of `bytes`, of which there are 1 to [`FRAME_LIMIT`]; [`Error::TooLarge`] where there are more.
+    pub fn encode(&self, bytes: Vec<u8>) -> Result<EncodedFrame, Error> {
+        let decoded = u32::try_from(bytes.len()).unwrap_or(u32::MAX);
+        if decoded > FRAME_LIMIT {
+            return Err(Error::TooLarge {
+                limit: FRAME_LIMIT.into(),
+                actual: bytes.len() as u64,
+            });
+        }
+        // Every frame of a zstd object is one, gain or not, so that the file is what zstd reads.
+        let stored = match self.encoding {
+            Encoding::Identity => bytes,
+            Encoding::Zstd => self.compressors.compress(&bytes).map_err(Error::Encode)?,
+        };
+        Ok(EncodedFrame {
+            stored,
+            decoded,
+            encoding: self.encoding,
+        })
     }
 }

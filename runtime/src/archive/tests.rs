@@ -399,11 +399,19 @@ fn objects_are_what_was_written_to_any_zstd() {
     let make = |name: &str, encoding| {
         let mut object = writer.create(&name.parse().unwrap(), encoding).unwrap();
         object.write(&a).unwrap();
-        object.append(&b).unwrap();
+        let encoder = object.encoder();
+        let splice = |object: &mut ObjectWriter, bytes: &[u8]| -> Vec<Frame> {
+            bytes
+                .chunks(FRAME_LIMIT as usize)
+                .map(|piece| encoder.encode(piece.to_vec()).unwrap())
+                .map(|frame| object.append(&frame).unwrap())
+                .collect()
+        };
+        splice(&mut object, &b);
         for piece in c.chunks(1000) {
             object.write(piece).unwrap();
         }
-        let frames = object.append(&a).unwrap();
+        let frames = splice(&mut object, &a);
         assert_eq!(object.size(), whole.len() as u64);
         assert_eq!(frames.len(), 3, "2.7 MiB");
         (object.finish().unwrap(), frames)

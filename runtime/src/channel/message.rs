@@ -16,6 +16,40 @@ pub const MAX_TEXT: usize = 4 << 10;
 /// Most regions in one answer: about 20 bytes each inside a message.
 pub const MAX_REGIONS: u32 = 4096;
 
+/// What a sandbox process says first of all. It is given its order after that.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Confinement {
+    /// Empty where the kernel offers everything.
+    pub missing: Vec<Gap>,
+}
+
+/// A part of a sandbox process's confinement that this system does not offer. What it would forbid, other parts forbid
+/// too: each gap is one defence less, not an open door.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, thiserror::Error)]
+pub enum Gap {
+    /// Landlock's rules on files.
+    #[error("no rules on files (Landlock, Linux 6.2)")]
+    Files,
+    /// Landlock's rules on TCP.
+    #[error("no rules on network ports (Landlock, Linux 6.7)")]
+    Tcp,
+    /// Landlock's scopes of signals and of abstract unix sockets.
+    #[error("no rules on signals and socket names (Landlock, Linux 6.12)")]
+    Scopes,
+    /// Seccomp filters.
+    #[error("no list of system calls (seccomp)")]
+    SystemCalls,
+    /// Another user than root, who started it.
+    #[error("no user of its own instead of root")]
+    User,
+}
+
+/// What is missing, in one line.
+pub fn listed(missing: &[Gap]) -> String {
+    let gaps: Vec<_> = missing.iter().map(Gap::to_string).collect();
+    gaps.join("; ")
+}
+
 /// What the job process asks a fresh sandbox process to do, once.
 #[derive(Debug, Clone, Serialize, Deserialize)]
 pub enum Order {
@@ -52,7 +86,7 @@ impl World {
 
 /// Limits that the sandbox process enforces on its own guest code.
 ///
-/// The job process enforces the same from outside, so that an escape gains nothing.
+/// The job process bounds a run's wall-clock time from outside.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 pub struct GuestLimits {
     /// Sum of all linear memories, in bytes.

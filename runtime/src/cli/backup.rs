@@ -1,7 +1,7 @@
 //! `fleecebox backup`.
 
 use super::progress::Progress;
-use super::{Failure, Session, target, text};
+use super::{Failure, Sandboxes, Session, target, text};
 use crate::archive::NamespaceName;
 use crate::grants::MAX_ATTACHMENT;
 use crate::job::backup::{self, Places, Request, Summary};
@@ -52,6 +52,8 @@ pub(super) struct Backup {
     /// Read every disk in full
     #[arg(long)]
     full: bool,
+    #[command(flatten)]
+    sandboxes: Sandboxes,
 }
 
 impl Backup {
@@ -131,6 +133,7 @@ impl Backup {
             vm_state: target::vm_state(session, &self.vm)?,
             fleecing: target::folder(&fleecing)?,
             cache: target::cache(session)?,
+            program: self.sandboxes.program(),
         };
         let request = Request {
             vm_name: self.vm,

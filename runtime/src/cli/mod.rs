@@ -15,6 +15,7 @@ mod text;
 mod verify;
 
 use crate::config::{self, Config, ConfigError};
+use crate::sandbox::Program;
 use clap::{Args, Parser, Subcommand};
 use std::path::PathBuf;
 use std::process::ExitCode;
@@ -74,6 +75,20 @@ enum Command {
 enum Provider {
     /// Say what a component is, imports and needs, without running any of it
     Inspect(inspect::Inspect),
+}
+
+/// For the commands that run providers.
+#[derive(Debug, Args)]
+struct Sandboxes {
+    /// Fail where the system cannot confine a provider's process fully, instead of warning
+    #[arg(long)]
+    require_confinement: bool,
+}
+
+impl Sandboxes {
+    fn program(&self) -> Program {
+        Program::this().require_confinement(self.require_confinement)
+    }
 }
 
 /// How a command failed.

@@ -1,7 +1,7 @@
 //! `fleecebox restore`.
 
 use super::progress::Progress;
-use super::{Failure, Session, target, text};
+use super::{Failure, Sandboxes, Session, target, text};
 use crate::archive::{Manifest, VolumeRecord};
 use crate::job::Event;
 use crate::job::replay::{self, Order};
@@ -47,6 +47,8 @@ pub(super) struct Restore {
     /// Replace an existing file, or overwrite a block device
     #[arg(long)]
     force: bool,
+    #[command(flatten)]
+    sandboxes: Sandboxes,
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
@@ -71,6 +73,7 @@ impl Restore {
         let volumes = self.volumes(&manifest)?;
         let places = self.places(&volumes)?;
         let cache = target::cache(session)?;
+        let program = self.sandboxes.program();
         let started = Instant::now();
         let (events, progress) = Progress::start(session.quiet);
         let mut written = Vec::new();
@@ -87,6 +90,7 @@ impl Restore {
                     volume,
                     output: Some(Arc::clone(&output.file)),
                     cache: &cache,
+                    program: &program,
                     events: &events,
                     cancel: &session.cancel,
                     all_findings: false,
@@ -209,8 +213,10 @@ impl Output {
         }
         let shown = || format!("{} cannot be written", path.display());
         if existing.is_some_and(|meta| meta.file_type().is_block_device()) {
+            // O_EXCL: a device that is mounted or otherwise in use is refused (open(2)).
             let file = OpenOptions::new()
                 .write(true)
+                .custom_flags(rustix::fs::OFlags::EXCL.bits().cast_signed())
                 .open(path)
                 .with_context(shown)
                 .map_err(Failure::Mistake)?;
@@ -222,12 +228,23 @@ impl Output {
             });
         }
         let partial = with_suffix(path, ".partial");
+        if force && partial.exists() {
+            // What a restore that was killed left.
+            std::fs::remove_file(&partial)
+                .with_context(shown)
+                .map_err(Failure::Mistake)?;
+        }
         let file = OpenOptions::new()
             .write(true)
             .create_new(true)
             .mode(0o600)
             .open(&partial)
-            .with_context(|| format!("{} cannot be made", partial.display()))
+            .with_context(|| {
+                format!(
+                    "{} cannot be made (--force removes what a killed restore left)",
+                    partial.display()
+                )
+            })
             .map_err(Failure::Mistake)?;
         let partial = Partial(partial);
         file.set_len(volume.root.size())

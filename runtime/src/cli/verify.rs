@@ -1,7 +1,7 @@
 //! `fleecebox verify`.
 
 use super::progress::Progress;
-use super::{Failure, Session, target, text};
+use super::{Failure, Sandboxes, Session, target, text};
 use crate::job::replay::{self, Order};
 use anyhow::anyhow;
 use clap::Args;
@@ -19,6 +19,8 @@ pub(super) struct Verify {
     /// The archive, by name or folder
     #[arg(long, value_name = "NAME|FOLDER")]
     archive: Option<String>,
+    #[command(flatten)]
+    sandboxes: Sandboxes,
 }
 
 impl Verify {
@@ -26,6 +28,7 @@ impl Verify {
         let archive = target::archive(session, self.archive.as_deref(), false)?;
         let (namespace, manifest) = target::backup(&archive, &self.backup)?;
         let cache = target::cache(session)?;
+        let program = self.sandboxes.program();
         let started = Instant::now();
         let (events, progress) = Progress::start(session.quiet);
         let mut findings = Vec::new();
@@ -37,6 +40,7 @@ impl Verify {
                 volume,
                 output: None,
                 cache: &cache,
+                program: &program,
                 events: &events,
                 cancel: &session.cancel,
                 all_findings: true,

@@ -56,6 +56,7 @@ pub struct Image {
 impl Image {
     /// Starts the provider and opens its image.
     pub async fn open(
+        program: &Program,
         order: OpenImage,
         compiled: &Compiled,
         objects: StoredObjects,
@@ -63,15 +64,15 @@ impl Image {
         volume: &str,
         events: &Events,
     ) -> Result<Self, ImageError> {
-        let process =
-            Process::start(&Program::this(), &Order::OpenImage(order), &compiled.file).await?;
+        let process = Process::start(program, &Order::OpenImage(order), &compiled.file).await?;
+        events.confinement(process.missing());
         let log = ProviderLog::new(volume, events.clone(), limits.log_bytes);
         let mut image = Self {
             process,
             objects: Arc::new(objects),
             log,
         };
-        match image.outcome().await? {
+        match image.outcome(None).await? {
             Outcome::Opened => Ok(image),
             other => Err(unexpected(other)),
         }
@@ -84,8 +85,7 @@ impl Image {
             offset: extent.start(),
             length: extent.len() as u32,
         };
-        self.process.read_image(read).await?;
-        match self.outcome().await? {
+        match self.outcome(Some(read)).await? {
             Outcome::Bytes { length } if u64::from(length) == extent.len() => {
                 Ok(self.process.take_payload(length)?)
             }
@@ -102,9 +102,12 @@ impl Image {
         self.process.kill().await;
     }
 
-    /// Answers calls until the order is done.
-    async fn outcome(&mut self) -> Result<Outcome, ImageError> {
+    /// Asks for bytes, where they are wanted, and answers calls until the order is done.
+    async fn outcome(&mut self, ask: Option<ImageRead>) -> Result<Outcome, ImageError> {
         let serve = async {
+            if let Some(read) = ask {
+                self.process.read_image(read).await?;
+            }
             loop {
                 let answer = match self.process.next().await? {
                     Call::Done(outcome) => return Ok(outcome),

@@ -6,6 +6,9 @@ use crate::job::{Event, Events};
 /// Longest line that is kept, in bytes: more is no message but a dump.
 const LINE: usize = 1024;
 
+/// What a line costs at least, in bytes: an empty one takes as much to keep and show.
+const LINE_COST: u64 = 64;
+
 /// The log of one run.
 #[derive(Debug)]
 pub(super) struct ProviderLog {
@@ -29,7 +32,7 @@ impl ProviderLog {
     /// Keeps a line, as far as it is allowed.
     pub(super) fn line(&mut self, level: LogLevel, message: &str) {
         let text = harmless(message);
-        match self.left.checked_sub(text.len() as u64 + 1) {
+        match self.left.checked_sub((text.len() as u64).max(LINE_COST)) {
             Some(left) => {
                 self.left = left;
                 let level = match level {
@@ -98,7 +101,7 @@ mod tests {
     #[test]
     fn a_flood_is_dropped_and_counted() {
         let (events, mut received) = Events::channel();
-        let mut log = ProviderLog::new("scsi0", events, 20);
+        let mut log = ProviderLog::new("scsi0", events, 100);
         for _ in 0..10 {
             log.line(LogLevel::Info, "\u{1b}[2Jx");
         }

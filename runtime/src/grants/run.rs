@@ -1,14 +1,14 @@
 //! One run of a provider on one volume: answers its calls until it returns, then looks at what it covered.
 
 use super::account::Account;
-use super::provider_log::ProviderLog;
+use super::provider_log::{ProviderLog, harmless};
 use super::put;
 use super::stream::{Failed, Stream};
 use super::target::{HostFailure, Target};
 use super::{MAX_ATTACHMENT, MAX_PUT, MAX_READ, MAX_REGIONS, MAX_STREAMS, MAX_WRITE};
 use crate::archive::{self, ObjectName};
-use crate::channel::{Answer, Call, Encoding, ErrorCode, Failure, Outcome, RawRange, World};
-use crate::digest;
+use crate::channel::{Answer, Call, Encoding, ErrorCode, Outcome, RawRange, World};
+use crate::digest::{self, Digest};
 use crate::extent::Extent;
 use crate::policy::Limits;
 use crate::sandbox::{self, Process};
@@ -47,10 +47,10 @@ pub enum RunError {
     Sandbox(#[from] sandbox::Error),
     /// The provider's code trapped or passed a limit.
     #[error("the provider failed: {0}")]
-    Guest(Failure),
+    Guest(String),
     /// The provider returned an error.
     #[error("the provider gave up: {0}")]
-    GaveUp(ErrorCode),
+    GaveUp(String),
     /// The provider returned something that its order does not end with.
     #[error("the provider's sandbox broke the protocol: it ended its run with something else")]
     Protocol,
@@ -105,11 +105,24 @@ pub async fn run(
         () = cancel.cancelled() => Err(RunError::Cancelled),
     };
     process.kill().await;
+    let before = target.take_failure();
+    if ended.is_err() {
+        // Nothing more is wanted from the snapshot; a server that does not answer must not hold the end up.
+        target.frozen.reader.disconnect().await;
+    }
     run.settle().await;
+    let receipt = match (ended, before) {
+        // These are the reason for whatever failed under them.
+        (Err(stopped @ (RunError::Cancelled | RunError::WallTime { .. })), _) => {
+            return Err(stopped);
+        }
+        (_, Some(failure)) => return Err(failure.into()),
+        // What fails after the provider's own end is its consequence.
+        (ended, None) => ended?,
+    };
     if let Some(failure) = target.take_failure() {
         return Err(failure.into());
     }
-    let receipt = ended?;
     let uncovered = target.books().uncovered(&target.frozen.plan);
     match uncovered.iter().next() {
         Some(first) => Err(RunError::Uncovered {
@@ -155,8 +168,12 @@ impl Run {
         loop {
             let call = match process.next().await? {
                 Call::Done(Outcome::Receipt(receipt)) => return self.check_receipt(receipt),
-                Call::Done(Outcome::GuestError(code)) => return Err(RunError::GaveUp(code)),
-                Call::Done(Outcome::Failed(failure)) => return Err(RunError::Guest(failure)),
+                Call::Done(Outcome::GuestError(code)) => {
+                    return Err(RunError::GaveUp(harmless(&code.to_string())));
+                }
+                Call::Done(Outcome::Failed(failure)) => {
+                    return Err(RunError::Guest(harmless(&failure.to_string())));
+                }
                 Call::Done(_) => return Err(RunError::Protocol),
                 call => call,
             };
@@ -351,43 +368,47 @@ impl Run {
         if !self.streams.contains_key(&number) {
             return Err(ErrorCode::NotFound);
         }
+        let checked = self.target.books().check(&self.target.frozen.plan, extent);
+        checked.map_err(refused)?;
+        // Entered in the books only when every digest is in the table: a claim that fails half-way must not count.
+        for piece in extent.pieces(PIECE) {
+            self.enter_digests(piece).await?;
+        }
         self.target
             .books()
             .begin_claim(&self.target.frozen.plan, number, extent)
             .map_err(refused)?;
-        for piece in extent.pieces(PIECE) {
-            self.enter_claim(piece).await?;
-            self.target.advance(piece);
-        }
+        self.target.advance(extent);
         Ok(Answer::Unit)
     }
 
-    /// Enters the digests of claimed blocks as of the point in time: from what the provider read, else read anew.
-    async fn enter_claim(&mut self, piece: Extent) -> Result<(), ErrorCode> {
-        let block = u64::from(self.target.frozen.plan.block());
-        for part in piece.pieces(block) {
-            if self.target.frozen.plan.zero().contains(part) {
-                continue;
+    /// Enters the digests of blocks as of the point in time: from what the provider read, else read anew.
+    async fn enter_digests(&mut self, piece: Extent) -> Result<(), ErrorCode> {
+        let plan = &self.target.frozen.plan;
+        let block = plan.block();
+        let first = piece.start() / u64::from(block);
+        let count = piece.len().div_ceil(block.into());
+        let known: Option<Vec<Digest>> = (first..first + count)
+            .map(|index| match self.target.is_zero(index) {
+                true => Some(Digest::of(&[])),
+                false => self.read_ahead.take_digest(index),
+            })
+            .collect();
+        let digests = match known {
+            Some(digests) => digests,
+            None => {
+                self.account.read(piece.len())?;
+                let held = self.target.frozen.bytes(piece).await;
+                let held = held.map_err(|error| self.failed(error.into()))?;
+                digest::of_blocks(&held.bytes, block)
             }
-            let index = part.start() / block;
-            let digest = match self.read_ahead.take_digest(index) {
-                Some(digest) => digest,
-                None => {
-                    self.account.read(part.len())?;
-                    let held = self
-                        .target
-                        .frozen
-                        .bytes(part)
-                        .await
-                        .map_err(|error| self.failed(error.into()))?;
-                    digest::Digest::of(&held.bytes)
-                }
-            };
-            self.target
-                .claim(index, digest)
-                .map_err(|failure| self.failed(failure))?;
-        }
-        Ok(())
+        };
+        // Writing a full page of the table is file work.
+        let entered = self.target.encode(move |target| {
+            let mut entries = (first..).zip(digests);
+            entries.try_for_each(|(index, digest)| target.claim(index, digest))
+        });
+        entered.await.map_err(|failure| self.failed(failure))
     }
 
     async fn finish(&mut self, number: u32) -> Result<Answer, ErrorCode> {

@@ -1,14 +1,13 @@
 //! `archive.output-stream`: one object under construction, filled in order by a task of its own.
 //!
-//! Spliced ranges are read ahead and appended in turn, so that a call returns before its copy is done. Dropping a
-//! stream waits for its task: a late entry in the block table must not follow what another cover wrote there.
+//! Spliced ranges are read, digested and encoded side by side and appended in turn, so that a call returns before its
+//! copy is done. Dropping a stream waits for its task: a late entry in the block table must not follow what another cover wrote there.
 
 use super::target::{HostFailure, Target};
-use crate::archive::{FRAME_LIMIT, ObjectInfo, ObjectWriter};
-use crate::digest;
+use crate::archive::{EncodedFrame, FRAME_LIMIT, FrameEncoder, ObjectInfo, ObjectWriter};
+use crate::digest::{self, Digest};
 use crate::extent::Extent;
-use crate::volume::frozen::Held;
-use crate::volume::reader::PIECE;
+use crate::volume::reader::{PIECE, Permit};
 use std::sync::Arc;
 use tokio::sync::mpsc;
 use tokio::task::JoinHandle;
@@ -16,16 +15,26 @@ use tokio::task::JoinHandle;
 /// Operations waiting for their turn in one stream.
 const QUEUE: usize = 32;
 
-#[derive(Debug)]
+/// A piece of the volume is one frame.
+const _: () = assert!(PIECE <= FRAME_LIMIT as u64);
+
 enum Operation {
-    Write(Vec<u8>),
-    Splice(Extent, JoinHandle<Result<Held, HostFailure>>),
+    Write(Vec<u8>, Permit),
+    Splice(Extent, JoinHandle<Result<Piece, HostFailure>>),
     Finish,
+}
+
+/// A piece of the volume that only lacks its place in the object.
+struct Piece {
+    digests: Vec<Digest>,
+    frame: EncodedFrame,
+    _permit: Permit,
 }
 
 /// The host's end of one stream.
 pub(super) struct Stream {
     target: Arc<Target>,
+    encoder: FrameEncoder,
     operations: mpsc::Sender<Operation>,
     task: JoinHandle<Option<ObjectInfo>>,
 }
@@ -38,29 +47,30 @@ impl Stream {
     /// Starts the task that fills `writer`.
     pub(super) fn start(target: Arc<Target>, writer: ObjectWriter) -> Self {
         let (operations, queue) = mpsc::channel(QUEUE);
+        let encoder = writer.encoder();
         let task = target.tasks.spawn(fill(Arc::clone(&target), writer, queue));
         Self {
             target,
+            encoder,
             operations,
             task,
         }
     }
 
-    /// Appends bytes of the provider's own making.
+    /// Appends bytes of the provider's own making, as soon as memory for them is free.
     pub(super) async fn write(&self, bytes: Vec<u8>) -> Result<(), Failed> {
-        self.queue(Operation::Write(bytes)).await
+        let permit = self.target.frozen.reader.permit(bytes.len() as u64).await;
+        self.queue(Operation::Write(bytes, permit)).await
     }
 
     /// Appends a range of the volume, piece by piece as memory for it is free.
     pub(super) async fn splice(&self, extent: Extent) -> Result<(), Failed> {
         for piece in extent.pieces(PIECE) {
             let permit = self.target.frozen.reader.permit(piece.len()).await;
-            let frozen = Arc::clone(&self.target.frozen);
-            let read = self
-                .target
-                .tasks
-                .spawn(async move { Ok(frozen.bytes_with(permit, piece).await?) });
-            self.queue(Operation::Splice(piece, read)).await?;
+            let target = Arc::clone(&self.target);
+            let made = make(target, self.encoder.clone(), permit, piece);
+            let made = self.target.tasks.spawn(made);
+            self.queue(Operation::Splice(piece, made)).await?;
         }
         Ok(())
     }
@@ -81,6 +91,27 @@ impl Stream {
     async fn queue(&self, operation: Operation) -> Result<(), Failed> {
         self.operations.send(operation).await.map_err(|_| Failed)
     }
+}
+
+/// All of a splice that can be done out of turn.
+async fn make(
+    target: Arc<Target>,
+    encoder: FrameEncoder,
+    permit: Permit,
+    extent: Extent,
+) -> Result<Piece, HostFailure> {
+    let held = target.frozen.bytes_with(permit, extent).await?;
+    target
+        .encode(move |target| {
+            let digests = digest::of_blocks(&held.bytes, target.frozen.plan.block());
+            let (bytes, permit) = held.into_parts();
+            Ok(Piece {
+                digests,
+                frame: encoder.encode(bytes)?,
+                _permit: permit,
+            })
+        })
+        .await
 }
 
 async fn fill(
@@ -105,29 +136,21 @@ async fn apply(
 ) -> Result<Option<ObjectInfo>, HostFailure> {
     while let Some(operation) = queue.recv().await {
         match operation {
-            Operation::Write(bytes) => {
+            Operation::Write(bytes, permit) => {
                 writer = target
                     .encode(move |_| {
                         writer.write(&bytes)?;
+                        drop((bytes, permit));
                         Ok(writer)
                     })
                     .await?;
             }
-            Operation::Splice(extent, read) => {
-                let held = read.await??;
+            Operation::Splice(extent, made) => {
+                let piece = made.await??;
                 writer = target
                     .encode(move |target| {
-                        let digests = digest::of_blocks(&held.bytes, target.frozen.plan.block());
-                        let block = target.frozen.plan.block();
-                        let per_frame = (FRAME_LIMIT / block) as usize;
-                        let frames = writer.append(&held.bytes)?;
-                        for ((part, digests), frame) in extent
-                            .pieces(FRAME_LIMIT.into())
-                            .zip(digests.chunks(per_frame))
-                            .zip(&frames)
-                        {
-                            target.place(part, digests, frame)?;
-                        }
+                        let frame = writer.append(&piece.frame)?;
+                        target.place(extent, &piece.digests, &frame)?;
                         target.advance(extent);
                         Ok(writer)
                     })

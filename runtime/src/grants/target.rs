@@ -204,7 +204,8 @@ impl Target {
         (self.frozen, table, books)
     }
 
-    fn is_zero(&self, index: u64) -> bool {
+    /// Whether block `index` reads as zeroes; it is in the table already.
+    pub fn is_zero(&self, index: u64) -> bool {
         let block = u64::from(self.frozen.plan.block());
         Extent::new(index * block, 1).is_ok_and(|byte| self.frozen.plan.zero().overlaps(byte))
     }

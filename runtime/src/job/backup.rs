@@ -20,12 +20,12 @@ use crate::archive::{
 };
 use crate::config::{Provider, Vm};
 use crate::qemu::bitmap::{self, Tracking};
-use crate::qemu::snapshot::{Broken, NbdServer, Request as PointRequest};
+use crate::qemu::snapshot::{Broken, Cause, NbdServer, Request as PointRequest};
 use crate::qemu::{
     self, Agent, JobId, MachineError, Monitor, MonitorError, Plan, PointInTime, Schema,
     SnapshotError, Watchdog, machine,
 };
-use crate::sandbox::Cache;
+use crate::sandbox::{Cache, Program};
 use bytes::Bytes;
 use cap_std::fs::Dir;
 use std::collections::BTreeMap;
@@ -74,6 +74,8 @@ pub struct Places {
     pub fleecing: (Dir, PathBuf),
     /// Compiled components.
     pub cache: Cache,
+    /// What sandbox processes run.
+    pub program: Program,
 }
 
 /// What a backup came to.
@@ -178,6 +180,10 @@ impl BackupError {
             Self::Monitor(error) => error.is_no_monitor(),
             Self::Machine(error) => !matches!(error, MachineError::Monitor(_)),
             Self::Archive(error) => error.is_not_writable(),
+            Self::Agent(error) => matches!(error, qemu::AgentError::Connect { .. }),
+            Self::Snapshot(error) => {
+                matches!(error.cause, Cause::Fleecing { .. } | Cause::ServerRunning)
+            }
             Self::Choice(ChoiceError::Name(_))
             | Self::Fleecing(FleecingError::TooSmall { .. } | FleecingError::PathTooLong { .. }) => {
                 true
@@ -198,8 +204,9 @@ pub async fn backup(
         name: request.provider_name.clone(),
         source,
     };
+    let program = &places.program;
     let component = tokio::select! {
-        loaded = Component::load(request.component.clone(), &places.cache) => loaded.map_err(refused)?,
+        loaded = Component::load(request.component.clone(), program, &places.cache, events) => loaded.map_err(refused)?,
         () = cancel.cancelled() => return Err(BackupError::Cancelled),
     };
     let namespace = Arc::new(places.archive.create_namespace(&request.namespace)?);
@@ -290,6 +297,7 @@ pub async fn backup(
         request: &request,
         namespace,
         component,
+        program,
         monitor,
         journal,
         fleecing,
@@ -310,7 +318,7 @@ fn tell_choice(events: &Events, disk: &qemu::Disk, choice: &Choice) {
         (Some(base), _) => format!("incremental since {}", base.manifest.backup),
         (None, Some(reason)) => format!("read in full: {reason}"),
         (None, None) if disk.can_persist => {
-            "read in full: it has no bitmap of this archive yet".into()
+            "read in full: it has no bitmap of this archive (it is new here, or QEMU ended without storing it)".into()
         }
         (None, None) => {
             "read in full: it has no bitmap of this archive (its image keeps none when QEMU ends)"
@@ -343,6 +351,7 @@ struct Backup<'a> {
     request: &'a Request,
     namespace: Arc<Namespace>,
     component: Component,
+    program: &'a Program,
     monitor: Monitor,
     journal: Journal,
     fleecing: Fleecing,
@@ -498,6 +507,7 @@ impl Backup<'_> {
                     provider_name: &self.request.provider_name,
                     provider: &self.request.provider,
                     component: &self.component,
+                    program: self.program,
                     namespace: &self.namespace,
                     writer,
                     backup: self.id,
@@ -515,18 +525,19 @@ impl Backup<'_> {
                     covered.map_err(|source| (disk.name.clone(), source))
                 }
             });
-        let ended = {
+        let ended = 'runs: {
             let all = futures_util::future::join_all(runs);
             tokio::pin!(all);
-            tokio::select! {
-                ended = &mut all => Ok(ended),
-                full = self.fleecing.nearly_full() => {
-                    stop.cancel();
-                    all.await;
-                    Err(full)
-                }
-            }
-        }?;
+            let failure: BackupError = tokio::select! {
+                ended = &mut all => break 'runs ended,
+                full = self.fleecing.nearly_full() => full.into(),
+                // Most likely QEMU ended. If not, nothing can be said of the snapshot any more all the same.
+                lost = self.monitor.lost() => lost.into(),
+            };
+            stop.cancel();
+            all.await;
+            return Err(failure);
+        };
         if self.cancel.is_cancelled() {
             return Err(BackupError::Cancelled);
         }
@@ -569,6 +580,7 @@ impl Backup<'_> {
             let order = prove::Order {
                 covered: volume,
                 component: &self.component,
+                program: self.program,
                 provider: &self.request.provider,
                 writer,
                 backup: self.id,
@@ -682,6 +694,7 @@ impl Backup<'_> {
                 component,
                 world: self.component.world,
                 settings: self.request.provider.settings.to_string(),
+                limits: volume_run::guest_limits(&self.request.provider),
             },
             host_version: env!("CARGO_PKG_VERSION").into(),
             volumes,

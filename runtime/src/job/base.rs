@@ -491,6 +491,10 @@ mod tests {
                     component: crate::archive::ComponentId::of(b""),
                     world: World::BlindProvider,
                     settings: String::new(),
+                    limits: crate::channel::GuestLimits {
+                        memory: 1 << 20,
+                        cpu_ms: 1000,
+                    },
                 },
                 host_version: String::new(),
                 volumes: vec![volume],

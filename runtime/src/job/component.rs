@@ -1,5 +1,6 @@
 //! A component that may run: compiled, and of a world that grants all that it imports.
 
+use super::event::Events;
 use crate::channel::World;
 use crate::sandbox::{self, Cache, CompileError, Compiled, Program, Refusal};
 use bytes::Bytes;
@@ -42,8 +43,14 @@ impl ComponentError {
 
 impl Component {
     /// Compiles `bytes`, or takes them from the cache, and checks what they import.
-    pub async fn load(bytes: Bytes, cache: &Cache) -> Result<Self, ComponentError> {
-        let compiled = sandbox::compile(&Program::this(), bytes, cache).await?;
+    pub async fn load(
+        bytes: Bytes,
+        program: &Program,
+        cache: &Cache,
+        events: &Events,
+    ) -> Result<Self, ComponentError> {
+        let compiled = sandbox::compile(program, bytes, cache).await?;
+        events.confinement(&compiled.missing);
         let world = sandbox::world_of(&compiled.interface)?;
         Ok(Self { compiled, world })
     }

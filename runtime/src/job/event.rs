@@ -1,6 +1,8 @@
 //! What a job tells about itself while it runs; the command line turns it into lines, a bar, or JSON.
 
+use crate::channel::{self, Gap};
 use serde::Serialize;
+use std::sync::{Arc, Once};
 use tokio::sync::mpsc;
 
 /// Something worth telling.
@@ -45,19 +47,23 @@ pub enum Event {
 
 /// Where a job's events go. Clones share one destination; events are dropped once nobody listens.
 #[derive(Debug, Clone)]
-pub struct Events(mpsc::UnboundedSender<Event>);
+pub struct Events {
+    sender: mpsc::UnboundedSender<Event>,
+    unconfined: Arc<Once>,
+}
 
 impl Events {
     /// A destination and the end to read it from.
     pub fn channel() -> (Self, mpsc::UnboundedReceiver<Event>) {
         let (sender, receiver) = mpsc::unbounded_channel();
-        (Self(sender), receiver)
+        let unconfined = Arc::new(std::sync::Once::new());
+        (Self { sender, unconfined }, receiver)
     }
 
     /// Tells `event`.
     pub fn send(&self, event: Event) {
         // Nobody listening is no reason to fail a backup.
-        let _ = self.0.send(event);
+        let _ = self.sender.send(event);
     }
 
     /// Tells a finding.
@@ -68,5 +74,17 @@ impl Events {
     /// Tells something that needs attention.
     pub fn warn(&self, text: impl Into<String>) {
         self.send(Event::Warning { text: text.into() });
+    }
+
+    /// Tells once per job in what the system does not confine its sandbox processes; it is the same for all of them.
+    pub fn confinement(&self, missing: &[Gap]) {
+        if !missing.is_empty() {
+            let missing = channel::listed(missing);
+            self.unconfined.call_once(|| {
+                self.warn(format!(
+                    "this system does not confine the provider fully: {missing}"
+                ));
+            });
+        }
     }
 }

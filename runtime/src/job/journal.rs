@@ -16,7 +16,7 @@ const LOCK: &str = "lock";
 const STOP_AT: &str = "FLEECEBOX_STOP_AT";
 
 /// How far a backup got. Each is recorded before what it names is begun, but for [`Step::Committed`].
-#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum Step {
     /// Fleecing images are made.

@@ -11,6 +11,7 @@ use crate::digest;
 use crate::extent::Extent;
 use crate::grants::MAX_READ;
 use crate::grants::image::{Image, ImageError};
+use crate::sandbox::Program;
 use crate::volume::reader::PIECE;
 use std::sync::Arc;
 use tokio_util::sync::CancellationToken;
@@ -21,6 +22,8 @@ pub struct Order<'a> {
     pub covered: &'a Covered,
     /// The provider.
     pub component: &'a Component,
+    /// What its sandbox process runs.
+    pub program: &'a Program,
     /// Its settings and limits.
     pub provider: &'a Provider,
     /// The backup that is being made.
@@ -91,6 +94,7 @@ pub async fn prove(order: Order<'_>) -> Result<(), ProofError> {
     };
     let objects = order.writer.objects();
     let opened = Image::open(
+        order.program,
         open,
         &order.component.compiled,
         objects,

@@ -7,7 +7,7 @@ use super::event::Events;
 use super::fleecing::Fleecing;
 use super::journal::{Journal, JournalError, Record};
 use crate::archive::{self, Archive, BackupId, Namespace};
-use crate::qemu::bitmap::{self, Tracking};
+use crate::qemu::bitmap::{self, BitmapPlan, Tracking};
 use crate::qemu::removal::{self, RemovalError, ServerFate};
 use crate::qemu::{Monitor, MonitorError, leftovers};
 use cap_std::fs::Dir;
@@ -97,7 +97,14 @@ pub async fn recover(
             Err(error) => return Err(RecoverError::Files(error)),
         }
     }
-    settle_bitmaps(traces.monitor, traces.namespace, traces.owner, events).await?;
+    settle_bitmaps(
+        traces.monitor,
+        traces.namespace,
+        traces.owner,
+        dead.as_ref(),
+        events,
+    )
+    .await?;
     if let Some(dead) = dead {
         discard_backup(traces, &dead, events)?;
         journal.clear()?;
@@ -109,6 +116,7 @@ async fn settle_bitmaps(
     monitor: &Monitor,
     namespace: &Arc<Namespace>,
     owner: &Owner,
+    dead: Option<&Record>,
     events: &Events,
 ) -> Result<(), RecoverError> {
     let found = bitmap::find(monitor).await?;
@@ -120,6 +128,11 @@ async fn settle_bitmaps(
                 ));
                 bitmap::accept(monitor, &node, &plan).await?;
             }
+            // Without a dead job it is a base that left the archive: `choose` says so, and lets it go at the commit.
+            Remedy::BackOut {
+                plan: BitmapPlan::New { name },
+                ..
+            } if dead.is_none_or(|dead| dead.backup != name.backup()) => {}
             Remedy::BackOut { node, plan } => {
                 let what = match plan.old() {
                     Some(_) => "its changes are merged back",
@@ -169,9 +182,9 @@ fn discard_backup(traces: &Traces<'_>, dead: &Record, events: &Events) -> Result
     Ok(())
 }
 
-/// What the archive says of backup `id`.
+/// What the archive says of backup `id`, and will still say after a loss of power.
 pub fn recorded(namespace: &Namespace, id: BackupId) -> Result<Recorded, archive::Error> {
-    match namespace.manifest(id) {
+    match namespace.durable_manifest(id) {
         Ok(manifest) => Ok(Recorded::Committed(Arc::new(manifest))),
         Err(archive::Error::NotFound { .. }) => Ok(Recorded::Absent),
         Err(error @ archive::Error::Damaged { .. }) => Ok(Recorded::Damaged {

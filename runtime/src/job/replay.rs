@@ -6,13 +6,13 @@
 use super::component::{Component, ComponentError};
 use super::event::{Event, Events};
 use crate::archive::{self, BackupId, Manifest, Namespace, Run, RunContent, VolumeRecord};
-use crate::channel::{Context, GuestLimits, OpenImage};
+use crate::channel::{Context, OpenImage};
 use crate::digest;
 use crate::extent::Extent;
 use crate::grants::MAX_READ;
 use crate::grants::image::{Image, ImageError};
 use crate::policy::Limits;
-use crate::sandbox::Cache;
+use crate::sandbox::{Cache, Program};
 use crate::volume::reader::PIECE;
 use std::collections::BTreeMap;
 use std::fs::File;
@@ -41,6 +41,8 @@ pub struct Order<'a> {
     pub output: Option<Arc<File>>,
     /// Compiled components.
     pub cache: &'a Cache,
+    /// What sandbox processes run.
+    pub program: &'a Program,
     /// Where the job tells what it does.
     pub events: &'a Events,
     /// Ends it early.
@@ -335,14 +337,15 @@ impl Replay<'_> {
             .order
             .namespace
             .component(manifest.record.provider.component)?;
-        let component = Component::load(bytes.into(), self.order.cache).await?;
-        // What a backup was made with need not be configured any more, so the limits are the defaults.
-        let limits = Limits::default();
+        let component = Component::load(
+            bytes.into(),
+            self.order.program,
+            self.order.cache,
+            self.order.events,
+        )
+        .await?;
         let open = OpenImage {
-            limits: GuestLimits {
-                memory: limits.memory,
-                cpu_ms: limits.cpu_seconds * 1000,
-            },
+            limits: manifest.record.provider.limits,
             context: Context {
                 id: backup.to_string(),
                 settings: manifest.record.provider.settings.clone(),
@@ -352,10 +355,11 @@ impl Replay<'_> {
         };
         let objects = self.order.namespace.objects(&manifest);
         Ok(Image::open(
+            self.order.program,
             open,
             &component.compiled,
             objects,
-            &limits,
+            &Limits::default(),
             name,
             self.order.events,
         )

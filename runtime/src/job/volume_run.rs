@@ -41,6 +41,8 @@ pub struct Order<'a> {
     pub provider: &'a Provider,
     /// Its component.
     pub component: &'a Component,
+    /// What its sandbox process runs.
+    pub program: &'a Program,
     /// The provider's part of the archive.
     pub namespace: &'a Arc<Namespace>,
     /// The backup that is being made.
@@ -113,11 +115,18 @@ impl VolumeError {
 /// Runs the provider on one volume and checks that the snapshot was intact to the end.
 pub async fn run(order: Order<'_>) -> Result<Covered, VolumeError> {
     let disk = &order.volume.plan.disk;
-    let opened = open_volume(&order).await?;
+    let prepare = async {
+        let opened = open_volume(&order).await?;
+        let canary = Canary::choose(&opened.frozen.plan);
+        let before = canary.read(&opened.frozen.reader).await?;
+        discard::clean(&opened.frozen, canary).await?;
+        Ok::<_, VolumeError>((opened, canary, before))
+    };
+    let (opened, canary, before) = tokio::select! {
+        prepared = prepare => prepared?,
+        () = order.stop.cancelled() => return Err(RunError::Cancelled.into()),
+    };
     let frozen = Arc::new(opened.frozen);
-    let canary = Canary::choose(&frozen.plan);
-    let before = canary.read(&frozen.reader).await?;
-    discard::clean(&frozen, canary).await?;
     order.events.send(Event::Total {
         bytes: frozen.plan.data_bytes(),
     });
@@ -285,12 +294,14 @@ async fn start(order: &Order<'_>, mode: BitmapMode) -> Result<Process, VolumeErr
         max_read: MAX_READ,
         max_write: MAX_WRITE,
     };
-    Ok(Process::start(
-        &Program::this(),
+    let process = Process::start(
+        order.program,
         &SandboxOrder::Run(run),
         &order.component.compiled.file,
     )
-    .await?)
+    .await?;
+    order.events.confinement(process.missing());
+    Ok(process)
 }
 
 /// A disk's name as the contract allows names, for providers that name objects after it: others come from QEMU's own

@@ -360,6 +360,13 @@ impl Monitor {
         self.within(COMMAND_LIMIT, command, arguments).await
     }
 
+    /// Waits until the connection is gone: QEMU ended, or let go of it. Says how.
+    pub async fn lost(&self) -> MonitorError {
+        let mut events = self.events();
+        while !events.next().await.is_err_and(|error| error.is_lost()) {}
+        self.gone()
+    }
+
     /// Events from now on. Subscribe before the command that causes what you wait for.
     pub fn events(&self) -> Events {
         Events(self.events.upgrade().map(|sender| sender.subscribe()))
@@ -403,7 +410,7 @@ impl Monitor {
         self.commands
             .send(line.into_bytes())
             .await
-            .map_err(|_| self.lost())?;
+            .map_err(|_| self.gone())?;
         match answer.await {
             Ok(Ok(value)) => Ok(value),
             Ok(Err(refusal)) => Err(MonitorError::Refused {
@@ -411,11 +418,11 @@ impl Monitor {
                 class: refusal.class,
                 description: refusal.desc,
             }),
-            Err(_) => Err(self.lost()),
+            Err(_) => Err(self.gone()),
         }
     }
 
-    fn lost(&self) -> MonitorError {
+    fn gone(&self) -> MonitorError {
         let reason = match &*lock(&self.waiting) {
             Waiting::Lost { reason } => reason.clone(),
             Waiting::Open(_) => "the monitor's tasks ended".into(),

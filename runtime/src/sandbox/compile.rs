@@ -2,7 +2,7 @@
 
 use super::cache::{Cache, CacheError, Key};
 use super::spawn::{Error, Process, Program};
-use crate::channel::{Call, Failure, Interface, Order, Outcome, Payload};
+use crate::channel::{Call, Failure, Gap, Interface, Order, Outcome, Payload};
 use bytes::Bytes;
 use std::fs::File;
 use std::time::Duration;
@@ -26,6 +26,8 @@ pub struct Compiled {
     pub interface: Interface,
     /// Its machine code, open for reading only. For [`Process::start`].
     pub file: File,
+    /// In what the process that compiled it just now was less confined than it could be.
+    pub missing: Vec<Gap>,
 }
 
 /// Why there is no compiled component.
@@ -80,10 +82,11 @@ pub async fn compile(
         held.find(&key).map(|found| (key, found))
     })
     .await??;
+    let mut missing = Vec::new();
     let (interface, file) = match found {
         Some(entry) => entry,
         None => {
-            let compiling = in_a_sandbox(program, &component);
+            let compiling = in_a_sandbox(program, &component, &mut missing);
             let (interface, code) = timeout(COMPILE_TIME, compiling)
                 .await
                 .map_err(|_| CompileError::TimedOut)??;
@@ -96,16 +99,19 @@ pub async fn compile(
         size,
         interface,
         file,
+        missing,
     })
 }
 
 async fn in_a_sandbox(
     program: &Program,
     component: &[u8],
+    missing: &mut Vec<Gap>,
 ) -> Result<(Interface, Vec<u8>), CompileError> {
     let payload = Payload::create(Payload::COMPILE_SIZE).map_err(Error::Payload)?;
     let length = payload.give(component).map_err(Error::Payload)?;
     let mut process = Process::begin(program, &Order::Compile { length }, payload, None).await?;
+    missing.extend_from_slice(process.missing());
     match process.next().await? {
         Call::Done(Outcome::Compiled { length, interface }) => Ok((
             interface,

@@ -2,6 +2,7 @@
 
 use super::engine;
 use crate::channel::Failure;
+use rustix::fs::fstat;
 use std::fs::File;
 use std::os::fd::OwnedFd;
 use std::os::unix::fs::FileExt;
@@ -37,7 +38,8 @@ pub(super) fn load(engine: &Engine, file: OwnedFd) -> Result<Component, Failure>
 
 /// The whole file, without moving the position that it shares with the job process.
 fn read(file: &File) -> std::io::Result<Vec<u8>> {
-    let length = file.metadata()?.len();
+    // Not by std, which asks with a call that also takes paths.
+    let length = fstat(file)?.st_size;
     let mut bytes = vec![0; usize::try_from(length).map_err(std::io::Error::other)?];
     file.read_exact_at(&mut bytes, 0)?;
     Ok(bytes)

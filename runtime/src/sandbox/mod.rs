@@ -11,7 +11,7 @@
 //!
 //! In the sandbox process, and only there does anything touch wasmtime:
 //! - [`serve`], from entry to exit
-//! - `confine`, what the process gives up first
+//! - `confine`, what the process gives up before it has an order, and before the provider's code runs
 //! - `engine`, `compiled`, `bindings`: from bytes to an instance
 //! - `stubs`, the contract's functions as calls over the socket
 //! - `limits`, memory and CPU time

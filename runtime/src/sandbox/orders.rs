@@ -3,9 +3,10 @@
 use super::bindings::blind::BlindProvider;
 use super::bindings::provider::Provider;
 use super::bindings::{blind, provider};
+use super::compiled;
+use super::confine::Confined;
 use super::limits::{Limits, OutOfTime};
 use super::stubs::{Host, Lost};
-use super::{compiled, confine};
 use crate::channel::{
     Call, Failure, ImageRead, Interface, MAX_RECEIPT, OpenImage, Outcome, Payload, Run, Socket,
     World,
@@ -31,10 +32,13 @@ const MAX_REASON: usize = 300;
 const THE_ONLY_ONE: u32 = 0;
 
 /// Compiles the component that lies in the payload. None of its code runs.
-pub(super) fn compile(mut socket: Socket, payload: &Payload, length: u64) -> Result<(), Lost> {
-    if confine::confine_compiling().is_err() {
-        return Err(Lost::Unconfined);
-    }
+pub(super) fn compile(
+    confined: &Confined,
+    mut socket: Socket,
+    payload: &Payload,
+    length: u64,
+) -> Result<(), Lost> {
+    confined.compile().map_err(|_| Lost::Unconfined)?;
     let outcome = match compiled::compile(&payload.take(length)?) {
         Err(error) => Outcome::Failed(Failure::NotAComponent(reason(&error))),
         Ok((component, bytes)) => match interface(&component) {
@@ -51,10 +55,11 @@ pub(super) fn compile(mut socket: Socket, payload: &Payload, length: u64) -> Res
 /// Runs `run` once.
 pub(super) fn run(
     engine: &Engine,
+    confined: &Confined,
     (socket, payload, file): (Socket, Payload, OwnedFd),
     order: Run,
 ) -> Result<(), Lost> {
-    confine_running(order.limits.memory, &file)?;
+    let component = load(engine, confined, order.limits.memory, file)?;
     let limits = Limits::new(
         order.limits.memory,
         Duration::from_millis(order.limits.cpu_ms),
@@ -70,7 +75,7 @@ pub(super) fn run(
     );
     let mut store = store(engine, host);
     let base = order.base.as_deref();
-    let returned = compiled::load(engine, file).map(|component| match order.world {
+    let returned = component.map(|component| match order.world {
         World::Provider => {
             let linker = provider_linker(engine).map_err(Stop::Link)?;
             let instance = linker.instantiate_pre(&component).map_err(Stop::Link)?;
@@ -133,10 +138,11 @@ pub(super) fn run(
 /// Opens an image and serves reads of it, until the job process closes the socket or the guest fails.
 pub(super) fn open_image(
     engine: &Engine,
+    confined: &Confined,
     (socket, payload, file): (Socket, Payload, OwnedFd),
     order: OpenImage,
 ) -> Result<(), Lost> {
-    confine_running(order.limits.memory, &file)?;
+    let component = load(engine, confined, order.limits.memory, file)?;
     let limits = Limits::new(
         order.limits.memory,
         Duration::from_millis(order.limits.cpu_ms),
@@ -150,7 +156,7 @@ pub(super) fn open_image(
         limits,
     );
     let mut store = store(engine, host);
-    let opened = compiled::load(engine, file).map(|component| {
+    let opened = component.map(|component| {
         let linker = provider_linker(engine).map_err(Stop::Link)?;
         let instance = linker.instantiate_pre(&component).map_err(Stop::Link)?;
         let instance = provider::ProviderPre::new(instance).map_err(Stop::Link)?;
@@ -227,9 +233,19 @@ fn store(engine: &Engine, host: Host) -> Store<Host> {
     store
 }
 
-fn confine_running(memory: u64, compiled: &OwnedFd) -> Result<(), Lost> {
-    let size = fstat(compiled).map_err(|_| Lost::Unconfined)?.st_size;
-    confine::confine_running(memory, size.unsigned_abs()).map_err(|_| Lost::Unconfined)
+/// Takes the machine code in, and then the right to take in more.
+fn load(
+    engine: &Engine,
+    confined: &Confined,
+    memory: u64,
+    file: OwnedFd,
+) -> Result<Result<Component, Failure>, Lost> {
+    let size = fstat(&file).map_err(|_| Lost::Unconfined)?.st_size;
+    let bounded = confined.load(memory, size.unsigned_abs());
+    bounded.map_err(|_| Lost::Unconfined)?;
+    let component = compiled::load(engine, file);
+    confined.run().map_err(|_| Lost::Unconfined)?;
+    Ok(component)
 }
 
 /// Where on its way the guest stopped.

@@ -1,8 +1,9 @@
 //! A sandbox process from its entry to its exit.
 
+use super::confine::{self, Confined};
 use super::stubs::Lost;
-use super::{confine, engine, limits, orders};
-use crate::channel::{Order, Payload, Socket, take_over};
+use super::{engine, limits, orders};
+use crate::channel::{Confinement, Order, Payload, Socket, take_over};
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::net::UnixStream;
@@ -46,7 +47,7 @@ enum Unable {
 }
 
 fn serve_one() -> Result<(), Unable> {
-    let stream = confine::confine().map_err(Unable::Confine)?;
+    let (stream, confined) = confine::enter().map_err(Unable::Confine)?;
     let files = take_over(&stream).map_err(Unable::Files)?;
     let watched = stream
         .as_fd()
@@ -59,7 +60,7 @@ fn serve_one() -> Result<(), Unable> {
         .name("guest".into())
         .stack_size(engine::THREAD_STACK)
         .spawn(move || {
-            let done = obey(&engine, stream, files);
+            let done = obey(&engine, confined, stream, files);
             main.unpark();
             done
         })
@@ -75,21 +76,32 @@ fn serve_one() -> Result<(), Unable> {
     guest.join().map_err(|_| Unable::Panicked)?
 }
 
-/// The one order, on the one thread that guest code runs on.
-fn obey(engine: &Engine, stream: UnixStream, files: Vec<OwnedFd>) -> Result<(), Unable> {
-    let mut socket = Socket::new(stream);
-    let order = socket.receive().map_err(Lost::Socket)?;
+/// The one order, on the one thread that guest code runs on. The job process gives it only once this process is held.
+fn obey(
+    engine: &Engine,
+    mut confined: Confined,
+    stream: UnixStream,
+    files: Vec<OwnedFd>,
+) -> Result<(), Unable> {
     let count = files.len();
     let mut files = files.into_iter();
     let (Some(payload), compiled) = (files.next(), files.next()) else {
         return Err(Unable::WrongFiles(count));
     };
     let payload = Payload::adopt(payload).map_err(Lost::Payload)?;
+    confined.hold(payload.size()).map_err(Unable::Confine)?;
+    let mut socket = Socket::new(stream);
+    let missing = confined.missing().to_vec();
+    let confinement = Confinement { missing };
+    socket.send(&confinement).map_err(Lost::Socket)?;
+    let order = socket.receive().map_err(Lost::Socket)?;
     Ok(match (order, compiled) {
-        (Order::Compile { length }, None) => orders::compile(socket, &payload, length),
-        (Order::Run(run), Some(file)) => orders::run(engine, (socket, payload, file), run),
+        (Order::Compile { length }, None) => orders::compile(&confined, socket, &payload, length),
+        (Order::Run(run), Some(file)) => {
+            orders::run(engine, &confined, (socket, payload, file), run)
+        }
         (Order::OpenImage(open), Some(file)) => {
-            orders::open_image(engine, (socket, payload, file), open)
+            orders::open_image(engine, &confined, (socket, payload, file), open)
         }
         _ => return Err(Unable::WrongFiles(count)),
     }?)

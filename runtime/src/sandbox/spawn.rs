@@ -2,8 +2,8 @@
 
 use super::process::ARGUMENT;
 use crate::channel::{
-    Answer, AsyncSocket, Bounds, Call, ImageRead, Order, Payload, PayloadError, SocketError,
-    Violation, hand_over,
+    Answer, AsyncSocket, Bounds, Call, Confinement, Gap, ImageRead, Order, Payload, PayloadError,
+    SocketError, Violation, hand_over, listed,
 };
 use rustix::io::Errno;
 use rustix::net::{AddressFamily, SocketFlags, SocketType, socketpair};
@@ -12,7 +12,7 @@ use rustix::process::{Pid, PidfdFlags, Signal, pidfd_open, pidfd_send_signal};
 use std::fs::File;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::unix::net::UnixStream;
-use std::os::unix::process::CommandExt;
+use std::os::unix::process::{CommandExt, ExitStatusExt};
 use std::path::PathBuf;
 use std::process::{Command, ExitStatus, Stdio};
 use tokio::sync::oneshot;
@@ -22,17 +22,31 @@ const LAST_WORDS: usize = 300;
 
 /// The program that a sandbox process runs: one whose `main` calls [`super::serve`] for [`ARGUMENT`].
 #[derive(Debug, Clone)]
-pub struct Program(PathBuf);
+pub struct Program {
+    path: PathBuf,
+    confinement_required: bool,
+}
 
 impl Program {
     /// The program that is running now, whatever has since happened to its file.
     pub fn this() -> Self {
-        Self("/proc/self/exe".into())
+        Self::at("/proc/self/exe")
     }
 
     /// Another one; for tests, whose own program is not Fleecebox.
     pub fn at(path: impl Into<PathBuf>) -> Self {
-        Self(path.into())
+        Self {
+            path: path.into(),
+            confinement_required: false,
+        }
+    }
+
+    /// With `required`, a process with a [`Gap`] in its confinement gets no order ([`Error::Unconfined`]).
+    pub fn require_confinement(self, required: bool) -> Self {
+        Self {
+            confinement_required: required,
+            ..self
+        }
     }
 }
 
@@ -47,6 +61,7 @@ pub struct Process {
     payload: Payload,
     bounds: Bounds,
     stderr: OwnedFd,
+    missing: Vec<Gap>,
 }
 
 /// Why a sandbox process is of no more use. After any of these it has been killed.
@@ -56,7 +71,7 @@ pub enum Error {
     #[error("no sandbox process could be started")]
     Start(#[source] std::io::Error),
     /// It ended without having said that it is done.
-    #[error("the sandbox process ended: {status}{}", said(.words))]
+    #[error("the sandbox process ended: {status}{}{}", forbidden(.status), said(.words))]
     Died {
         /// How it ended.
         status: ExitStatus,
@@ -72,6 +87,21 @@ pub enum Error {
     /// Bytes could not be copied in or out.
     #[error(transparent)]
     Payload(#[from] PayloadError),
+    /// It was given no order, because [`Program::require_confinement`] says so.
+    #[error("a sandbox process is not confined as required: {}", listed(.missing))]
+    Unconfined {
+        /// What this system does not offer.
+        missing: Vec<Gap>,
+    },
+}
+
+/// What the kernel's signal says: a sandbox process is ended by it for one reason only.
+fn forbidden(status: &ExitStatus) -> &'static str {
+    if status.signal() == Some(Signal::SYS.as_raw()) {
+        ", for a system call that no sandbox needs: something in it has broken out of its runtime"
+    } else {
+        ""
+    }
 }
 
 fn said(words: &str) -> String {
@@ -109,7 +139,7 @@ impl Process {
         let (stderr, said) = pipe_with(PipeFlags::CLOEXEC | PipeFlags::NONBLOCK).map_err(start)?;
         let files: Vec<_> = std::iter::once(payload.as_fd()).chain(compiled).collect();
         hand_over(&here, &files).map_err(start)?;
-        let mut command = Command::new(&program.0);
+        let mut command = Command::new(&program.path);
         command
             .arg0("fleecebox")
             .arg(ARGUMENT)
@@ -129,7 +159,14 @@ impl Process {
             payload,
             bounds: Bounds::new(order),
             stderr,
+            missing: Vec::new(),
         };
+        // Nothing hostile has reached the process before it has its order, so this is true.
+        let Confinement { missing } = process.hear().await?;
+        if program.confinement_required && !missing.is_empty() {
+            return Err(Error::Unconfined { missing });
+        }
+        process.missing = missing;
         process.say(order).await?;
         Ok(process)
     }
@@ -138,10 +175,7 @@ impl Process {
     ///
     /// May be cancelled and called again. There is no time limit: the caller has one.
     pub async fn next(&mut self) -> Result<Call, Error> {
-        let call = match self.socket.receive().await {
-            Ok(call) => call,
-            Err(error) => return Err(self.end(error).await),
-        };
+        let call = self.hear().await?;
         match self.bounds.check(&call) {
             Ok(()) => Ok(call),
             Err(violation) => {
@@ -183,6 +217,11 @@ impl Process {
         self.gone().await;
     }
 
+    /// In what it is less confined than it could be, on a system that offers everything.
+    pub fn missing(&self) -> &[Gap] {
+        &self.missing
+    }
+
     pub(super) fn payload(&self) -> &Payload {
         &self.payload
     }
@@ -190,6 +229,13 @@ impl Process {
     async fn say(&mut self, message: &impl serde::Serialize) -> Result<(), Error> {
         match self.socket.send(message).await {
             Ok(()) => Ok(()),
+            Err(error) => Err(self.end(error).await),
+        }
+    }
+
+    async fn hear<M: serde::de::DeserializeOwned>(&mut self) -> Result<M, Error> {
+        match self.socket.receive().await {
+            Ok(message) => Ok(message),
             Err(error) => Err(self.end(error).await),
         }
     }

@@ -45,7 +45,7 @@ pub(super) enum Lost {
     #[error(transparent)]
     Payload(#[from] PayloadError),
     /// The process could not be bounded, so it does nothing.
-    #[error("the limits of the process could not be set")]
+    #[error("the process could not be confined to its order")]
     Unconfined,
     /// An answer to another question, or larger than was asked for.
     #[error("the answer does not belong to the call")]

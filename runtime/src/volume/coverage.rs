@@ -140,6 +140,11 @@ impl Coverage {
         self.discarded.overlaps(extent)
     }
 
+    /// Whether every byte of `extent` was discarded.
+    pub fn is_all_discarded(&self, extent: Extent) -> bool {
+        self.discarded.contains(extent)
+    }
+
     /// What the provider claims, finished or pending.
     pub fn claimed(&self) -> &ExtentSet {
         &self.claimed

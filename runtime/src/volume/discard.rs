@@ -9,7 +9,7 @@ use crate::nbd;
 
 /// Finished ranges are given back in aligned spans of this length, in bytes: a trim costs QEMU's main loop as much as
 /// a read, so it should free as much as several.
-const SPAN: u64 = 4 << 20;
+const SPAN: u64 = 32 << 20;
 
 /// Bytes in one trim of clean ranges. A larger one would keep QEMU busy for longer than a guest should wait.
 const CLEAN_PIECE: u64 = 1 << 30;
@@ -39,7 +39,7 @@ pub fn ripe(books: &mut Coverage, plan: &Plan, done: Extent) -> Vec<Extent> {
     let mut ripe = Vec::new();
     for span in around.pieces(SPAN) {
         let dirty: Vec<Extent> = plan.dirty().within(span).collect();
-        let fresh = dirty.iter().any(|&part| !books.is_discarded(part));
+        let fresh = dirty.iter().any(|&part| !books.is_all_discarded(part));
         // All or nothing, so that the books are asked before any part is marked.
         if fresh && dirty.iter().all(|&part| books.is_final(plan, part)) {
             for part in dirty {

@@ -19,7 +19,14 @@ pub struct Frozen {
 pub struct Held {
     /// Exactly as many as were asked for.
     pub bytes: Vec<u8>,
-    _permit: Permit,
+    permit: Permit,
+}
+
+impl Held {
+    /// The bytes and the right to hold them, for whoever makes something else of them.
+    pub fn into_parts(self) -> (Vec<u8>, Permit) {
+        (self.bytes, self.permit)
+    }
 }
 
 impl Frozen {
@@ -41,9 +48,6 @@ impl Frozen {
             }
             bytes
         };
-        Ok(Held {
-            bytes,
-            _permit: permit,
-        })
+        Ok(Held { bytes, permit })
     }
 }

@@ -56,7 +56,7 @@ async fn ranges(
     let connection = reader::connect(socket, export, Some(context)).await?;
     let mut marked = Vec::new();
     for extent in within.iter().flat_map(|extent| extent.pieces(STATUS_PIECE)) {
-        let runs = connection.block_status(extent).await?;
+        let runs = reader::in_time(connection.block_status(extent)).await?;
         marked.extend(
             runs.into_iter()
                 .filter(|run| run.flags & flag != 0)

@@ -91,9 +91,15 @@ impl ReadAhead {
         } else {
             self.fetch(window);
         }
-        let loaded = self.ready(window).await?;
-        let from = (rest.start() - window.start()) as usize;
         let end = rest.end().min(window.end());
+        let Ok(loaded) = self.ready(window).await else {
+            // A part of the window was given back meanwhile, which makes all of it unreadable at once.
+            if let Some(wanted) = Extent::between(rest.start(), end) {
+                out.extend_from_slice(&self.frozen.reader.read(wanted).await?);
+            }
+            return Ok(end);
+        };
+        let from = (rest.start() - window.start()) as usize;
         out.extend_from_slice(&loaded.bytes[from..(end - window.start()) as usize]);
         Ok(end)
     }

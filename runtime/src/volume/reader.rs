@@ -3,9 +3,12 @@
 use crate::extent::Extent;
 use crate::nbd::{self, Connection};
 use futures_util::future::try_join_all;
+use std::future::Future;
+use std::io;
 use std::path::Path;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
+use std::time::Duration;
 use tokio::net::UnixStream;
 use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 
@@ -18,6 +21,10 @@ pub const PIECE: u64 = 1 << 20;
 /// Bytes of one disk that are read but not stored yet. Enough for four requests on each connection; it bounds the
 /// job's memory, since whoever reads holds a [`Permit`] until the bytes are gone.
 const IN_FLIGHT: usize = 24 << 20;
+
+/// Longest wait for one answer. Storage that is slower than this under a copy of at most a few MiB is gone; the guest's
+/// own drivers give up sooner.
+const REQUEST_TIME: Duration = Duration::from_secs(180);
 
 /// The right to hold some bytes of the disk in memory; kept until these are stored or dropped.
 pub type Permit = OwnedSemaphorePermit;
@@ -75,33 +82,47 @@ impl Reader {
     }
 
     async fn read_piece(&self, extent: Extent) -> Result<Vec<u8>, nbd::Error> {
-        self.connection().read(extent, Vec::new()).await
+        in_time(self.connection().read(extent, Vec::new())).await
     }
 
     /// Reads on the connection that was made first: the one whose life proves that the snapshot was never replaced.
     pub async fn read_on_first(&self, extent: Extent) -> Result<Vec<u8>, nbd::Error> {
-        self.connections[0].read(extent, Vec::new()).await
+        in_time(self.connections[0].read(extent, Vec::new())).await
     }
 
     /// Gives `extent` of the fleecing image back. All reads of it must have ended: a trim that overtakes a read
     /// makes it return zeroes.
     pub async fn trim(&self, extent: Extent) -> Result<(), nbd::Error> {
         if self.connections[0].info().can_trim {
-            self.connection().trim(extent).await?;
+            in_time(self.connection().trim(extent)).await?;
         }
         Ok(())
     }
 
-    /// Closes every connection.
-    pub async fn disconnect(self) {
-        for connection in self.connections {
-            connection.disconnect().await;
+    /// Closes every connection; whoever still waits for an answer gets an error at once.
+    pub async fn disconnect(&self) {
+        for connection in &self.connections {
+            connection.clone().disconnect().await;
         }
     }
 
     fn connection(&self) -> &Connection {
         let turn = self.next.fetch_add(1, Ordering::Relaxed);
         &self.connections[turn % self.connections.len()]
+    }
+}
+
+/// Waits for an answer for [`REQUEST_TIME`].
+pub(super) async fn in_time<T>(
+    request: impl Future<Output = Result<T, nbd::Error>>,
+) -> Result<T, nbd::Error> {
+    match tokio::time::timeout(REQUEST_TIME, request).await {
+        Ok(answered) => answered,
+        Err(_) => Err(io::Error::new(
+            io::ErrorKind::TimedOut,
+            "QEMU did not answer a request in time",
+        )
+        .into()),
     }
 }
 

@@ -1,6 +1,7 @@
 //! Real sandbox processes, tiny providers, and a scripted job on the other side.
 
 mod component;
+mod confinement;
 
 use bytes::Bytes;
 use cap_std::ambient_authority;
@@ -601,7 +602,7 @@ async fn a_sandbox_that_is_killed_is_seen_as_dead() {
     );
     let mut process = bench.start(guest, Order::Run(run_order())).await;
     assert!(matches!(process.next().await.unwrap(), Call::Log { .. }));
-    kill(process.id());
+    signal(process.id(), rustix::process::Signal::KILL);
     match process.next().await {
         Err(Error::Died { status, .. }) => assert_eq!(status.signal(), Some(9)),
         other => panic!("{other:?}"),
@@ -648,6 +649,7 @@ async fn a_sandbox_ends_when_the_other_end_of_its_socket_does() {
         .spawn()
         .unwrap();
     let mut socket = Socket::new(here);
+    let _: Confinement = socket.receive().unwrap();
     let order = Run {
         limits: GuestLimits {
             cpu_ms: u64::MAX,
@@ -672,6 +674,9 @@ async fn a_sandbox_ends_when_the_other_end_of_its_socket_does() {
 #[tokio::test]
 async fn a_running_sandbox_holds_its_socket_and_its_memory_file_and_nothing_else() {
     let bench = bench();
+    if !rustix::process::geteuid().is_root() {
+        return eprintln!("needs root: a sandbox process shows its files to nobody else");
+    }
     // A careless parent leaves a file open for its children.
     let careless = File::open(env!("CARGO_MANIFEST_DIR")).unwrap();
     rustix::io::fcntl_setfd(&careless, rustix::io::FdFlags::empty()).unwrap();
@@ -719,9 +724,11 @@ async fn a_running_sandbox_holds_its_socket_and_its_memory_file_and_nothing_else
     assert!(status.contains("NoNewPrivs:\t1"), "{status}");
 }
 
-/// A program that writes `bytes` to its socket and ends.
+/// A program that claims to be confined, writes `bytes` to its socket and waits.
 fn broken_sandbox(bench: &Bench, bytes: &[u8]) -> Program {
     use std::os::unix::fs::PermissionsExt;
+    let greeting = framed(&Confinement { missing: vec![] });
+    let bytes = [&greeting, bytes].concat();
     let octal: String = bytes.iter().map(|byte| format!("\\{byte:03o}")).collect();
     let path = bench.folder.path().join("broken");
     std::fs::write(
@@ -737,10 +744,6 @@ fn broken_sandbox(bench: &Bench, bytes: &[u8]) -> Program {
 async fn a_sandbox_that_does_not_keep_to_the_protocol_is_caught() {
     let bench = bench();
     let compiled = bench.compile(provider(OK_EMPTY)).await;
-    let message = |call: &Call| {
-        let body = postcard::to_stdvec(call).unwrap();
-        [&(body.len() as u32).to_le_bytes()[..], &body].concat()
-    };
     let said = async |bytes: &[u8]| {
         let program = broken_sandbox(&bench, bytes);
         let mut process = Process::start(&program, &Order::Run(run_order()), &compiled.file)
@@ -763,14 +766,14 @@ async fn a_sandbox_that_does_not_keep_to_the_protocol_is_caught() {
         said(b"\xff\xff\xff\xff").await,
         Error::Socket(SocketError::TooLong { .. })
     ));
-    let foreign = message(&Call::ObjectSize {
+    let foreign = framed(&Call::ObjectSize {
         name: "secret".into(),
     });
     assert!(matches!(
         said(&foreign).await,
         Error::Broken(Violation::NotGranted("objects.size"))
     ));
-    let much = message(&Call::Write {
+    let much = framed(&Call::Write {
         stream: 0,
         length: MIB + 1,
     });
@@ -780,9 +783,14 @@ async fn a_sandbox_that_does_not_keep_to_the_protocol_is_caught() {
     ));
 }
 
-fn kill(pid: u32) {
+fn framed(message: &impl serde::Serialize) -> Vec<u8> {
+    let body = postcard::to_stdvec(message).unwrap();
+    [&(body.len() as u32).to_le_bytes()[..], &body].concat()
+}
+
+fn signal(pid: u32, signal: rustix::process::Signal) {
     let pid = rustix::process::Pid::from_raw(pid.try_into().unwrap()).unwrap();
-    rustix::process::kill_process(pid, rustix::process::Signal::KILL).unwrap();
+    rustix::process::kill_process(pid, signal).unwrap();
 }
 
 /// Not a test: prints what the sandbox costs. `cargo test --release --test sandbox -- --ignored --nocapture`

@@ -1,0 +1,149 @@
+//! What a sandbox process gives up, and what the kernel holds it to from then on.
+//!
+//! In this order, each step as soon as nothing that comes after needs what it takes away:
+//! 1. [`enter`], first of all and on the only thread: inherited descriptors, privileges, files and the network.
+//! 2. [`Confined::hold`], once both threads run and the files have come: new threads, processes and descriptors, and
+//!    every system call that is not listed. Only then does the job process send an order.
+//! 3. [`Confined::compile`], or [`Confined::load`] and, before the provider's code runs, [`Confined::run`]: memory
+//!    beyond the order's limits, and what of the listed system calls only the step before needed.
+//!
+//! Each promise is kept twice where the kernel has two ways: a call that seccomp ends the process for would reach
+//! nothing either. What the kernel does not have is a [`Gap`], which the job process is told.
+//!
+//! There is no cgroup: to make one, a path outside is needed that the system hands over to us, and the limit on
+//! private memory and the fixed size of the shared one already bound what a sandbox can take.
+
+mod filter;
+mod reach;
+#[cfg(test)]
+mod tests;
+mod user;
+
+use crate::channel::Gap;
+use filter::Stage;
+use rustix::process::{DumpableBehavior, Resource, Rlimit, Signal, setrlimit};
+use rustix::time::{ClockId, clock_gettime};
+use std::io;
+use std::os::fd::{AsFd, OwnedFd, RawFd};
+use std::os::unix::net::UnixStream;
+
+/// A process that has been through [`enter`].
+#[derive(Debug)]
+pub(super) struct Confined {
+    missing: Vec<Gap>,
+}
+
+/// Closes every descriptor but the socket and standard error, gives up every privilege, and ties the process's life to
+/// the thread that started it. Returns the socket, which came as standard input.
+pub(super) fn enter() -> Result<(UnixStream, Confined), io::Error> {
+    // The first use finds out where the kernel keeps its clock; on some kernels that takes a file in /proc.
+    let _ = clock_gettime(ClockId::ThreadCPUTime);
+    close_inherited()?;
+    let socket = io::stdin().as_fd().try_clone_to_owned()?;
+    let null: OwnedFd = std::fs::File::options()
+        .read(true)
+        .write(true)
+        .open("/dev/null")?
+        .into();
+    rustix::stdio::dup2_stdin(&null)?;
+    rustix::stdio::dup2_stdout(&null)?;
+
+    rustix::thread::set_no_new_privs(true)?;
+    let mut missing = Vec::new();
+    missing.extend(user::drop_privileges()?);
+    // After the change of user, which resets both. A core dump would write the guest's disk data to wherever the
+    // system keeps such files, and a limit of 0 does not bind a system that has them piped into a program (core(5)).
+    rustix::process::set_parent_process_death_signal(Some(Signal::KILL))?;
+    rustix::process::set_dumpable_behavior(DumpableBehavior::NotDumpable)?;
+    limit(Resource::Core, 0)?;
+    missing.extend(reach::nothing());
+    Ok((UnixStream::from(socket), Confined { missing }))
+}
+
+impl Confined {
+    /// Ends the time in which the process could still get anything: `payload` is the size of the memory file in bytes.
+    pub(super) fn hold(&mut self, payload: u64) -> Result<(), io::Error> {
+        limit(Resource::Nproc, 0)?;
+        limit(Resource::Nofile, DESCRIPTORS)?;
+        // Holds for memory files too (shmem is a file system), and so cannot be 0.
+        limit(Resource::Fsize, payload)?;
+        if filter::apply(Stage::Loading).is_err() {
+            self.missing.push(Gap::SystemCalls);
+        }
+        Ok(())
+    }
+
+    /// What this system does not offer.
+    pub(super) fn missing(&self) -> &[Gap] {
+        &self.missing
+    }
+
+    /// Bounds what compiling may take: a component can be written so that it takes forever.
+    pub(super) fn compile(&self) -> Result<(), io::Error> {
+        limit(Resource::Cpu, COMPILE_CPU_SECONDS)?;
+        limit(Resource::Data, COMPILE_MEMORY)?;
+        self.narrow(Stage::Compiling)
+    }
+
+    /// Bounds the whole process, wasmtime included, to what the guest may have and room for the host's own needs.
+    pub(super) fn load(&self, guest_memory: u64, compiled: u64) -> Result<(), io::Error> {
+        let most = guest_memory
+            .saturating_add(compiled.saturating_mul(2))
+            .saturating_add(HOST_MEMORY);
+        limit(Resource::Data, most)
+    }
+
+    /// From here on no machine code can be added to the process.
+    pub(super) fn run(&self) -> Result<(), io::Error> {
+        self.narrow(Stage::Running)
+    }
+
+    fn narrow(&self, stage: Stage) -> Result<(), io::Error> {
+        if self.missing.contains(&Gap::SystemCalls) {
+            return Ok(());
+        }
+        filter::apply(stage).map_err(io::Error::other)
+    }
+}
+
+/// Descriptors have numbers below this, and 0 is taken: there are no new ones. Not 0, because poll(2) refuses to watch
+/// more descriptors than this.
+const DESCRIPTORS: u64 = 1;
+
+/// Ten times what the largest known components need: a whole JavaScript engine takes 20 s.
+const COMPILE_CPU_SECONDS: u64 = 200;
+
+/// In bytes. A whole JavaScript engine needs some 500 MiB.
+const COMPILE_MEMORY: u64 = 2 << 30;
+
+/// In bytes: stacks, the allocator's own, and the copies of what is being transferred.
+const HOST_MEMORY: u64 = 256 << 20;
+
+fn limit(resource: Resource, most: u64) -> Result<(), io::Error> {
+    let limit = Rlimit {
+        current: Some(most),
+        maximum: Some(most),
+    };
+    Ok(setrlimit(resource, limit)?)
+}
+
+/// Closes what the job process got from whoever started it and did not mark as its own alone.
+///
+/// Called while nothing else in this process has opened anything, so no owner is left behind.
+fn close_inherited() -> Result<(), io::Error> {
+    let mut inherited = Vec::<RawFd>::new();
+    for entry in std::fs::read_dir("/proc/self/fd")? {
+        if let Some(fd) = entry?
+            .file_name()
+            .to_str()
+            .and_then(|name| name.parse().ok())
+        {
+            inherited.push(fd);
+        }
+    }
+    for fd in inherited.into_iter().filter(|fd| *fd > 2) {
+        // The listing's own descriptor is among them and closed by now.
+        let _ = nix::unistd::close(fd);
+    }
+    Ok(())
+}

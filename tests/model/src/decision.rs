@@ -1,0 +1,355 @@
+//! The decisions, made by the product itself: [`base::choose`] and [`base::remedies`] are asked, not rewritten.
+//!
+//! Only the translation between the model's small names and the product's is here, and the planted bugs that replace
+//! a decision. Equal questions come from very many states, so the answers are remembered.
+
+use crate::Bug;
+use crate::archive::Archive;
+use crate::qemu::{self, BLOCKS, BitmapName, BitmapPlan, Qemu};
+use fleecebox::archive::{
+    BackupId, BackupRecord, ComponentId, DiskRecord, MANIFEST_FORMAT, Manifest, Proof,
+    ProviderRecord, Stats, VolumeRecord,
+};
+use fleecebox::channel::{BitmapMode, World};
+use fleecebox::job::backup::BLOCK_SIZE;
+use fleecebox::job::base::{self, Owner, Recorded};
+use fleecebox::qemu::bitmap::Own;
+use fleecebox::qemu::{self as product, Disk};
+use serde_json::json;
+use std::cell::RefCell;
+use std::collections::HashMap;
+use std::sync::Arc;
+
+const DISK: &str = "disk";
+const NODE: &str = "node";
+const VM: &str = "vm";
+
+/// [`base::Choice`].
+#[derive(Debug, Clone, PartialEq, Eq, Hash)]
+pub(crate) struct Choice {
+    /// For the point in time.
+    pub bitmap: BitmapPlan,
+    /// Present exactly where the plan is to reuse a bitmap.
+    pub base: Option<u8>,
+    /// Bitmaps that the new backup makes useless.
+    pub stale: Vec<BitmapName>,
+}
+
+/// [`base::Remedy`].
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub(crate) enum Remedy {
+    /// Its backup committed.
+    Accept(BitmapPlan),
+    /// Its backup did not commit.
+    BackOut(BitmapPlan),
+}
+
+/// What a decision is made of: whose it is, what QEMU says of its bitmaps, and what the archive holds.
+#[derive(Clone, PartialEq, Eq, Hash)]
+struct Question {
+    archive: u8,
+    bitmaps: Vec<qemu::Bitmap>,
+    busy: Option<BitmapName>,
+    /// Ids and bases.
+    committed: Vec<(u8, Option<u8>)>,
+}
+
+impl Question {
+    fn new(archive: u8, qemu: &Qemu, held: &Archive) -> Self {
+        Self {
+            archive,
+            bitmaps: qemu.bitmaps.clone(),
+            busy: qemu.export.flatten(),
+            committed: held
+                .committed()
+                .map(|backup| (backup.id, backup.base))
+                .collect(),
+        }
+    }
+
+    fn recorded(&self, id: BackupId) -> Recorded {
+        let mut committed = self.committed.iter().copied();
+        match committed.find(|&(known, _)| backup_id(known) == id) {
+            Some((id, base)) => Recorded::Committed(Arc::new(manifest(self.archive, id, base))),
+            None => Recorded::Absent,
+        }
+    }
+
+    fn bitmaps(&self) -> Vec<product::machine::Bitmap> {
+        let bitmap = |bitmap: &qemu::Bitmap| product::machine::Bitmap {
+            name: name(bitmap.name).to_string(),
+            granularity: BLOCK_SIZE,
+            dirty: u64::from(bitmap.dirty.count_ones()) * u64::from(BLOCK_SIZE),
+            recording: bitmap.recording,
+            busy: self.busy == Some(bitmap.name),
+            persistent: bitmap.stored,
+            inconsistent: bitmap.inconsistent,
+        };
+        self.bitmaps.iter().map(bitmap).collect()
+    }
+}
+
+thread_local! {
+    static CHOICES: RefCell<HashMap<(Question, u8, bool), Choice>> = RefCell::default();
+    static REMEDIES: RefCell<HashMap<Question, Vec<Remedy>>> = RefCell::default();
+}
+
+/// What backup `id` of `archive` builds on; `full` is `--full`.
+pub(crate) fn choose(
+    archive: u8,
+    qemu: &Qemu,
+    held: &Archive,
+    id: u8,
+    full: bool,
+    bug: Option<Bug>,
+) -> Choice {
+    let question = Question::new(archive, qemu, held);
+    if let Some(choice) = misled(&question, held, id, bug).filter(|_| !full) {
+        return choice;
+    }
+    let asked = (question, id, full);
+    CHOICES.with_borrow_mut(|choices| match choices.get(&asked) {
+        Some(choice) => choice.clone(),
+        None => {
+            let choice = choose_anew(&asked.0, id, full);
+            choices.insert(asked, choice.clone());
+            choice
+        }
+    })
+}
+
+fn choose_anew(question: &Question, id: u8, full: bool) -> Choice {
+    let disk = Disk {
+        name: DISK.into(),
+        node: NODE.into(),
+        size: BLOCKS as u64 * u64::from(BLOCK_SIZE),
+        format: "qcow2".into(),
+        filename: "disk.qcow2".into(),
+        bitmaps: question.bitmaps(),
+        can_persist: true,
+    };
+    let owner = owner(question.archive);
+    let choice = base::choose(&owner, &disk, backup_id(id), BLOCK_SIZE, |id| {
+        Ok(question.recorded(id))
+    })
+    .expect("an archive that answers and names that are short leave nothing to fail");
+    let choice = match full {
+        true => choice
+            .in_full(&owner, &disk, backup_id(id))
+            .expect("the names are short"),
+        false => choice,
+    };
+    Choice {
+        bitmap: plan(&choice.bitmap),
+        base: choice
+            .base
+            .map(|base| small_id(&base.manifest.backup.to_string())),
+        stale: choice.stale.iter().map(small_name).collect(),
+    }
+}
+
+/// The choice of a planted bug, where there is a bitmap for it to be wrong about.
+fn misled(question: &Question, held: &Archive, id: u8, bug: Option<Bug>) -> Option<Choice> {
+    let any_archive = match bug? {
+        Bug::LatestBackupAsBase => false,
+        Bug::AnotherArchivesBitmap => true,
+        _ => return None,
+    };
+    let archive = question.archive;
+    let old = question
+        .bitmaps
+        .iter()
+        .find(|bitmap| bitmap.recording && (any_archive || bitmap.name.archive == archive))?;
+    let latest = held.committed().map(|backup| backup.id).max()?;
+    let new = BitmapName {
+        archive,
+        backup: id,
+        base: Some(old.name.backup),
+    };
+    Some(Choice {
+        bitmap: BitmapPlan::Reuse { old: old.name, new },
+        base: Some(latest),
+        stale: Vec::new(),
+    })
+}
+
+/// What recovery does about the bitmaps of `archive`.
+pub(crate) fn remedies(archive: u8, qemu: &Qemu, held: &Archive, bug: Option<Bug>) -> Vec<Remedy> {
+    let question = Question::new(archive, qemu, held);
+    if bug == Some(Bug::AnyStoppedBitmapMerged) {
+        return any_stopped(&question);
+    }
+    let mut remedies = REMEDIES.with_borrow_mut(|known| match known.get(&question) {
+        Some(remedies) => remedies.clone(),
+        None => {
+            let remedies = remedies_anew(&question);
+            known.insert(question, remedies.clone());
+            remedies
+        }
+    });
+    if bug == Some(Bug::UncommittedNewLeft) {
+        remedies.retain(|remedy| !matches!(remedy, Remedy::BackOut(BitmapPlan::New { .. })));
+    }
+    remedies
+}
+
+fn remedies_anew(question: &Question) -> Vec<Remedy> {
+    let found: Vec<_> = question
+        .bitmaps
+        .iter()
+        .zip(question.bitmaps())
+        .map(|(bitmap, state)| Own {
+            node: NODE.into(),
+            name: name(bitmap.name),
+            state,
+        })
+        .collect();
+    let remedies = base::remedies(&owner(question.archive), &found, |id| {
+        Ok(question.recorded(id))
+    })
+    .expect("an archive that answers leaves nothing to fail");
+    let remedy = |remedy| match remedy {
+        base::Remedy::Accept { plan: at, .. } => Remedy::Accept(plan(&at)),
+        base::Remedy::BackOut { plan: at, .. } => Remedy::BackOut(plan(&at)),
+    };
+    remedies.into_iter().map(remedy).collect()
+}
+
+fn any_stopped(question: &Question) -> Vec<Remedy> {
+    let own = |bitmap: &&qemu::Bitmap| bitmap.name.archive == question.archive;
+    let Some(old) = question.bitmaps.iter().find(|bitmap| !bitmap.recording) else {
+        return Vec::new();
+    };
+    let recording = question
+        .bitmaps
+        .iter()
+        .filter(own)
+        .filter(|bitmap| bitmap.recording);
+    let remedy = |new: &qemu::Bitmap| {
+        let plan = BitmapPlan::Reuse {
+            old: old.name,
+            new: new.name,
+        };
+        match question
+            .committed
+            .iter()
+            .any(|&(id, _)| id == new.name.backup)
+        {
+            true => Remedy::Accept(plan),
+            false => Remedy::BackOut(plan),
+        }
+    };
+    recording.map(remedy).collect()
+}
+
+fn owner(archive: u8) -> Owner {
+    Owner {
+        archive: text(archive).parse().expect("sixteen digits"),
+        namespace: "tenant".parse().expect("a plain name"),
+        vm: VM.into(),
+    }
+}
+
+fn name(name: BitmapName) -> product::BitmapName {
+    let base = name.base.map(|base| backup_id(base).to_string());
+    let backup = backup_id(name.backup).to_string();
+    owner(name.archive)
+        .bitmap(DISK, backup_id_of(&backup), base.as_deref())
+        .expect("the names are short")
+}
+
+fn small_name(name: &product::BitmapName) -> BitmapName {
+    BitmapName {
+        archive: small_id(name.archive()),
+        backup: small_id(name.backup()),
+        base: name.base().map(small_id),
+    }
+}
+
+fn plan(plan: &product::BitmapPlan) -> BitmapPlan {
+    match plan {
+        product::BitmapPlan::New { name } => BitmapPlan::New {
+            name: small_name(name),
+        },
+        product::BitmapPlan::Reuse { old, new } => BitmapPlan::Reuse {
+            old: small_name(old),
+            new: small_name(new),
+        },
+        product::BitmapPlan::None => unreachable!("neither function plans for an untracked disk"),
+    }
+}
+
+/// What the base's manifest says, as far as a choice looks at it.
+fn manifest(archive: u8, id: u8, base: Option<u8>) -> Manifest {
+    let bitmap = BitmapName {
+        archive,
+        backup: id,
+        base,
+    };
+    let size = BLOCKS as u64 * u64::from(BLOCK_SIZE);
+    let root = json!({ "shape": { "size": size, "block_size": BLOCK_SIZE }, "page": null });
+    let Owner {
+        archive,
+        namespace,
+        vm,
+    } = owner(archive);
+    Manifest {
+        format: MANIFEST_FORMAT,
+        archive,
+        namespace,
+        backup: backup_id(id),
+        objects: Vec::new(),
+        stats: Stats::default(),
+        record: BackupRecord {
+            vm,
+            created: std::time::UNIX_EPOCH.into(),
+            provider: ProviderRecord {
+                name: "provider".into(),
+                component: ComponentId::of(b""),
+                world: World::BlindProvider,
+                settings: String::new(),
+                limits: fleecebox::channel::GuestLimits {
+                    memory: 1 << 20,
+                    cpu_ms: 1000,
+                },
+            },
+            host_version: String::new(),
+            volumes: vec![VolumeRecord {
+                name: DISK.into(),
+                disk: DiskRecord {
+                    format: "qcow2".into(),
+                    identity: "disk.qcow2".into(),
+                },
+                mode: BitmapMode::New,
+                base: base.map(backup_id),
+                fallback: None,
+                bitmap: Some(name(bitmap).to_string()),
+                root: serde_json::from_value(root).expect("the form of a table's root"),
+                receipt: Vec::new(),
+                dirty_bytes: 0,
+                zero_bytes: 0,
+                placed_bytes: 0,
+                claimed_bytes: 0,
+                proof: Proof::Proven,
+            }],
+            attachments: Vec::new(),
+        },
+    }
+}
+
+fn text(id: u8) -> String {
+    format!("{id:016x}")
+}
+
+fn backup_id(id: u8) -> BackupId {
+    backup_id_of(&format!("20261123T003000Z-{}", text(id)))
+}
+
+fn backup_id_of(text: &str) -> BackupId {
+    text.parse().expect("a time and sixteen digits")
+}
+
+fn small_id(text: &str) -> u8 {
+    let digits = text.rsplit('-').next().unwrap_or(text);
+    u8::from_str_radix(digits, 16).expect("only small ids are made")
+}
