@@ -257,7 +257,7 @@ fn a_base_that_left_the_archive_is_not_built_on() -> Result<()> {
     let next = scene.backup(&order)?;
     std::fs::remove_dir_all(folder_of(&order.archive, &next)?)?;
     let last = scene.backup(&order)?;
-    let why = format!("the base {} is not in the archive any more", next.id);
+    let why = format!("the archive holds no backup {} to build on", next.id);
     last.assert_read_in_full_because("da", &why);
     assert_eq!(scene.site.list(&order.archive)?, [base.id, last.id]);
     assert_eq!(scene.bitmaps("da")?.len(), 1);

@@ -147,6 +147,7 @@ fn held_nothing(attempt: &Attempt) -> bool {
 fn a_sandbox_and_then_its_job_killed_in_the_middle_of_a_run_are_cleaned_up_by_the_next()
 -> Result<()> {
     let mut site = Site::new(Server::Shared)?;
+    site.renew_proxy()?;
     site.proxy.inject(Fault {
         at: At::Named("block-export-del", 1),
         stage: Stage::BeforeQemu,

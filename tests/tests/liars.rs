@@ -64,7 +64,7 @@ fn changes_nothing(liar: &str, says: &str) -> Result<()> {
         Load {
             seed: 7,
             rate: 50,
-            regions: Some(vec![0..2 * MIB]),
+            regions: Some(std::iter::once(0..2 * MIB).collect()),
         },
     )?;
     refuse(&site, &dishonest, says)?;

@@ -68,6 +68,7 @@ impl Scratch {
                     component: ComponentId::of(b""),
                     world: World::Provider,
                     settings: String::new(),
+                    limits: fleecebox::channel::GuestLimits { memory: 1 << 20, cpu_ms: 1000 },
                 },
                 host_version: "0".into(),
                 volumes: vec![VolumeRecord {

@@ -11,7 +11,7 @@
 use arbitrary::{Arbitrary, Unstructured};
 use fleecebox::archive::{BackupId, Digest, Entry};
 use fleecebox::channel::{
-    Answer, BitmapMode, Call, Context, Encoding, ErrorCode, GuestLimits, LogLevel, Order, Outcome,
+    Answer, BitmapMode, Call, Confinement, Context, Encoding, ErrorCode, GuestLimits, LogLevel, Order, Outcome,
     Payload, RawRange, Run, Socket, VolumeInfo, World, take_over,
 };
 use fleecebox::extent::Extent;
@@ -149,6 +149,8 @@ fn sandbox() -> Option<()> {
     let stream = UnixStream::from(std::io::stdin().as_fd().try_clone_to_owned().ok()?);
     let payload = Payload::adopt(take_over(&stream).ok()?.into_iter().next()?).ok()?;
     let mut socket = Socket::new(stream);
+    let missing = Vec::new();
+    socket.send(&Confinement { missing }).ok()?;
     let Order::Run(order) = socket.receive().ok()? else {
         return None;
     };

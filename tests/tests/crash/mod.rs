@@ -46,7 +46,9 @@ impl Attempt {
     /// Whether the manifest was in the archive before the attempt ended, as far as the step tells.
     fn committed(&self) -> Option<bool> {
         match self.step()? {
-            "committed" | "switching-bitmaps" => Some(true),
+            "committed" => Some(true),
+            // A job that failed before its commit puts its bitmaps back in the same step.
+            "switching-bitmaps" => None,
             _ => Some(false),
         }
     }
@@ -232,7 +234,10 @@ impl Site {
     /// incremental on the last committed one, and is right. The dead one's is right as well, or is not there.
     pub(crate) fn recover_from(&mut self, dead: &Attempt) -> Result<Outcome> {
         self.daemon.check_alive()?;
-        self.write_some()?;
+        // A dead job's own server would be in the way.
+        if self.server == Server::Shared {
+            self.write_some()?;
+        }
         let outcome = self.backup().run()?.assert_success();
         let references = self.proxy.references()?;
         if let Some(journal) = &dead.journal {
@@ -274,6 +279,8 @@ impl Site {
                 outcome.stderr
             );
         }
+        // What the next one has to carry.
+        self.write_some()?;
         Ok(outcome)
     }
 

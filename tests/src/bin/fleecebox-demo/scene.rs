@@ -50,7 +50,7 @@ enum Machine {
         writer: Writer,
         daemon: StorageDaemon,
     },
-    Guest(Box<Guest>),
+    Guest(Guest),
 }
 
 impl Scene {
@@ -58,7 +58,7 @@ impl Scene {
     pub(crate) fn start(kind: Kind, folder: &Path) -> Result<Self> {
         let machine = match kind {
             Kind::Daemon => Machine::daemon(folder)?,
-            Kind::Guest => Machine::Guest(Box::new(Guest::boot(&Guest::usual_disks())?)),
+            Kind::Guest => Machine::Guest(Guest::boot(&Guest::usual_disks())?),
         };
         let proxy = Proxy::start(machine.monitors())?;
         symlink(proxy.socket(), folder.join("qmp.sock"))?;

@@ -1,0 +1,395 @@
+//! Faults in the middle of an incremental backup that are not a kill of the job: signals, a lost monitor, a dead QEMU,
+//! full file systems, a second job. The job ends with a clear error, the VM never notices, the next backup is right.
+
+mod crash;
+
+use std::collections::BTreeSet;
+use std::path::Path;
+use std::process::Command;
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, Result, ensure};
+use crash::{Attempt, DISKS, Server, Site};
+use fleecebox_tests::{At, Fault, MIB, Outcome, QemuState, Stage, What, compare, eventually};
+use rustix::process::{Pid, Signal, kill_process};
+
+const SOON: Duration = Duration::from_secs(60);
+
+/// A job that is told to end does not wait for a provider; the rest is for a busy machine.
+const CANCEL_LIMIT: Duration = Duration::from_secs(20);
+
+fn send(pid: i32, signal: Signal) -> Result<()> {
+    let pid = Pid::from_raw(pid).context("no process")?;
+    Ok(kill_process(pid, signal)?)
+}
+
+/// Its error is one line, whatever came before.
+#[track_caller]
+fn assert_failed(outcome: &Outcome, reason: &str) {
+    assert_eq!(outcome.code(), Some(1), "{}", outcome.stderr);
+    let last = outcome.stderr.lines().last().unwrap_or_default();
+    assert!(
+        last.contains(reason),
+        "{reason:?} is not named:\n{}",
+        outcome.stderr
+    );
+}
+
+fn bitmaps(site: &Site) -> Result<BTreeSet<String>> {
+    let state = QemuState::read(site.daemon.monitors())?;
+    Ok(state.bitmaps().map(ToString::to_string).collect())
+}
+
+/// All clean, and tracking as before: without a journal, the next run finds nothing to do.
+fn nothing_happened(site: &mut Site, tracking: &BTreeSet<String>) -> Result<()> {
+    let failed = site.attempt()?;
+    assert_eq!(failed.journal, None);
+    assert_eq!(&bitmaps(site)?, tracking);
+    site.assert_clean()?;
+    let next = site.recover_from(&failed)?;
+    assert!(!next.stderr.contains("died"), "{}", next.stderr);
+    Ok(())
+}
+
+#[test]
+fn a_signal_ends_a_backup_as_if_it_had_not_been_tried() -> Result<()> {
+    let mut site = Site::new(Server::Shared)?;
+    for signal in [Signal::INT, Signal::TERM, Signal::HUP, Signal::QUIT] {
+        let tracking = bitmaps(&site)?;
+        let running = site.stalled_backup()?;
+        site.write_some()?;
+        send(running.process().pid, signal)?;
+        let asked = Instant::now();
+        let outcome = running.finish()?;
+        assert!(asked.elapsed() < CANCEL_LIMIT, "{:?}", asked.elapsed());
+        assert_failed(&outcome, "cancelled");
+        nothing_happened(&mut site, &tracking).with_context(|| format!("{signal:?}"))?;
+    }
+    Ok(())
+}
+
+#[test]
+fn a_sandbox_that_does_not_move_does_not_hold_up_a_cancel() -> Result<()> {
+    let mut site = Site::new(Server::Shared)?;
+    let tracking = bitmaps(&site)?;
+    let running = site.stalled_backup()?;
+    for sandbox in running.family()? {
+        send(sandbox.pid, Signal::STOP)?;
+    }
+    send(running.process().pid, Signal::INT)?;
+    let asked = Instant::now();
+    let outcome = running.finish()?;
+    assert!(asked.elapsed() < CANCEL_LIMIT, "{:?}", asked.elapsed());
+    assert_failed(&outcome, "cancelled");
+    nothing_happened(&mut site, &tracking)
+}
+
+#[test]
+fn nobody_reading_its_output_harms_no_backup() -> Result<()> {
+    let mut site = Site::new(Server::Shared)?;
+    for (closed, redirection) in [("output", ">&-"), ("errors", "2>&-"), ("both", ">&- 2>&-")] {
+        site.backup_in_a_shell(redirection)
+            .with_context(|| closed.to_string())?;
+    }
+    // Pipes whose other end is gone.
+    site.backup_in_a_shell("2>&1 | true")?;
+    Ok(())
+}
+
+#[test]
+fn a_monitor_that_is_lost_is_said_and_the_next_run_cleans_up() -> Result<()> {
+    let mut site = Site::new(Server::Shared)?;
+    for (command, stage) in [
+        ("query-named-block-nodes", Stage::BeforeQemu),
+        ("blockdev-add", Stage::BeforeAnswer),
+        ("transaction", Stage::BeforeQemu),
+        ("transaction", Stage::BeforeAnswer),
+        ("block-export-add", Stage::BeforeAnswer),
+        ("query-block-jobs", Stage::BeforeQemu),
+        ("block-export-del", Stage::BeforeAnswer),
+        ("job-dismiss", Stage::BeforeQemu),
+        ("block-dirty-bitmap-remove", Stage::BeforeQemu),
+        ("block-dirty-bitmap-remove", Stage::BeforeAnswer),
+    ] {
+        site.renew_proxy()?;
+        site.proxy.inject(Fault {
+            at: At::Named(command, 1),
+            stage,
+            what: What::Cut,
+        });
+        let outcome = site.backup().run()?;
+        assert_failed(&outcome, "the connection to the monitor was lost");
+        let dead = site.attempt()?;
+        site.recover_from(&dead)
+            .with_context(|| format!("lost at {command}, {stage:?}"))?;
+    }
+    Ok(())
+}
+
+#[test]
+fn a_qemu_that_is_killed_leaves_its_disks_to_be_read_in_full() -> Result<()> {
+    let mut site = Site::new(Server::Shared)?;
+    let running = site.stalled_backup()?;
+    site.writers.clear();
+    site.daemon.kill()?;
+    let outcome = running.finish()?;
+    assert_eq!(outcome.code(), Some(1), "{}", outcome.stderr);
+    site.daemon.start_again()?;
+    site.renew_proxy()?;
+    site.start_writers(40)?;
+    site.write_some()?;
+    let next = site.backup().run()?.assert_success();
+    let references = site.proxy.references()?;
+    assert!(next.stderr.contains("died at step"), "{}", next.stderr);
+    // The bitmap of the qcow2 disk is spoilt, which is said; the raw disk has none any more.
+    assert!(
+        next.stderr.contains("QEMU ended without storing it"),
+        "{}",
+        next.stderr
+    );
+    site.base = site.prove(&next, &references)?;
+    site.recover_from(&Attempt::default())?;
+    Ok(())
+}
+
+#[test]
+fn a_second_job_on_the_same_vm_is_refused() -> Result<()> {
+    let mut site = Site::new(Server::Shared)?;
+    let tracking = bitmaps(&site)?;
+    let running = site.stalled_backup()?;
+    site.backup()
+        .run()?
+        .assert_refused(1, "another job is running on this VM");
+    send(running.process().pid, Signal::INT)?;
+    assert_failed(&running.finish()?, "cancelled");
+    nothing_happened(&mut site, &tracking)
+}
+
+#[test]
+fn what_a_dead_job_left_is_found_without_its_journal() -> Result<()> {
+    for server in [Server::Shared, Server::Own] {
+        let mut site = Site::new(server)?;
+        site.stalled_backup()?.kill()?;
+        std::fs::remove_dir_all(site.path("state"))?;
+        let dead = Attempt {
+            journal: None,
+            references: site.proxy.references()?,
+        };
+        // Nobody knows of the backup any more that the job had begun in the archive.
+        let listed = site.listed()?;
+        for entry in std::fs::read_dir(site.path("archive/namespaces/chunked/backups"))? {
+            let entry = entry?;
+            if !listed.contains(&*entry.file_name().to_string_lossy()) {
+                std::fs::remove_dir_all(entry.path())?;
+            }
+        }
+        site.forget_temporaries()?;
+        let next = site
+            .recover_from(&dead)
+            .with_context(|| format!("{server:?}"))?;
+        assert!(
+            next.stderr.contains("no journal tells of"),
+            "{}",
+            next.stderr
+        );
+    }
+    Ok(())
+}
+
+/// A file system of its own; gone when this is dropped.
+struct Tmpfs<'a>(&'a Path);
+
+impl<'a> Tmpfs<'a> {
+    fn mount(at: &'a Path, bytes: u64) -> Result<Self> {
+        let mut mount = Command::new("mount");
+        mount
+            .args(["-t", "tmpfs", "-o"])
+            .arg(format!("size={bytes}"));
+        let mounted = mount.arg("tmpfs").arg(at).status()?;
+        ensure!(
+            mounted.success(),
+            "cannot mount a tmpfs at {}",
+            at.display()
+        );
+        Ok(Self(at))
+    }
+}
+
+impl Drop for Tmpfs<'_> {
+    fn drop(&mut self) {
+        // Also with files still open in it.
+        let _ = Command::new("umount").arg("-l").arg(self.0).status();
+    }
+}
+
+/// Mounting needs root, and nothing else makes a file system full that is not the machine's own.
+fn may_mount() -> bool {
+    let may = rustix::process::geteuid().is_root();
+    if !may {
+        eprintln!("not run as root: this test cannot mount a small file system, and shows nothing");
+    }
+    may
+}
+
+#[test]
+fn a_full_archive_is_said_and_its_backups_stay_whole() -> Result<()> {
+    if !may_mount() {
+        return Ok(());
+    }
+    let mut site = Site::new(Server::Shared)?;
+    let (small, large) = (site.path("small"), site.path("archive"));
+    std::fs::create_dir(&small)?;
+    let used = used_bytes(&large)?;
+    let tmpfs = Tmpfs::mount(&small, used + 4 * MIB)?;
+    let copied = Command::new("cp")
+        .arg("-a")
+        .arg(large.join("."))
+        .arg(&small)
+        .status()?;
+    ensure!(copied.success(), "cannot copy the archive");
+    std::fs::rename(&large, site.path("first"))?;
+    std::os::unix::fs::symlink(&small, &large)?;
+    let tracking = bitmaps(&site)?;
+    // More random bytes than there is room for.
+    site.writers.clear();
+    site.start_writers(1000)?;
+    site.writers
+        .iter()
+        .try_for_each(|writer| writer.wait_for(100))?;
+    site.writers.clear();
+    site.start_writers(40)?;
+    let outcome = site.backup().run()?;
+    assert_failed(&outcome, "the archive is full");
+    let failed = site.attempt()?;
+    assert_eq!(failed.journal, None);
+    assert_eq!(bitmaps(&site)?, tracking);
+    site.assert_clean()?;
+    let verified = site.fleecebox(&["verify", &site.base]).run()?;
+    verified.assert_success();
+
+    let mut remount = Command::new("mount");
+    remount.args(["-o", "remount,size=1g"]).arg(&small);
+    ensure!(remount.status()?.success(), "cannot enlarge the tmpfs");
+    site.recover_from(&failed)?;
+    drop(tmpfs);
+    Ok(())
+}
+
+#[test]
+fn a_fleecing_folder_that_fills_up_ends_the_backup_and_not_the_guest() -> Result<()> {
+    if !may_mount() {
+        return Ok(());
+    }
+    let mut site = Site::with_disks(Server::Shared, 64 * MIB)?;
+    let fleecing = site.path("fleecing");
+    // A sixteenth of the disks and the reserve of 32 MiB are asked for at the start.
+    let tmpfs = Tmpfs::mount(&fleecing, 42 * MIB)?;
+    let tracking = bitmaps(&site)?;
+    let running = site.stalled_backup()?;
+    site.start_writers(400)?;
+    let outcome = running.finish()?;
+    assert_failed(&outcome, "the fleecing folder is nearly full");
+    for writer in site.writers.drain(..) {
+        writer.stop().context("the guest saw an error")?;
+    }
+    assert_eq!(bitmaps(&site)?, tracking);
+    drop(tmpfs);
+    site.start_writers(40)?;
+    nothing_happened(&mut site, &tracking)
+}
+
+fn used_bytes(folder: &Path) -> Result<u64> {
+    let mut used = 0;
+    for entry in std::fs::read_dir(folder)? {
+        let entry = entry?;
+        let meta = entry.metadata()?;
+        used += if meta.is_dir() {
+            used_bytes(&entry.path())?
+        } else {
+            meta.len().next_multiple_of(4096)
+        };
+    }
+    Ok(used)
+}
+
+#[test]
+fn a_damaged_base_makes_its_disks_be_read_in_full_and_says_so() -> Result<()> {
+    let mut site = Site::new(Server::Shared)?;
+    let path = format!(
+        "archive/namespaces/chunked/backups/{}/manifest.json",
+        site.base
+    );
+    let path = site.path(&path);
+    let mut bytes = std::fs::read(&path)?;
+    let middle = bytes.len() / 2;
+    bytes[middle] ^= 1;
+    std::fs::write(&path, bytes)?;
+    let outcome = site.backup().run()?.assert_success();
+    let references = site.proxy.references()?;
+    let said = format!("the base {} is damaged", site.base);
+    assert_eq!(
+        outcome.stderr.matches(&said).count(),
+        DISKS.len(),
+        "{}",
+        outcome.stderr
+    );
+    std::fs::remove_dir_all(path.parent().context("a file in a folder")?)?;
+    site.base = site.prove(&outcome, &references)?;
+    site.recover_from(&Attempt::default())?;
+    Ok(())
+}
+
+impl Site {
+    /// A backup with its output redirected as a shell writes it. What it printed is lost, so the archive tells.
+    fn backup_in_a_shell(&mut self, redirection: &str) -> Result<()> {
+        let before = self.listed()?;
+        let product = std::env::current_exe()?
+            .ancestors()
+            .nth(2)
+            .context("a test lies in release/deps")?
+            .join("fleecebox");
+        let script = format!("\"$0\" \"$@\" {redirection}");
+        let status = Command::new("bash")
+            .args(["-c", &format!("set -o pipefail; {script}")])
+            .arg(product)
+            .arg("--config")
+            .arg(self.path("fleecebox.toml"))
+            .args(["backup", "box", "--qmp"])
+            .arg(self.proxy.socket())
+            .output()?
+            .status;
+        ensure!(status.success(), "it ended with {status}");
+        let references = self.proxy.references()?;
+        let after = eventually("the backup", SOON, || {
+            let listed = self.listed()?;
+            Ok((listed.len() > before.len()).then_some(listed))
+        })?;
+        let id = after.difference(&before).next().context("no new backup")?;
+        self.assert_clean()?;
+        let restored = self.path("restored");
+        self.fleecebox(&["restore", id, "--to"])
+            .arg(&restored)
+            .run()?
+            .assert_success();
+        for reference in &references {
+            let path = restored.join(format!("{}.raw", reference.device));
+            compare::same_bytes(&reference.path, &path)?;
+            std::fs::remove_file(path)?;
+        }
+        self.base = id.clone();
+        Ok(())
+    }
+
+    /// Packs that were never finished and that no journal tells of any more.
+    fn forget_temporaries(&self) -> Result<()> {
+        for folder in ["packs", "components"] {
+            for entry in std::fs::read_dir(self.path("archive/namespaces/chunked").join(folder))? {
+                let path = entry?.path();
+                if path.extension().is_some_and(|extension| extension == "tmp") {
+                    std::fs::remove_file(path)?;
+                }
+            }
+        }
+        Ok(())
+    }
+}
