@@ -33,7 +33,8 @@ impl List {
                 }
             }
         }
-        rows.sort_by_key(|manifest| manifest.backup);
+        // Ids tell seconds; two backups of one second have an order all the same.
+        rows.sort_by_key(|manifest| (manifest.record.created, manifest.backup));
         if session.json {
             let rows: Vec<_> = rows
                 .iter()

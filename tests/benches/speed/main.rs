@@ -124,6 +124,11 @@ fn main() -> Result<()> {
     Ok(())
 }
 
+/// Beside the report: for a disk of a TiB the product asks for more free space than there is memory.
+fn fleecing_folder() -> Result<PathBuf> {
+    Ok(report_path()?.with_file_name("bench-fleecing"))
+}
+
 fn check_room(folder: &std::path::Path) -> Result<()> {
     let stat = rustix::fs::statvfs(folder)
         .with_context(|| format!("the folder {} (TMPDIR)", folder.display()))?;

@@ -88,7 +88,7 @@ impl Provider {
             .arg("--state")
             .arg(folder.join("state"))
             .arg("--fleecing")
-            .arg(folder)
+            .arg(crate::fleecing_folder()?)
             .arg("--disk")
             .arg(&daemon.disks()[0].node)
             .arg("--qmp")
