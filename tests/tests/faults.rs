@@ -97,7 +97,7 @@ fn nobody_reading_its_output_harms_no_backup() -> Result<()> {
 }
 
 #[test]
-#[ignore = "not settled: one of its ten cuts ends otherwise than it expects"]
+#[ignore = "not settled: it fails, and why has not been found"]
 fn a_monitor_that_is_lost_is_said_and_the_next_run_cleans_up() -> Result<()> {
     let mut site = Site::new(Server::Shared)?;
     for (command, stage) in [
@@ -128,7 +128,7 @@ fn a_monitor_that_is_lost_is_said_and_the_next_run_cleans_up() -> Result<()> {
 }
 
 #[test]
-#[ignore = "not settled: its expectation of the reason is of another QEMU state"]
+#[ignore = "not settled: it fails, and why has not been found"]
 fn a_qemu_that_is_killed_leaves_its_disks_to_be_read_in_full() -> Result<()> {
     let mut site = Site::new(Server::Shared)?;
     let running = site.stalled_backup()?;
@@ -279,7 +279,7 @@ fn a_full_archive_is_said_and_its_backups_stay_whole() -> Result<()> {
 }
 
 #[test]
-#[ignore = "not settled: passed alone, and once did not end beside other tests"]
+#[ignore = "not settled: it passed twice and once did not end, and why has not been found"]
 fn a_fleecing_folder_that_fills_up_ends_the_backup_and_not_the_guest() -> Result<()> {
     if !may_mount() {
         return Ok(());
