@@ -97,7 +97,6 @@ fn nobody_reading_its_output_harms_no_backup() -> Result<()> {
 }
 
 #[test]
-#[ignore = "not settled: it fails, and why has not been found"]
 fn a_monitor_that_is_lost_is_said_and_the_next_run_cleans_up() -> Result<()> {
     let mut site = Site::new(Server::Shared)?;
     for (command, stage) in [
@@ -128,7 +127,6 @@ fn a_monitor_that_is_lost_is_said_and_the_next_run_cleans_up() -> Result<()> {
 }
 
 #[test]
-#[ignore = "not settled: it fails, and why has not been found"]
 fn a_qemu_that_is_killed_leaves_its_disks_to_be_read_in_full() -> Result<()> {
     let mut site = Site::new(Server::Shared)?;
     let running = site.stalled_backup()?;
@@ -137,6 +135,8 @@ fn a_qemu_that_is_killed_leaves_its_disks_to_be_read_in_full() -> Result<()> {
     let outcome = running.finish()?;
     assert_eq!(outcome.code(), Some(1), "{}", outcome.stderr);
     site.daemon.start_again()?;
+    // QEMU's own names of nodes differ from one start to the next.
+    site.before = QemuState::read(site.daemon.monitors())?;
     site.renew_proxy()?;
     site.start_writers(40)?;
     site.write_some()?;
@@ -234,7 +234,6 @@ fn may_mount() -> bool {
 }
 
 #[test]
-#[ignore = "not settled: of two volumes that fail, the one that only hears of the other's failure may be told"]
 fn a_full_archive_is_said_and_its_backups_stay_whole() -> Result<()> {
     if !may_mount() {
         return Ok(());
@@ -279,7 +278,6 @@ fn a_full_archive_is_said_and_its_backups_stay_whole() -> Result<()> {
 }
 
 #[test]
-#[ignore = "not settled: it passed twice and once did not end, and why has not been found"]
 fn a_fleecing_folder_that_fills_up_ends_the_backup_and_not_the_guest() -> Result<()> {
     if !may_mount() {
         return Ok(());
@@ -289,7 +287,8 @@ fn a_fleecing_folder_that_fills_up_ends_the_backup_and_not_the_guest() -> Result
     // A sixteenth of the disks and the reserve of 32 MiB are asked for at the start.
     let tmpfs = Tmpfs::mount(&fleecing, 42 * MIB)?;
     let tracking = bitmaps(&site)?;
-    let running = site.stalled_backup()?;
+    // In full, because an incremental keeps old data only of what had changed: that may not be enough to fill it.
+    let running = site.stalled(site.backup().arg("--full"))?;
     site.start_writers(400)?;
     let outcome = running.finish()?;
     assert_failed(&outcome, "the fleecing folder is nearly full");

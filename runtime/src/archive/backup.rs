@@ -19,8 +19,7 @@ use crate::channel::Encoding;
 use crate::digest::Digest;
 use cap_std::fs::Dir;
 use std::collections::BTreeSet;
-use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Arc, Mutex, RwLock};
+use std::sync::{Arc, Mutex, OnceLock, RwLock};
 
 /// After one, it is not known what is durable.
 const NO_PANIC: &str = "no barrier has panicked";
@@ -45,8 +44,8 @@ pub struct BackupWriter {
     stats: Mutex<Stats>,
     /// Held for reading while a chunk is added, for writing while packs are closed.
     adding: RwLock<()>,
-    /// Some bytes may not be where a table says.
-    failed: AtomicBool,
+    /// Why some bytes may not be where a table says.
+    failed: OnceLock<String>,
     /// Nothing is to be removed any more.
     settled: bool,
 }
@@ -74,7 +73,7 @@ impl BackupWriter {
             components: Mutex::default(),
             stats: Mutex::default(),
             adding: RwLock::default(),
-            failed: AtomicBool::new(false),
+            failed: OnceLock::new(),
             settled: false,
             store,
         })
@@ -96,9 +95,7 @@ impl BackupWriter {
             actual: data.len() as u64,
         })?;
         let _adding = self.adding.read().expect(NO_PANIC);
-        if self.failed.load(Ordering::Acquire) {
-            return Err(Error::WriterFailed);
-        }
+        self.check()?;
         let id = ChunkId::of(&self.store.key, length, digests);
         let known = self.index()?.find(id).or_else(|| self.packs.find(id));
         let (frame, new) = match known {
@@ -108,7 +105,7 @@ impl BackupWriter {
                 let (stored, encoding) = encoded.map_err(Error::Encode)?;
                 self.packs
                     .append(id, &stored, length, encoding)
-                    .inspect_err(|_| self.fail())?
+                    .inspect_err(|error| self.fail(error))?
             }
         };
         let mut stats = lock(&self.stats);
@@ -178,11 +175,9 @@ impl BackupWriter {
     /// manifest is missing then.
     pub fn durable(&self) -> Result<(), Error> {
         let _alone = self.adding.write().expect(NO_PANIC);
-        if self.failed.load(Ordering::Acquire) {
-            return Err(Error::WriterFailed);
-        }
+        self.check()?;
         // After a failed sync the kernel may say that all is well the next time: there is no second try.
-        self.make_durable().inspect_err(|_| self.fail())
+        self.make_durable().inspect_err(|error| self.fail(error))
     }
 
     fn make_durable(&self) -> Result<(), Error> {
@@ -253,8 +248,18 @@ impl BackupWriter {
         Ok(index.insert(loaded).clone())
     }
 
-    fn fail(&self) {
-        self.failed.store(true, Ordering::Release);
+    fn check(&self) -> Result<(), Error> {
+        match self.failed.get() {
+            None => Ok(()),
+            Some(first) => Err(Error::WriterFailed {
+                first: first.clone(),
+            }),
+        }
+    }
+
+    fn fail(&self, first: &Error) {
+        // Whatever fails after it is its consequence.
+        let _ = self.failed.set(first.to_string());
     }
 }
 

@@ -118,8 +118,11 @@ pub enum Error {
         count: usize,
     },
     /// An earlier write of this backup failed, so that it can never be committed.
-    #[error("an earlier write of this backup failed")]
-    WriterFailed,
+    #[error("an earlier write of this backup failed: {first}")]
+    WriterFailed {
+        /// Why, in words: the first failure was told to whoever wrote then.
+        first: String,
+    },
     /// The backup is committed and can not be discarded as a failed one.
     #[error("backup {0} is committed")]
     Committed(BackupId),

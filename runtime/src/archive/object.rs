@@ -183,7 +183,7 @@ impl ObjectWriter {
     pub fn finish(mut self) -> Result<ObjectInfo, Error> {
         self.flush()?;
         if self.state == Progress::Failed {
-            return Err(Error::WriterFailed);
+            return Err(self.has_failed());
         }
         if self.encoder.encoding == Encoding::Zstd {
             let table = seek_table::render(&self.frames).map_err(Error::damaged(&self.name))?;
@@ -246,7 +246,7 @@ impl ObjectWriter {
     /// Writes to the file. After an error the object cannot be finished: bytes are missing.
     fn store(&mut self, bytes: &[u8]) -> Result<(), Error> {
         if self.state == Progress::Failed {
-            return Err(Error::WriterFailed);
+            return Err(self.has_failed());
         }
         self.fail();
         self.file.write_all(bytes).map_err(Error::at(&self.name))?;
@@ -258,6 +258,12 @@ impl ObjectWriter {
 
     fn fail(&mut self) {
         self.state = Progress::Failed;
+    }
+
+    fn has_failed(&self) -> Error {
+        Error::WriterFailed {
+            first: format!("object {} lacks bytes", self.name),
+        }
     }
 }
 

@@ -363,14 +363,14 @@ fn after_a_failed_write_a_backup_never_commits() {
     std::fs::rename(temporary.path(), &hidden).unwrap();
     assert!(writer.durable().is_err());
     std::fs::rename(&hidden, temporary.path()).unwrap();
-    assert!(matches!(writer.durable(), Err(Error::WriterFailed)));
+    assert!(matches!(writer.durable(), Err(Error::WriterFailed { .. })));
     assert!(matches!(
         writer.put(&[1; 100], &[], Encoding::Zstd),
-        Err(Error::WriterFailed)
+        Err(Error::WriterFailed { .. })
     ));
     assert!(matches!(
         writer.commit(record(vec![])),
-        Err(Error::WriterFailed)
+        Err(Error::WriterFailed { .. })
     ));
     assert!(fixture.packs().is_empty());
 }

@@ -111,15 +111,11 @@ pub async fn run(
         target.frozen.reader.disconnect().await;
     }
     run.settle().await;
-    let receipt = match (ended, before) {
-        // These are the reason for whatever failed under them.
-        (Err(stopped @ (RunError::Cancelled | RunError::WallTime { .. })), _) => {
-            return Err(stopped);
-        }
-        (_, Some(failure)) => return Err(failure.into()),
-        // What fails after the provider's own end is its consequence.
-        (ended, None) => ended?,
-    };
+    // What failed before the end is its reason, what failed after it is its consequence.
+    if let Some(failure) = before {
+        return Err(failure.into());
+    }
+    let receipt = ended?;
     if let Some(failure) = target.take_failure() {
         return Err(failure.into());
     }

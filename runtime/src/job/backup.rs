@@ -313,6 +313,13 @@ pub async fn backup(
     .await
 }
 
+/// The writer is there until the commit, and held by nobody else once all runs have ended.
+fn not_held() -> archive::Error {
+    archive::Error::WriterFailed {
+        first: "a task of the job still holds it".into(),
+    }
+}
+
 fn tell_choice(events: &Events, disk: &qemu::Disk, choice: &Choice) {
     let what = match (&choice.base, &choice.reason) {
         (Some(base), _) => format!("incremental since {}", base.manifest.backup),
@@ -494,7 +501,7 @@ impl Backup<'_> {
             std::thread::available_parallelism().map_or(2, std::num::NonZero::get),
         ));
         let attachments = Arc::new(self.request.attachments.clone());
-        let writer = self.writer.as_ref().ok_or(archive::Error::WriterFailed)?;
+        let writer = self.writer.as_ref().ok_or_else(not_held)?;
         let runs = point
             .volumes
             .iter()
@@ -575,7 +582,7 @@ impl Backup<'_> {
 
     async fn prove_and_commit(&mut self, covered: Vec<Covered>) -> Result<Manifest, BackupError> {
         self.step(Step::Proving)?;
-        let writer = self.writer.as_ref().ok_or(archive::Error::WriterFailed)?;
+        let writer = self.writer.as_ref().ok_or_else(not_held)?;
         for volume in &covered {
             let order = prove::Order {
                 covered: volume,
@@ -604,7 +611,7 @@ impl Backup<'_> {
             .writer
             .take()
             .and_then(Arc::into_inner)
-            .ok_or(archive::Error::WriterFailed)?;
+            .ok_or_else(not_held)?;
         let component = self.request.component.clone();
         let record = self.record(covered, ComponentId::of(&component));
         let committed = tokio::task::spawn_blocking(move || {

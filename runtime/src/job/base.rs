@@ -694,7 +694,7 @@ mod tests {
 
     #[test]
     fn an_archive_that_cannot_be_asked_stops_everything() {
-        let unreadable = |_| Err(archive::Error::WriterFailed);
+        let unreadable = |_| Err(archive::Error::NotAnArchive);
         let of = |backup, base, recording| Made {
             of: Of::Ours,
             backup,

@@ -63,6 +63,8 @@ pub enum Thing {
     Job(String),
     /// The NBD server.
     Server,
+    /// All that is left, where QEMU cannot be told any more.
+    Everything,
 }
 
 impl fmt::Display for Thing {
@@ -72,7 +74,15 @@ impl fmt::Display for Thing {
             Self::Node(id) => write!(f, "block node {id}"),
             Self::Job(id) => write!(f, "block job {id}"),
             Self::Server => f.write_str("the NBD server"),
+            Self::Everything => f.write_str("what the job made inside QEMU"),
         }
+    }
+}
+
+impl RemovalError {
+    /// Whether QEMU cannot be told anything any more.
+    pub(super) fn is_lost(&self) -> bool {
+        matches!(&self.reason, Reason::Monitor(error) if error.is_lost())
     }
 }
 
@@ -116,6 +126,15 @@ pub(super) async fn remove(
     }
     if server == ServerFate::StopIfUnused {
         note(Thing::Server, stop_server(monitor).await);
+    }
+    // A lost monitor fails every step that was left: said once.
+    if let Some(lost) = errors.iter().position(RemovalError::is_lost) {
+        let RemovalError { reason, .. } = errors.swap_remove(lost);
+        errors.retain(|error| !error.is_lost());
+        errors.push(RemovalError {
+            what: Thing::Everything,
+            reason,
+        });
     }
     errors
 }

@@ -108,6 +108,9 @@ pub enum Cause {
         /// Why.
         reason: Unusable,
     },
+    /// The monitor failed before anything was changed but fleecing nodes.
+    #[error(transparent)]
+    Monitor(MonitorError),
     /// QEMU cannot open the fleecing image.
     #[error(
         "QEMU cannot open the fleecing image {path}: {source}. The VM's QEMU must be able to open this path for writing: one that runs as another user, or confined as libvirt does, needs a fleecing folder that it may use"
@@ -172,6 +175,12 @@ pub enum UndoError {
         /// Why.
         source: MonitorError,
     },
+}
+
+impl UndoError {
+    fn is_lost(&self) -> bool {
+        matches!(self, Self::Removal(error) if error.is_lost())
+    }
 }
 
 /// All disks as of one moment, ready to be read. Dropping it leaves everything in place.
@@ -385,6 +394,10 @@ async fn undo(monitor: &Monitor, request: &Request, server: ServerFate) -> Vec<U
     let remains = remains(request.job, request.plans.len());
     let removed = removal::remove(monitor, &remains, server).await;
     let mut left: Vec<_> = removed.into_iter().map(UndoError::from).collect();
+    if left.iter().any(UndoError::is_lost) {
+        // No bitmap can be put back either.
+        return left;
+    }
     for plan in &request.plans {
         // A bitmap that was found unusable is left for the caller to judge.
         if check_bitmap(plan).is_err() {
@@ -428,10 +441,14 @@ async fn add_fleecing(monitor: &Monitor, node: &str, plan: &Plan) -> Result<(), 
         "file": { "driver": "file", "filename": plan.fleecing, "discard": "unmap" },
     });
     let added = monitor.execute_raw("blockdev-add", arguments).await;
-    added.map(drop).map_err(|source| Cause::Fleecing {
-        path: plan.fleecing.clone(),
-        source,
-    })
+    match added {
+        Ok(_) => Ok(()),
+        Err(source) if source.is_refusal() => Err(Cause::Fleecing {
+            path: plan.fleecing.clone(),
+            source,
+        }),
+        Err(error) => Err(Cause::Monitor(error)),
+    }
 }
 
 async fn transaction(monitor: &Monitor, actions: Vec<Value>) -> Result<(), Cause> {

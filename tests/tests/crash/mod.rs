@@ -151,11 +151,12 @@ impl Site {
 
     /// A backup that comes to a halt in the middle of its run: both providers have stored half of their disks.
     pub(crate) fn stalled_backup(&self) -> Result<Running> {
-        let running = self
-            .backup()
-            .arg("--provider")
-            .arg("stalls-half-way")
-            .start()?;
+        self.stalled(self.backup())
+    }
+
+    /// The same of a backup with options of its own.
+    pub(crate) fn stalled(&self, backup: Fleecebox) -> Result<Running> {
+        let running = backup.arg("--provider").arg("stalls-half-way").start()?;
         for disk in DISKS {
             let stalled = format!("provider ({disk}, info): half of it is stored");
             running.wait_for_line(SOON, |line| line == stalled)?;
