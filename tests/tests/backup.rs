@@ -1,5 +1,6 @@
 //! Full and incremental backups of live disks by the honest providers.
 
+use std::collections::BTreeSet;
 use std::ops::Range;
 use std::time::Duration;
 
@@ -40,7 +41,10 @@ fn restores_each_point_in_time_of_live_disks(provider: &str) -> Result<()> {
     let before = QemuState::read(daemon.monitors())?;
     // Both ends of the odd disk, data and holes.
     let regions = [0..4 * MIB, 23 * MIB..25 * MIB, size - MIB..odd_size];
-    let may_be_dirty = [grown(&ext4.data_extents, size), grown(&regions, odd_size)];
+    let may_be_dirty = [
+        bytes(&blocks(&ext4.data_extents), size),
+        bytes(&blocks(&regions), odd_size),
+    ];
     let writers = [
         writer(&daemon, "da", 1, ext4.data_extents)?,
         writer(&daemon, "db", 2, regions.into())?,
@@ -169,7 +173,7 @@ fn what_is_read_is_what_qemu_calls_dirty() -> Result<()> {
     let disks = [Disk::raw("da", sizes[0].1), Disk::qcow2("db", sizes[1].1)];
     let daemon = StorageDaemon::start_with_writer_exports(&disks)?;
     let proxy = Proxy::start(daemon.monitors())?;
-    let order = site.order(&daemon, "chunked")?.through(&proxy);
+    let order = site.order(&daemon, "tells-its-regions")?.through(&proxy);
     site.backup(&order)?;
     proxy.references()?;
     for (index, (disk, size)) in sizes.into_iter().enumerate() {
@@ -206,19 +210,22 @@ fn what_is_read_is_what_qemu_calls_dirty() -> Result<()> {
         .filter(|id| !id.starts_with("writer-"))
         .collect();
     exports.sort_unstable();
-    for (export, (_, size)) in exports.into_iter().zip(sizes) {
+    ensure!(exports.len() == sizes.len(), "{exports:?}");
+    for export in exports {
         let contexts = nbd_map::dirty_contexts(&daemon.nbd_socket(), export)?;
         let [context] = &contexts[..] else {
             anyhow::bail!("not one bitmap on {export}: {contexts:?}");
         };
         let ranges = nbd_map::dirty_ranges(&daemon.nbd_socket(), export, context)?;
         ensure!(!ranges.is_empty(), "nothing is dirty on {export}");
-        expected.push(grown(&ranges, size));
+        expected.push(blocks(&ranges));
     }
     held.go_on();
     let backup = Backup::told_by(&running.finish()?.assert_success())?;
-    let read: Vec<_> = sizes.map(|(disk, _)| backup.dirty_bytes(disk)).into();
-    assert_eq!(read, expected);
+    for ((disk, size), expected) in sizes.into_iter().zip(expected) {
+        assert_eq!(blocks(&told_regions(&backup, disk)?), expected, "{disk}");
+        assert_eq!(backup.dirty_bytes(disk), bytes(&expected, size), "{disk}");
+    }
     site.check(&order, &backup, &proxy.references()?)
 }
 
@@ -236,14 +243,31 @@ fn writer(
     Writer::start(daemon.writer_access(disk)?, load)
 }
 
-/// Bytes of all blocks that the ranges touch, the last one of the disk cut at its end.
-fn grown(ranges: &[Range<u64>], size: u64) -> u64 {
-    let blocks: std::collections::BTreeSet<u64> = ranges
-        .iter()
-        .flat_map(|range| range.start / BLOCK..range.end.div_ceil(BLOCK))
-        .collect();
+/// All blocks that the ranges touch.
+fn blocks(ranges: &[Range<u64>]) -> BTreeSet<u64> {
+    let touched = |range: &Range<u64>| range.start / BLOCK..range.end.div_ceil(BLOCK);
+    ranges.iter().flat_map(touched).collect()
+}
+
+/// What the blocks of a disk of `size` bytes hold, its last one cut at its end.
+fn bytes(blocks: &BTreeSet<u64>, size: u64) -> u64 {
     blocks
-        .into_iter()
+        .iter()
         .map(|block| BLOCK.min(size - block * BLOCK))
         .sum()
+}
+
+/// The regions that the provider was given, by its log.
+fn told_regions(backup: &Backup, disk: &str) -> Result<Vec<Range<u64>>> {
+    let start = format!("provider ({disk}, info): region ");
+    let told = backup
+        .said
+        .lines()
+        .filter_map(|line| line.strip_prefix(&start));
+    told.map(|region| {
+        let (offset, length) = region.split_once(' ').context("no region")?;
+        let (offset, length): (u64, u64) = (offset.parse()?, length.parse()?);
+        Ok(offset..offset + length)
+    })
+    .collect()
 }
