@@ -43,6 +43,12 @@ pub struct Vm {
     pub disks: Vec<String>,
     /// Socket of the NBD server that already runs in this QEMU; without one Fleecebox starts its own.
     pub nbd: Option<PathBuf>,
+    /// Command that starts the VM paused when it does not run: program and arguments. It is stopped afterwards.
+    #[serde(default)]
+    pub start: Vec<String>,
+    /// Further volumes by name: a device or block node of the VM, or the absolute path of a file.
+    #[serde(default)]
+    pub extra: BTreeMap<String, String>,
     /// The provider to use when the command names none.
     pub provider: Option<String>,
     /// The archive to use when the command names none.

@@ -19,6 +19,7 @@
 mod agent;
 pub mod compare;
 mod disk;
+mod emulator;
 mod eventually;
 mod ext4_disk;
 mod fleecebox;
@@ -36,6 +37,7 @@ mod writer;
 
 pub use agent::{Agent, AgentError, FreezeStatus};
 pub use disk::{Disk, DiskFile, Format};
+pub use emulator::Emulator;
 pub use eventually::eventually;
 pub use ext4_disk::Ext4Disk;
 pub use fleecebox::{Fleecebox, Outcome, Process, Running, component};

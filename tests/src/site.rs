@@ -113,6 +113,25 @@ impl Site {
         })
     }
 
+    /// An order for all disks of a machine whose monitor this is, by the provider of that crate name.
+    ///
+    /// # Errors
+    /// When the provider is not built.
+    pub fn order_for(&self, monitor: &Path, provider: &str) -> Result<Order> {
+        Ok(Order {
+            vm: "web".into(),
+            qmp: monitor.into(),
+            nbd: None,
+            disks: Vec::new(),
+            provider: component(provider)?
+                .to_str()
+                .context("a path in UTF-8")?
+                .into(),
+            archive: self.archive(),
+            full: false,
+        })
+    }
+
     /// `fleecebox backup --json`, as ordered.
     pub fn backup_command(&self, order: &Order) -> Fleecebox {
         let mut command = self

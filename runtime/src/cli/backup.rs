@@ -5,7 +5,8 @@ use super::{Failure, Sandboxes, Session, target, text};
 use crate::archive::NamespaceName;
 use crate::grants::MAX_ATTACHMENT;
 use crate::job::backup::{self, Places, Request, Summary};
-use anyhow::anyhow;
+use crate::job::extra::{Extra, Source};
+use anyhow::{Context, anyhow};
 use clap::Args;
 use serde_json::json;
 use std::collections::BTreeMap;
@@ -122,6 +123,8 @@ impl Backup {
             }
             attachments.insert(name.clone(), bytes);
         }
+        let extra = vm.extra.iter().map(|(name, what)| extra(name, what));
+        let extra = extra.collect::<Result<_, _>>()?;
         let archive_name = self.archive.or_else(|| vm.archive.clone());
         let archive = Arc::new(target::archive(session, archive_name.as_deref(), true)?);
         let fleecing = vm
@@ -144,6 +147,7 @@ impl Backup {
             component: component.into(),
             namespace,
             attachments,
+            extra,
             full: self.full,
         };
         Ok((request, places))
@@ -162,6 +166,32 @@ fn check_vm_name(name: &str) -> Result<(), Failure> {
         )));
     }
     Ok(())
+}
+
+/// What has a slash is a file, anything else a device or block node of the VM.
+fn extra(name: &str, what: &str) -> Result<Extra, Failure> {
+    let plain = |b: u8| b.is_ascii_alphanumeric() || b"-_.".contains(&b);
+    if name.is_empty() || !name.bytes().all(plain) || name.starts_with('.') {
+        return Err(mistake(format!(
+            "'{}' cannot name an extra volume: use letters, digits, '-', '_' and '.'",
+            name.escape_debug()
+        )));
+    }
+    let source = match what.contains('/') {
+        false => Source::Node(what.into()),
+        true => {
+            let opened = std::fs::File::open(what)
+                .and_then(|opened| Ok((std::fs::canonicalize(what)?, opened)));
+            let (path, opened) = opened
+                .with_context(|| format!("the extra volume {name} ({what}) cannot be opened"))
+                .map_err(Failure::Mistake)?;
+            Source::File { path, opened }
+        }
+    };
+    Ok(Extra {
+        name: name.into(),
+        source,
+    })
 }
 
 fn settings(path: &Path) -> Result<toml::Table, Failure> {

@@ -9,8 +9,10 @@
 use super::base::{self, Choice, ChoiceError, Owner, Recorded};
 use super::component::{Component, ComponentError};
 use super::event::{Event, Events};
+use super::extra::{self, Attached, Extra, ExtraError};
 use super::fleecing::{Fleecing, FleecingError, NearlyFull};
 use super::journal::{Journal, JournalError, Record, Step};
+use super::power::{self, PowerError};
 use super::prove::{self, ProofError};
 use super::recover::{self, RecoverError, Traces};
 use super::volume_run::{self, Covered, VolumeError};
@@ -20,6 +22,7 @@ use crate::archive::{
 };
 use crate::config::{Provider, Vm};
 use crate::qemu::bitmap::{self, Tracking};
+use crate::qemu::machine::{RunState, Standing};
 use crate::qemu::snapshot::{Broken, Cause, NbdServer, Request as PointRequest};
 use crate::qemu::{
     self, Agent, JobId, MachineError, Monitor, MonitorError, Plan, PointInTime, Schema,
@@ -30,7 +33,7 @@ use bytes::Bytes;
 use cap_std::fs::Dir;
 use std::collections::BTreeMap;
 use std::io;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 use time::OffsetDateTime;
@@ -60,6 +63,8 @@ pub struct Request {
     pub namespace: NamespaceName,
     /// Handed to the provider.
     pub attachments: BTreeMap<String, Vec<u8>>,
+    /// Further volumes.
+    pub extra: Vec<Extra>,
     /// Read every disk in full.
     pub full: bool,
 }
@@ -106,9 +111,15 @@ pub enum BackupError {
         /// Why.
         source: ComponentError,
     },
-    /// The monitor cannot be reached or used.
+    /// The VM cannot be reached or started.
+    #[error(transparent)]
+    Power(#[from] PowerError),
+    /// The monitor failed.
     #[error(transparent)]
     Monitor(#[from] MonitorError),
+    /// An extra volume cannot join.
+    #[error(transparent)]
+    Extra(#[from] ExtraError),
     /// The agent cannot be reached.
     #[error("the guest agent: {0}")]
     Agent(#[from] qemu::AgentError),
@@ -177,7 +188,8 @@ impl BackupError {
     pub fn is_mistake(&self) -> bool {
         match self {
             Self::Component { source, .. } => source.is_refusal(),
-            Self::Monitor(error) => error.is_no_monitor(),
+            Self::Power(error) => error.is_mistake(),
+            Self::Extra(error) => error.is_mistake(),
             Self::Machine(error) => !matches!(error, MachineError::Monitor(_)),
             Self::Archive(error) => error.is_not_writable(),
             Self::Agent(error) => matches!(error, qemu::AgentError::Connect { .. }),
@@ -217,100 +229,212 @@ pub async fn backup(
     };
     // First the lock: QEMU would let a second job wait for the monitor without a word.
     let mut journal = Journal::open(places.vm_state.0, places.vm_state.1)?;
-    let monitor = Monitor::connect(&request.qmp).await?;
-    let fleecing_folder = &places.fleecing.0;
-    let traces = Traces {
-        monitor: &monitor,
-        fleecing: fleecing_folder,
-        own_server: request.vm.nbd.is_none(),
-        archive: &places.archive,
-        namespace: &namespace,
-        owner: &owner,
-    };
-    recover::recover(&traces, &mut journal, events).await?;
-
-    let choice = match &request.vm.disks[..] {
-        [] => machine::Choice::All,
-        names => machine::Choice::Named(names.to_vec()),
-    };
-    let found = machine::disks(&monitor, &choice).await?;
-    for skipped in &found.skipped {
-        events.note(format!("{} is skipped: {}", skipped.name, skipped.reason));
-    }
-    let id = BackupId::random(OffsetDateTime::now_utc())?;
-    let mut disks = Vec::new();
-    for disk in found.disks {
-        let mut known = BTreeMap::new();
-        let choice = base::choose(&owner, &disk, id, BLOCK_SIZE, |id| {
-            if let Some(known) = known.get(&id) {
-                return Ok(Recorded::clone(known));
-            }
-            let found = recover::recorded(&namespace, id)?;
-            known.insert(id, found.clone());
-            Ok(found)
-        })?;
-        let choice = if request.full {
-            choice
-                .in_full(&owner, &disk, id)
-                .map_err(ChoiceError::from)?
-        } else {
-            choice
-        };
-        tell_choice(events, &disk, &choice);
-        disks.push((disk, choice));
-    }
-    tell_missing(events, &disks);
-
-    let parent = fleecing_folder
-        .try_clone()
-        .map_err(BackupError::FleecingLost)?;
-    let job = JobId::random()?;
-    let name = Fleecing::name(job);
-    journal.write(Record {
-        job: job.to_string(),
-        archive: places.archive.id().to_string(),
-        namespace: request.namespace.to_string(),
-        backup: id.to_string(),
-        step: Step::Preparing,
-        fleecing: name.clone(),
-        nbd_server: request.vm.nbd.is_none(),
-    })?;
-    let sizes: Vec<u64> = disks.iter().map(|(disk, _)| disk.size).collect();
-    let fleecing = match Fleecing::create(parent, &places.fleecing.1, &name, &sizes) {
-        Ok(fleecing) => fleecing,
-        Err(error) => {
-            // Where this fails, the next run finds a journal and nothing else.
-            let _ = journal.clear();
-            return Err(error.into());
-        }
-    };
-    let writer = match namespace.begin(id) {
-        Ok(writer) => Some(Arc::new(writer)),
-        Err(error) => {
-            if fleecing.remove().is_ok() {
-                let _ = journal.clear();
-            }
-            return Err(error.into());
-        }
-    };
-    Backup {
+    let reached = power::reach(&request.qmp, &request.vm.start, &journal, events, cancel).await?;
+    let attempt = Attempt {
         request: &request,
-        namespace,
-        component,
+        archive: &places.archive,
+        fleecing: (&places.fleecing.0, &places.fleecing.1),
         program,
-        monitor,
-        journal,
-        fleecing,
-        writer,
-        id,
-        job,
-        disks,
-        reached: Vec::new(),
+        namespace,
+        owner,
+        component,
+        monitor: &reached.monitor,
         events,
         cancel,
+    };
+    let made = attempt.make(&mut journal).await;
+    let put_back = reached.put_back(&journal, events).await;
+    match (made, put_back) {
+        (Ok(mut summary), Err(left)) => {
+            summary.left.push(left);
+            Ok(summary)
+        }
+        (Err(error), Err(left)) => {
+            events.warn(left);
+            Err(error)
+        }
+        (made, Ok(())) => made,
     }
-    .make()
-    .await
+}
+
+/// A backup of a VM that has a monitor.
+struct Attempt<'a> {
+    request: &'a Request,
+    archive: &'a Archive,
+    /// The folder for fleecing images, and its path.
+    fleecing: (&'a Dir, &'a Path),
+    program: &'a Program,
+    namespace: Arc<Namespace>,
+    owner: Owner,
+    component: Component,
+    monitor: &'a Monitor,
+    events: &'a Events,
+    cancel: &'a CancellationToken,
+}
+
+impl Attempt<'_> {
+    async fn make(self, journal: &mut Journal) -> Result<Summary, BackupError> {
+        let Self {
+            request,
+            archive,
+            fleecing: (fleecing_folder, fleecing_path),
+            program,
+            namespace,
+            owner,
+            component,
+            monitor,
+            events,
+            cancel,
+        } = self;
+        let traces = Traces {
+            monitor,
+            fleecing: fleecing_folder,
+            own_server: request.vm.nbd.is_none(),
+            archive,
+            namespace: &namespace,
+            owner: &owner,
+        };
+        recover::recover(&traces, journal, events).await?;
+        let standing = standing(monitor, request, events).await?;
+
+        let choice = match &request.vm.disks[..] {
+            [] => machine::Choice::All,
+            names => machine::Choice::Named(names.to_vec()),
+        };
+        let mut found = machine::disks(monitor, &choice).await?;
+        extra::add_nodes(monitor, &request.extra, &mut found).await?;
+        for skipped in &found.skipped {
+            events.note(format!("{} is skipped: {}", skipped.name, skipped.reason));
+        }
+        let id = BackupId::random(OffsetDateTime::now_utc())?;
+        let mut disks = Vec::new();
+        for disk in found.disks {
+            let mut known = BTreeMap::new();
+            if disk.read_only {
+                let choice = Choice::untracked("it is read-only and has no bitmap");
+                tell_choice(events, &disk, &choice);
+                disks.push((disk, choice));
+                continue;
+            }
+            let choice = base::choose(&owner, &disk, id, BLOCK_SIZE, |id| {
+                if let Some(known) = known.get(&id) {
+                    return Ok(Recorded::clone(known));
+                }
+                let found = recover::recorded(&namespace, id)?;
+                known.insert(id, found.clone());
+                Ok(found)
+            })?;
+            let choice = if request.full {
+                choice
+                    .in_full(&owner, &disk, id)
+                    .map_err(ChoiceError::from)?
+            } else {
+                choice
+            };
+            tell_choice(events, &disk, &choice);
+            disks.push((disk, choice));
+        }
+        tell_missing(events, &disks);
+
+        let parent = fleecing_folder
+            .try_clone()
+            .map_err(BackupError::FleecingLost)?;
+        let job = JobId::random()?;
+        let name = Fleecing::name(job);
+        journal.write(Record {
+            job: job.to_string(),
+            archive: archive.id().to_string(),
+            namespace: request.namespace.to_string(),
+            backup: id.to_string(),
+            step: Step::Preparing,
+            fleecing: name.clone(),
+            nbd_server: request.vm.nbd.is_none(),
+        })?;
+        let attached = match extra::attach_files(monitor, job, &request.extra, &mut disks).await {
+            Ok(attached) => {
+                for (disk, choice) in disks.iter().rev().take(attached.len()).rev() {
+                    tell_choice(events, disk, choice);
+                }
+                attached
+            }
+            Err(error) => {
+                if extra::detach_files(monitor, job, &request.extra)
+                    .await
+                    .is_empty()
+                {
+                    let _ = journal.clear();
+                }
+                return Err(error.into());
+            }
+        };
+        let sizes: Vec<u64> = disks.iter().map(|(disk, _)| disk.size).collect();
+        let fleecing = match Fleecing::create(parent, fleecing_path, &name, &sizes) {
+            Ok(fleecing) => fleecing,
+            Err(error) => {
+                // Where this fails, the next run finds a journal and nothing else.
+                if extra::detach_files(monitor, job, &request.extra)
+                    .await
+                    .is_empty()
+                {
+                    let _ = journal.clear();
+                }
+                return Err(error.into());
+            }
+        };
+        let writer = match namespace.begin(id) {
+            Ok(writer) => Some(Arc::new(writer)),
+            Err(error) => {
+                let detached = extra::detach_files(monitor, job, &request.extra).await;
+                if fleecing.remove().is_ok() && detached.is_empty() {
+                    let _ = journal.clear();
+                }
+                return Err(error.into());
+            }
+        };
+        Backup {
+            request,
+            namespace,
+            component,
+            program,
+            monitor,
+            journal,
+            standing,
+            attached,
+            fleecing,
+            writer,
+            id,
+            job,
+            disks,
+            reached: Vec::new(),
+            events,
+            cancel,
+        }
+        .make()
+        .await
+    }
+}
+
+/// Whether the guest runs; a storage daemon, which has none, never stands still.
+async fn standing(
+    monitor: &Monitor,
+    request: &Request,
+    events: &Events,
+) -> Result<Standing, BackupError> {
+    let Some(state) = machine::run_state(monitor).await? else {
+        return Ok(Standing::Runs);
+    };
+    let standing = state.standing()?;
+    if standing == Standing::Still {
+        let agent = match &request.vm.agent {
+            Some(_) => ", without asking its agent",
+            None => "",
+        };
+        events.note(format!(
+            "the VM does not run (it is {}); its disks are taken as they are{agent}",
+            state.status
+        ));
+    }
+    Ok(standing)
 }
 
 /// The writer is there until the commit, and held by nobody else once all runs have ended.
@@ -359,8 +483,11 @@ struct Backup<'a> {
     namespace: Arc<Namespace>,
     component: Component,
     program: &'a Program,
-    monitor: Monitor,
-    journal: Journal,
+    monitor: &'a Monitor,
+    journal: &'a mut Journal,
+    /// Whether the guest ran at the beginning.
+    standing: Standing,
+    attached: Vec<Attached<'a>>,
     fleecing: Fleecing,
     /// Until it commits.
     writer: Option<Arc<BackupWriter>>,
@@ -380,7 +507,9 @@ impl Backup<'_> {
             Err(error) => {
                 // It has been taken back, but for what the error names.
                 let undone = !matches!(&error, BackupError::Snapshot(error) if error.frozen.is_some() || !error.left.is_empty());
-                let mut left = Vec::new();
+                let detached =
+                    extra::detach_files(self.monitor, self.job, &self.request.extra).await;
+                let mut left: Vec<_> = detached.iter().map(ToString::to_string).collect();
                 left.extend(self.remove_fleecing());
                 left.extend(self.abandon());
                 if undone {
@@ -397,6 +526,8 @@ impl Backup<'_> {
         let mut left = Vec::new();
         left.extend(self.step(Step::Releasing).err().map(|e| e.to_string()));
         left.extend(self.take_down(&point).await);
+        left.extend(self.resume().await);
+        extra::warn_of_changes(&self.attached, self.events);
         let snapshot = since.elapsed();
         let committed = match read {
             Ok(covered) => self.prove_and_commit(covered).await,
@@ -446,12 +577,15 @@ impl Backup<'_> {
     }
 
     async fn point_in_time(&mut self) -> Result<PointInTime, BackupError> {
-        let schema = Schema::probe(&self.monitor).await?;
-        let mut agent = match &self.request.vm.agent {
+        let schema = Schema::probe(self.monitor).await?;
+        // No agent answers in a guest that stands still; its file systems cannot be frozen, and nothing writes to them.
+        let agent_socket = self.request.vm.agent.as_ref();
+        let agent_socket = agent_socket.filter(|_| self.standing == Standing::Runs);
+        let mut agent = match agent_socket {
             Some(path) => Some(Agent::connect(path, qemu::agent::Limits::default()).await?),
             None => None,
         };
-        let mut watchdog = match &self.request.vm.agent {
+        let mut watchdog = match agent_socket {
             Some(path) => Some(Watchdog::spawn(Some(path), None).await?),
             None => None,
         };
@@ -479,7 +613,7 @@ impl Backup<'_> {
             plans,
             server,
         };
-        let taken = qemu::snapshot::take(&self.monitor, &schema, request, agent.as_mut()).await;
+        let taken = qemu::snapshot::take(self.monitor, &schema, request, agent.as_mut()).await;
         let frozen = matches!(&taken, Err(error) if error.frozen.is_some());
         // The agent takes one client at a time: ours goes before the watchdog may need it.
         drop(agent);
@@ -555,14 +689,14 @@ impl Backup<'_> {
             return Err(BackupError::Volume { volume, source });
         }
         // After the last read: did the snapshot hold to the end?
-        point.check_alive(&self.monitor).await?;
+        point.check_alive(self.monitor).await?;
         self.fleecing.sync().map_err(BackupError::FleecingLost)?;
         Ok(covered.into_iter().flatten().collect())
     }
 
     /// Returns what could not be removed; the next run does it.
     async fn take_down(&mut self, point: &PointInTime) -> Vec<String> {
-        let errors = point.teardown(&self.monitor).await;
+        let errors = point.teardown(self.monitor).await;
         if errors.is_empty() {
             self.journal.server_stopped();
         }
@@ -570,6 +704,23 @@ impl Backup<'_> {
         // QEMU may still hold a file that could not be taken from it; deleting it harms neither side.
         left.extend(self.remove_fleecing());
         left
+    }
+
+    /// A guest whose writes a full fleecing image failed was stopped by QEMU: with the image gone they succeed.
+    async fn resume(&self) -> Option<String> {
+        let stopped = self.standing == Standing::Runs
+            && machine::run_state(self.monitor)
+                .await
+                .is_ok_and(|state| state.as_ref().is_some_and(RunState::is_io_error));
+        if !stopped {
+            return None;
+        }
+        self.events.warn(
+            "an I/O error stopped the VM during the backup; it is continued now that nothing of the backup is left in it",
+        );
+        let continued = self.monitor.execute(qapi::qmp::cont {}).await;
+        let error = continued.err()?;
+        Some(format!("the VM is stopped by an I/O error: {error}"))
     }
 
     fn remove_fleecing(&self) -> Option<String> {
@@ -648,7 +799,7 @@ impl Backup<'_> {
             let settled = if committed.is_ok() {
                 self.accept(node, choice).await
             } else {
-                bitmap::back_out(&self.monitor, node, &volume.plan.bitmap).await
+                bitmap::back_out(self.monitor, node, &volume.plan.bitmap).await
             };
             match settled {
                 Ok(Tracking::Restored) => {}
@@ -663,9 +814,9 @@ impl Backup<'_> {
     }
 
     async fn accept(&self, node: &str, choice: &Choice) -> Result<Tracking, MonitorError> {
-        bitmap::accept(&self.monitor, node, &choice.bitmap).await?;
+        bitmap::accept(self.monitor, node, &choice.bitmap).await?;
         for stale in &choice.stale {
-            bitmap::remove(&self.monitor, node, stale).await?;
+            bitmap::remove(self.monitor, node, stale).await?;
         }
         Ok(Tracking::Restored)
     }

@@ -66,6 +66,16 @@ pub struct Choice {
 }
 
 impl Choice {
+    /// A disk that is read in full each time, without a bitmap.
+    pub fn untracked(reason: &str) -> Self {
+        Self {
+            bitmap: BitmapPlan::None,
+            base: None,
+            stale: Vec::new(),
+            reason: Some(reason.into()),
+        }
+    }
+
     /// The same disk read in full: what would have been its base is useless once the new backup is committed.
     pub fn in_full(
         mut self,
@@ -512,6 +522,7 @@ mod tests {
             filename: "disk0.raw".into(),
             bitmaps: bitmaps.iter().map(|made| made.state.clone()).collect(),
             can_persist: false,
+            read_only: false,
         }
     }
 

@@ -11,6 +11,7 @@ use std::path::PathBuf;
 
 const FILE: &str = "journal.json";
 const LOCK: &str = "lock";
+const STARTED: &str = "started";
 
 /// In a test's environment: the step at which the job stops itself (SIGSTOP), so that it can be killed right there.
 const STOP_AT: &str = "FLEECEBOX_STOP_AT";
@@ -155,6 +156,22 @@ impl Journal {
         if let Some(record) = &mut self.record {
             record.nbd_server = false;
         }
+    }
+
+    /// Whether a job started the VM, which has to be stopped again.
+    pub fn vm_started(&self) -> bool {
+        self.folder.exists(STARTED)
+    }
+
+    /// Records durably whether it did.
+    pub fn set_vm_started(&self, started: bool) -> Result<(), JournalError> {
+        if started {
+            self.folder.create(STARTED)?.sync_all()?;
+            self.folder.open(".")?.sync_all()?;
+        } else if self.vm_started() {
+            self.folder.remove_file(STARTED)?;
+        }
+        Ok(())
     }
 
     /// Nothing is left to clean up.

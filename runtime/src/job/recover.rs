@@ -8,6 +8,7 @@ use super::fleecing::Fleecing;
 use super::journal::{Journal, JournalError, Record};
 use crate::archive::{self, Archive, BackupId, Namespace};
 use crate::qemu::bitmap::{self, BitmapPlan, Tracking};
+use crate::qemu::machine::{self, RunState};
 use crate::qemu::removal::{self, RemovalError, ServerFate};
 use crate::qemu::{Monitor, MonitorError, leftovers};
 use cap_std::fs::Dir;
@@ -69,7 +70,14 @@ pub async fn recover(
     let mut folders: BTreeSet<String> = dead.iter().map(|dead| dead.fleecing.clone()).collect();
     // Without nodes and exports the server may still be there: it is what a job stops last.
     let mut server_started = dead.as_ref().is_some_and(|dead| dead.nbd_server);
-    for (job, leftover) in leftovers::find(traces.monitor).await? {
+    let found = leftovers::find(traces.monitor).await?;
+    // A fleecing image that nobody watched any more may have filled up and failed the guest's writes.
+    let stopped = !found.is_empty()
+        && machine::run_state(traces.monitor)
+            .await?
+            .as_ref()
+            .is_some_and(RunState::is_io_error);
+    for (job, leftover) in found {
         let recorded = dead
             .as_ref()
             .is_some_and(|dead| dead.job == job.to_string());
@@ -86,6 +94,12 @@ pub async fn recover(
         if let Some(error) = errors.into_iter().next() {
             return Err(error.into());
         }
+    }
+    if stopped {
+        events.warn(
+            "an I/O error stopped the VM while a dead job's snapshot was in it; it is continued",
+        );
+        traces.monitor.execute(qapi::qmp::cont {}).await?;
     }
     if server_started {
         removal::stop_unused_server(traces.monitor).await?;

@@ -69,15 +69,18 @@ pub enum Role {
     Job,
     /// The NBD export, its id and its name.
     Export,
+    /// The node of a file that the VM does not have.
+    Extra,
 }
 
 impl Role {
-    const ALL: [Self; 5] = [
+    const ALL: [Self; 6] = [
         Self::Fleecing,
         Self::Filter,
         Self::Access,
         Self::Job,
         Self::Export,
+        Self::Extra,
     ];
 
     fn tag(self) -> &'static str {
@@ -87,6 +90,7 @@ impl Role {
             Self::Access => "sa",
             Self::Job => "job",
             Self::Export => "x",
+            Self::Extra => "ro",
         }
     }
 }
@@ -132,7 +136,7 @@ mod tests {
 
     proptest! {
         #[test]
-        fn every_id_reads_back_and_fits_a_node_name(job: u64, role in 0usize..5, index: u16) {
+        fn every_id_reads_back_and_fits_a_node_name(job: u64, role in 0usize..6, index: u16) {
             let id = OwnId { job: JobId(job), role: Role::ALL[role], index };
             let text = id.to_string();
             prop_assert!(text.len() <= NODE_NAME_MAX);
@@ -141,7 +145,7 @@ mod tests {
         }
 
         #[test]
-        fn what_parses_is_written_the_same(text in "(fbx-)?[0-9a-fA-F+]{15,17}-?(fl|cbw|sa|job|x|y)?[0-9+]{0,6}") {
+        fn what_parses_is_written_the_same(text in "(fbx-)?[0-9a-fA-F+]{15,17}-?(fl|cbw|sa|job|x|ro|y)?[0-9+]{0,6}") {
             if let Some(id) = OwnId::parse(&text) {
                 prop_assert_eq!(id.to_string(), text);
             }

@@ -68,6 +68,13 @@ pub async fn find(monitor: &Monitor) -> Result<BTreeMap<JobId, Leftover>, Monito
                 leftover.remains.fleecing.push(node.name);
                 leftover.fleecing_files.push(node.filename);
             }
+            Some(OwnId {
+                job,
+                role: Role::Extra,
+                ..
+            }) => {
+                found.entry(job).or_default().remains.extra.push(node.name);
+            }
             // A filter goes with its job.
             _ => {}
         }

@@ -40,6 +40,8 @@ pub struct Disk {
     pub bitmaps: Vec<Bitmap>,
     /// Whether a bitmap can be stored in the image, so that it survives a restart of the VM.
     pub can_persist: bool,
+    /// Whether it cannot be written to: no bitmap can be added, and none is needed.
+    pub read_only: bool,
 }
 
 impl Disk {
@@ -174,6 +176,14 @@ pub enum MachineError {
         /// The second one's node.
         node: String,
     },
+    /// The VM is in a state in which its disks are not its own.
+    #[error("the VM is in the state {status}: {reason}")]
+    State {
+        /// QEMU's word.
+        status: String,
+        /// What it means.
+        reason: &'static str,
+    },
     /// The device hands SCSI commands to the host's device, around QEMU's block layer.
     #[error(
         "disk {name} is a {driver} device: its writes pass around dirty bitmaps and snapshots, so it cannot be backed up; name the other disks to leave it out"
@@ -246,6 +256,38 @@ pub async fn disks(monitor: &Monitor, choice: &Choice) -> Result<Disks, MachineE
     Ok(found)
 }
 
+/// What the configuration adds as the volume `name`: a device's disk or a block node, also one that is read-only.
+///
+/// # Errors
+/// As [`disks`] for a disk that is named.
+pub async fn extra(monitor: &Monitor, name: &str, chosen: &str) -> Result<Disk, MachineError> {
+    let devices = present::devices(monitor).await?;
+    let nodes = present::nodes(monitor).await?;
+    let device = devices.iter().find(|device| is_named(device, chosen));
+    let node = match device {
+        Some(device) => {
+            refuse_pass_through(monitor, device).await?;
+            device.inserted.as_ref()
+        }
+        None => nodes.iter().find(|node| node.name == chosen),
+    };
+    let reason = match node {
+        Some(node) if node.image.virtual_size > 0 => return Ok(disk(name.into(), node)),
+        Some(_) => SkipReason::Empty,
+        None if device.is_some() => SkipReason::NoMedium,
+        None => {
+            return Err(MachineError::Unknown {
+                name: chosen.into(),
+                available: available(&devices, &nodes),
+            });
+        }
+    };
+    Err(MachineError::Unfit {
+        name: chosen.into(),
+        reason,
+    })
+}
+
 async fn named(
     monitor: &Monitor,
     chosen: &str,
@@ -301,6 +343,7 @@ fn disk(name: String, node: &Node) -> Disk {
         filename: node.filename.clone(),
         bitmaps: bitmaps(node),
         can_persist: node.driver == "qcow2" && compat != "0.10",
+        read_only: node.read_only,
     }
 }
 
@@ -364,7 +407,11 @@ async fn refuse_pass_through(monitor: &Monitor, device: &Device) -> Result<(), M
     }
 }
 
-fn refuse_doubles(disks: &[Disk]) -> Result<(), MachineError> {
+/// One disk under two names, or two under one, cannot be told apart in a backup.
+///
+/// # Errors
+/// [`MachineError::Twice`].
+pub fn refuse_doubles(disks: &[Disk]) -> Result<(), MachineError> {
     let (mut names, mut nodes) = (BTreeSet::new(), BTreeSet::new());
     for disk in disks {
         if !names.insert(&disk.name) | !nodes.insert(&disk.node) {
@@ -401,6 +448,48 @@ pub struct RunState {
     pub running: bool,
     /// QMP's `RunState`, or a word that a later version invents.
     pub status: String,
+}
+
+/// What a VM's state means for its backup.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Standing {
+    /// Its CPUs run: the guest's agent can be asked, and who stops it has to continue it.
+    Runs,
+    /// Its CPUs stand still and stay so. No agent answers.
+    Still,
+}
+
+impl RunState {
+    /// Whether the disks of a VM in this state can be backed up, and how (QMP `RunState`).
+    ///
+    /// # Errors
+    /// [`MachineError::State`] where another QEMU has the disks, or the state is about to change them.
+    pub fn standing(&self) -> Result<Standing, MachineError> {
+        let reason = match self.status.as_str() {
+            "inmigrate" => {
+                "it waits for a migration to come in, and its disks still belong to the source; back it up there, or once it has arrived"
+            }
+            "postmigrate" => {
+                "it was migrated away, and its disks belong to the destination; back it up there"
+            }
+            "finish-migrate" => "its migration is being finished; try again once it is over",
+            "colo" => "its disks are replicated by COLO; back up the other side's",
+            "save-vm" | "restore-vm" => {
+                "a snapshot of the whole VM is being saved or loaded; try again once it is over"
+            }
+            _ if self.running => return Ok(Standing::Runs),
+            _ => return Ok(Standing::Still),
+        };
+        Err(MachineError::State {
+            status: self.status.clone(),
+            reason,
+        })
+    }
+
+    /// Whether a failed request of one of its disks stopped it.
+    pub fn is_io_error(&self) -> bool {
+        self.status == "io-error"
+    }
 }
 
 /// Asks for the run state (QMP `query-status`); nothing where there is no VM, as in `qemu-storage-daemon`.

@@ -18,6 +18,7 @@
 
 pub mod agent;
 pub mod bitmap;
+pub(crate) mod extra;
 pub mod ids;
 pub mod leftovers;
 mod line;

@@ -126,6 +126,12 @@ impl MonitorError {
         matches!(self, Self::Connect { .. } | Self::NotQmp { .. })
     }
 
+    /// Whether nothing listens on the socket: there is no QEMU.
+    pub fn is_nobody(&self) -> bool {
+        use io::ErrorKind::{ConnectionRefused, NotFound};
+        matches!(self, Self::Connect { source, .. } if [ConnectionRefused, NotFound].contains(&source.kind()))
+    }
+
     /// Whether no further command can succeed on this connection.
     pub fn is_lost(&self) -> bool {
         matches!(self, Self::Lost { .. })

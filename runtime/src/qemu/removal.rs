@@ -31,6 +31,8 @@ pub struct Remains {
     pub jobs: Vec<String>,
     /// Fleecing nodes.
     pub fleecing: Vec<String>,
+    /// Nodes of files that the VM does not have.
+    pub extra: Vec<String>,
 }
 
 /// What becomes of the NBD server. QEMU has one per process and cannot say who started it.
@@ -121,7 +123,7 @@ pub(super) async fn remove(
     for id in &remains.jobs {
         note(Thing::Job(id.clone()), job(monitor, id).await);
     }
-    for id in &remains.fleecing {
+    for id in remains.fleecing.iter().chain(&remains.extra) {
         note(Thing::Node(id.clone()), node(monitor, id).await);
     }
     if server == ServerFate::StopIfUnused {

@@ -315,7 +315,8 @@ impl PointInTime {
     ///
     /// Returns what could not be removed; all steps are tried.
     pub async fn teardown(&self, monitor: &Monitor) -> Vec<RemovalError> {
-        removal::remove(monitor, &remains(self.job, self.volumes.len()), self.server).await
+        let plans = self.volumes.iter().map(|volume| &volume.plan);
+        removal::remove(monitor, &remains(self.job, plans), self.server).await
     }
 }
 
@@ -391,7 +392,7 @@ async fn make(
 
 /// Takes back what [`make`] got done: everything is looked for, so it need not say how far it came.
 async fn undo(monitor: &Monitor, request: &Request, server: ServerFate) -> Vec<UndoError> {
-    let remains = remains(request.job, request.plans.len());
+    let remains = remains(request.job, request.plans.iter());
     let removed = removal::remove(monitor, &remains, server).await;
     let mut left: Vec<_> = removed.into_iter().map(UndoError::from).collect();
     if left.iter().any(UndoError::is_lost) {
@@ -563,13 +564,21 @@ fn volumes(request: &Request) -> Vec<Volume> {
     (0..).zip(&request.plans).map(volume).collect()
 }
 
-fn remains(job: JobId, disks: usize) -> Remains {
+fn remains<'a>(job: JobId, plans: impl Iterator<Item = &'a Plan>) -> Remains {
+    let nodes: Vec<_> = plans.map(|plan| &plan.disk.node).collect();
+    let disks = nodes.len();
+    let is_ours = |node: &&&String| OwnId::parse(node).is_some();
     let all = |role| (0..).take(disks).map(move |index| id(job, role, index));
     Remains {
         exports: all(Role::Export).collect(),
         access: all(Role::Access).collect(),
         jobs: all(Role::Job).collect(),
         fleecing: all(Role::Fleecing).collect(),
+        extra: nodes
+            .iter()
+            .filter(is_ours)
+            .map(|&node| node.clone())
+            .collect(),
     }
 }
 

@@ -127,6 +127,7 @@ fn choose_anew(question: &Question, id: u8, full: bool) -> Choice {
         filename: "disk.qcow2".into(),
         bitmaps: question.bitmaps(),
         can_persist: true,
+        read_only: false,
     };
     let owner = owner(question.archive);
     let choice = base::choose(&owner, &disk, backup_id(id), BLOCK_SIZE, |id| {

@@ -1,0 +1,283 @@
+//! Reaching the VM: one that was stopped is started paused by its configured command, and put back afterwards.
+//!
+//! A file in the VM's state folder says that a job started it. It is written before the command runs and removed after
+//! the VM is gone again, so that a job that was killed in between leaves the VM to the next one.
+
+use super::event::Events;
+use super::journal::{Journal, JournalError};
+use crate::qemu::{MachineError, Monitor, MonitorError, machine};
+use std::io;
+use std::path::Path;
+use std::process::{ExitStatus, Stdio};
+use std::time::Duration;
+use tokio::process::{Child, Command};
+use tokio::time::{Instant, sleep, timeout};
+use tokio_util::sync::CancellationToken;
+
+/// How long the command and QEMU may take until there is a monitor.
+const START_LIMIT: Duration = Duration::from_secs(60);
+
+/// How long QEMU may take to write what it holds and end.
+const QUIT_LIMIT: Duration = Duration::from_secs(60);
+
+/// Between two tries to connect.
+const PAUSE: Duration = Duration::from_millis(50);
+
+/// A VM with a monitor.
+#[derive(Debug)]
+pub struct Reached {
+    /// Its monitor.
+    pub monitor: Monitor,
+    /// Where a job started it: to be put back.
+    started: bool,
+    /// The command, where it still runs because it is QEMU itself or waits for it.
+    command: Option<Child>,
+}
+
+/// Why the VM cannot be reached or started.
+#[derive(Debug, thiserror::Error)]
+pub enum PowerError {
+    /// It has no monitor.
+    #[error(transparent)]
+    Monitor(#[from] MonitorError),
+    /// Nothing listens on its monitor's socket, and nothing says how to start it.
+    #[error(
+        "{0}; the VM does not run, and the key `start` of this VM in the configuration does not say how to start it paused"
+    )]
+    Stopped(MonitorError),
+    /// The command cannot be run.
+    #[error("the VM does not run, and its command `start` ({command}) cannot be run: {source}")]
+    Command {
+        /// Its program.
+        command: String,
+        /// What the system said.
+        source: io::Error,
+    },
+    /// The command ended, and there is no VM.
+    #[error("the VM does not run, and its command `start` ({command}) did not start it: {status}")]
+    NotStarted {
+        /// Its program.
+        command: String,
+        /// How it ended.
+        status: ExitStatus,
+    },
+    /// There is no monitor although the command seems to be content.
+    #[error(
+        "the command `start` ({command}) gave no VM within {} s: {source}",
+        START_LIMIT.as_secs()
+    )]
+    Silent {
+        /// Its program.
+        command: String,
+        /// Of the last try.
+        source: MonitorError,
+    },
+    /// The guest runs, which nobody asked for.
+    #[error(
+        "the command `start` ({command}) let the guest run: it must start the VM paused, as QEMU's -S does; the VM is left running"
+    )]
+    Runs {
+        /// Its program.
+        command: String,
+    },
+    /// Its state cannot be asked.
+    #[error(transparent)]
+    Machine(#[from] MachineError),
+    /// The file that says so cannot be kept.
+    #[error(transparent)]
+    Journal(#[from] JournalError),
+    /// A signal asked for the end.
+    #[error("cancelled")]
+    Cancelled,
+}
+
+impl PowerError {
+    /// Whether the user can mend it.
+    pub fn is_mistake(&self) -> bool {
+        match self {
+            Self::Monitor(error) => error.is_no_monitor(),
+            Self::Machine(error) => !matches!(error, MachineError::Monitor(_)),
+            Self::Journal(_) | Self::Cancelled | Self::Silent { .. } => false,
+            _ => true,
+        }
+    }
+}
+
+/// Connects to the monitor at `qmp`; where nobody is there, by way of the command `start`.
+///
+/// # Errors
+/// Any [`PowerError`]; a VM that was started for nothing is put back.
+pub async fn reach(
+    qmp: &Path,
+    start: &[String],
+    journal: &Journal,
+    events: &Events,
+    cancel: &CancellationToken,
+) -> Result<Reached, PowerError> {
+    let error = match Monitor::connect(qmp).await {
+        Ok(monitor) => return adopt(monitor, journal, events).await,
+        Err(error) => error,
+    };
+    // What an earlier job started is gone by itself.
+    journal.set_vm_started(false)?;
+    if !error.is_nobody() {
+        return Err(error.into());
+    }
+    let Some((program, arguments)) = start.split_first() else {
+        return Err(PowerError::Stopped(error));
+    };
+    events.note(format!(
+        "the VM does not run; starting it paused by {program}"
+    ));
+    journal.set_vm_started(true)?;
+    // In a group of its own: what a terminal sends to the job is not for the VM.
+    let spawned = Command::new(program)
+        .args(arguments)
+        .stdin(Stdio::null())
+        .stdout(Stdio::null())
+        .process_group(0)
+        .spawn();
+    let mut command = match spawned {
+        Ok(command) => command,
+        Err(source) => {
+            journal.set_vm_started(false)?;
+            return Err(PowerError::Command {
+                command: program.clone(),
+                source,
+            });
+        }
+    };
+    let monitor = match wait_for_monitor(qmp, program, &mut command, cancel).await {
+        Ok(monitor) => monitor,
+        Err(error) => {
+            // A command that still runs is QEMU on its way up, or waits for it; the file stays for what it may leave.
+            if command.try_wait().is_ok_and(|ended| ended.is_some()) {
+                journal.set_vm_started(false)?;
+            } else {
+                let _ = command.start_kill();
+                let _ = command.wait().await;
+            }
+            return Err(error);
+        }
+    };
+    let reached = Reached {
+        monitor,
+        started: true,
+        command: Some(command),
+    };
+    if runs(&reached.monitor).await? {
+        journal.set_vm_started(false)?;
+        return Err(PowerError::Runs {
+            command: program.clone(),
+        });
+    }
+    Ok(reached)
+}
+
+/// A VM that is there may be one that a job started which then died.
+async fn adopt(
+    monitor: Monitor,
+    journal: &Journal,
+    events: &Events,
+) -> Result<Reached, PowerError> {
+    let mut started = journal.vm_started();
+    if started && runs(&monitor).await? {
+        events.note("an earlier job started the VM paused; it was let run since, so it stays");
+        journal.set_vm_started(false)?;
+        started = false;
+    } else if started {
+        events.note("an earlier job started the VM paused and died; this one stops it afterwards");
+    }
+    Ok(Reached {
+        monitor,
+        started,
+        command: None,
+    })
+}
+
+async fn wait_for_monitor(
+    qmp: &Path,
+    program: &str,
+    command: &mut Child,
+    cancel: &CancellationToken,
+) -> Result<Monitor, PowerError> {
+    let deadline = Instant::now() + START_LIMIT;
+    loop {
+        // Asked before connecting: a command that ended well has made the socket by then.
+        let ended = command.try_wait().map_err(|source| PowerError::Command {
+            command: program.into(),
+            source,
+        })?;
+        match (Monitor::connect(qmp).await, ended) {
+            (Ok(monitor), _) => return Ok(monitor),
+            (Err(_), Some(status)) if !status.success() => {
+                return Err(PowerError::NotStarted {
+                    command: program.into(),
+                    status,
+                });
+            }
+            (Err(source), _) if Instant::now() >= deadline => {
+                return Err(PowerError::Silent {
+                    command: program.into(),
+                    source,
+                });
+            }
+            (Err(_), _) => {}
+        }
+        tokio::select! {
+            () = sleep(PAUSE) => {}
+            () = cancel.cancelled() => return Err(PowerError::Cancelled),
+        }
+    }
+}
+
+async fn runs(monitor: &Monitor) -> Result<bool, PowerError> {
+    let state = machine::run_state(monitor).await?;
+    Ok(state.is_some_and(|state| state.running))
+}
+
+impl Reached {
+    /// Ends the VM where a job started it, unless somebody let it run since. What fails is returned in words.
+    pub async fn put_back(self, journal: &Journal, events: &Events) -> Result<(), String> {
+        if !self.started {
+            return Ok(());
+        }
+        match self.end(events).await {
+            Ok(()) => journal
+                .set_vm_started(false)
+                .map_err(|error| error.to_string()),
+            Err(error) => Err(format!(
+                "the VM that was started paused still runs: {error}"
+            )),
+        }
+    }
+
+    async fn end(self, events: &Events) -> Result<(), MonitorError> {
+        match machine::run_state(&self.monitor).await {
+            Ok(Some(state)) if state.running => {
+                events.note("the VM was let run meanwhile, so it is not stopped again");
+                return Ok(());
+            }
+            Err(error) if error.is_lost() => return Ok(()),
+            state => state.map(drop)?,
+        }
+        match self.monitor.execute(qapi::qmp::quit {}).await {
+            Err(error) if !error.is_lost() => return Err(error),
+            _ => {}
+        }
+        let gone = async {
+            self.monitor.lost().await;
+            if let Some(mut command) = self.command {
+                let _ = command.wait().await;
+            }
+        };
+        timeout(QUIT_LIMIT, gone)
+            .await
+            .map_err(|_| MonitorError::TimedOut {
+                what: "quit".into(),
+                limit: QUIT_LIMIT,
+            })?;
+        events.note("the VM is stopped again");
+        Ok(())
+    }
+}

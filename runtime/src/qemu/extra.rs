@@ -1,0 +1,58 @@
+//! Files that the VM does not have, attached read-only for the time of a backup.
+
+use super::ids::{JobId, OwnId, Role};
+use super::machine::{self, Disk, MachineError};
+use super::monitor::Monitor;
+use super::removal::{self, Remains, RemovalError, ServerFate};
+use serde_json::json;
+use std::path::Path;
+
+/// Attaches the file at `path`, as QEMU sees it, as the disk `name`. Its size is rounded up to whole sectors of 512
+/// bytes, the rest reads as zero.
+///
+/// # Errors
+/// Where QEMU cannot open it, or it is empty.
+pub(crate) async fn attach(
+    monitor: &Monitor,
+    job: JobId,
+    index: u16,
+    name: &str,
+    path: &Path,
+) -> Result<Disk, MachineError> {
+    let node = id(job, index);
+    // A file of the host may be a block device.
+    let driver = match path.starts_with("/dev") {
+        true => "host_device",
+        false => "file",
+    };
+    let arguments = json!({
+        "driver": "raw",
+        "node-name": node,
+        "read-only": true,
+        "file": { "driver": driver, "filename": path, "read-only": true },
+    });
+    monitor.execute_raw("blockdev-add", arguments).await?;
+    machine::extra(monitor, name, &node).await
+}
+
+/// Detaches these, where they are there; returns what could not be.
+pub(crate) async fn detach(
+    monitor: &Monitor,
+    job: JobId,
+    indices: impl Iterator<Item = u16>,
+) -> Vec<RemovalError> {
+    let remains = Remains {
+        extra: indices.map(|index| id(job, index)).collect(),
+        ..Remains::default()
+    };
+    removal::remove(monitor, &remains, ServerFate::Keep).await
+}
+
+fn id(job: JobId, index: u16) -> String {
+    OwnId {
+        job,
+        role: Role::Extra,
+        index,
+    }
+    .to_string()
+}
