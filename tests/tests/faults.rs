@@ -10,8 +10,9 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, ensure};
 use crash::{Attempt, DISKS, Server, Site};
-use fleecebox_tests::{At, Fault, MIB, Outcome, QemuState, Stage, What, compare, eventually};
+use fleecebox_tests::{At, Fault, MIB, Outcome, QemuState, Qmp, Stage, What, compare, eventually};
 use rustix::process::{Pid, Signal, kill_process};
+use serde_json::{Value, json};
 
 const SOON: Duration = Duration::from_secs(60);
 
@@ -124,6 +125,56 @@ fn a_monitor_that_is_lost_is_said_and_the_next_run_cleans_up() -> Result<()> {
             .with_context(|| format!("lost at {command}, {stage:?}"))?;
     }
     Ok(())
+}
+
+/// What QEMU holds back of the old data is gone from one moment to the next, and no event tells of it.
+#[test]
+fn a_snapshot_that_breaks_after_the_last_read_is_no_backup() -> Result<()> {
+    let mut site = Site::new(Server::Shared)?;
+    let tracking = bitmaps(&site)?;
+
+    // Between the last read and the provider's end: the canary cannot be read any more.
+    let running = site.until_logged(site.backup(), "dawdles", "all of it is stored")?;
+    break_snapshot(&site, "da")?;
+    assert_failed(&running.finish()?, "volume da: reading the snapshot failed");
+    nothing_happened(&mut site, &tracking)?;
+
+    // After the canary has been read: the job that kept the old data does not run any more.
+    let tracking = bitmaps(&site)?;
+    let running = site.until_logged(site.backup(), "dawdles", "all of it is stored")?;
+    site.proxy.forget_commands();
+    site.proxy.inject(Fault {
+        at: At::Named("query-jobs", 1),
+        stage: Stage::BeforeQemu,
+        what: What::Hold,
+    });
+    let held = site.proxy.wait_held(SOON)?;
+    break_snapshot(&site, "db")?;
+    held.go_on();
+    assert_failed(&running.finish()?, "the snapshot of disk db is broken");
+    nothing_happened(&mut site, &tracking)
+}
+
+/// Ends the job that keeps the disk's old data, as `break-snapshot` or an operator would.
+fn break_snapshot(site: &Site, disk: &str) -> Result<()> {
+    let index = DISKS.iter().position(|name| *name == disk);
+    let ending = format!("-job{}", index.context("no such disk")?);
+    // A monitor has one client at a time.
+    let mut qmp = site.daemon.control()?;
+    let ours = |qmp: &mut Qmp| -> Result<Value> {
+        let jobs = qmp.execute("query-jobs", json!({}))?;
+        let is_ours = |job: &&Value| {
+            let id = job["id"].as_str().unwrap_or_default();
+            id.starts_with("fbx-") && id.ends_with(&ending)
+        };
+        let job = jobs.as_array().and_then(|jobs| jobs.iter().find(is_ours));
+        job.cloned().context("no job of ours")
+    };
+    let id = ours(&mut qmp)?["id"].clone();
+    qmp.execute("block-job-cancel", json!({"device": id}))?;
+    eventually("the job to end", SOON, || {
+        Ok((ours(&mut qmp)?["status"] == "concluded").then_some(()))
+    })
 }
 
 #[test]
@@ -288,7 +339,11 @@ fn a_fleecing_folder_that_fills_up_ends_the_backup_and_not_the_guest() -> Result
     let tmpfs = Tmpfs::mount(&fleecing, 42 * MIB)?;
     let tracking = bitmaps(&site)?;
     // In full, because an incremental keeps old data only of what had changed: that may not be enough to fill it.
-    let running = site.stalled(site.backup().arg("--full"))?;
+    let running = site.until_logged(
+        site.backup().arg("--full"),
+        "stalls-half-way",
+        "half of it is stored",
+    )?;
     site.start_writers(400)?;
     let outcome = running.finish()?;
     assert_failed(&outcome, "the fleecing folder is nearly full");

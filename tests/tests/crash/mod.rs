@@ -124,7 +124,7 @@ impl Site {
             self.path("fleecing"),
             self.path("archive"),
         );
-        for name in ["chunked", "stalls-half-way"] {
+        for name in ["chunked", "stalls-half-way", "dawdles"] {
             text += &format!(
                 "[provider.{name}]\ncomponent = {:?}\nnamespace = \"chunked\"\n",
                 component(name)?
@@ -151,15 +151,20 @@ impl Site {
 
     /// A backup that comes to a halt in the middle of its run: both providers have stored half of their disks.
     pub(crate) fn stalled_backup(&self) -> Result<Running> {
-        self.stalled(self.backup())
+        self.until_logged(self.backup(), "stalls-half-way", "half of it is stored")
     }
 
-    /// The same of a backup with options of its own.
-    pub(crate) fn stalled(&self, backup: Fleecebox) -> Result<Running> {
-        let running = backup.arg("--provider").arg("stalls-half-way").start()?;
+    /// A backup by `provider`, as soon as it has logged `line` for both disks.
+    pub(crate) fn until_logged(
+        &self,
+        backup: Fleecebox,
+        provider: &str,
+        line: &str,
+    ) -> Result<Running> {
+        let running = backup.arg("--provider").arg(provider).start()?;
         for disk in DISKS {
-            let stalled = format!("provider ({disk}, info): half of it is stored");
-            running.wait_for_line(SOON, |line| line == stalled)?;
+            let logged = format!("provider ({disk}, info): {line}");
+            running.wait_for_line(SOON, |line| line == logged)?;
         }
         Ok(running)
     }
