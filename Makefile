@@ -11,6 +11,8 @@ export FLEECEBOX_CACHE
 COMPONENTS = $(CARGO_TARGET_DIR)/components
 FLEECEBOX = $(CARGO_TARGET_DIR)/release/fleecebox
 PROVIDERS = chunked image
+# Those in other languages, and the projects that `fleecebox provider new` writes.
+LANGUAGES = qcow2 providers/qcow2 numbered providers/numbered
 # One that only the benchmark needs.
 BENCH_PROVIDER = splices-everything
 HOSTILE = $(basename $(notdir $(wildcard tests/hostile/examples/*.rs)))
@@ -18,7 +20,7 @@ WASM = $(CARGO_TARGET_DIR)/wasm32-unknown-unknown/release
 
 # One step after the other: cargo uses all processors by itself.
 .NOTPARALLEL:
-.PHONY: help setup demo demo-vm test bench fuzz lint providers build clean
+.PHONY: help setup demo demo-vm test bench fuzz lint providers languages build clean
 
 help:
 	@echo "make demo       back up a live disk, restore it, and let hostile providers try; under a minute once built"
@@ -28,6 +30,7 @@ help:
 	@echo "make fuzz       feed rubbish to all that reads bytes from outside, SECONDS=60 for each part; needs nightly"
 	@echo "make lint       formatting and clippy"
 	@echo "make providers  build the providers into $(COMPONENTS)"
+	@echo "make languages  build those that are not in Rust"
 	@echo "make setup      only see to the Debian packages that the tests need"
 	@echo "make clean      remove what was built, and the cache in .cache"
 	@echo
@@ -47,12 +50,12 @@ demo-vm:
 	$(FLEECEBOX) demo --vm --components $(COMPONENTS)
 
 test: setup
-	@$(MAKE) build providers
+	@$(MAKE) build providers languages
 	cargo test --release --locked --workspace
 
 bench:
 	@tests/setup/packages.sh bench
-	@$(MAKE) build providers
+	@$(MAKE) build providers languages
 	TMPDIR=$${FLEECEBOX_BENCH_FOLDER:-/dev/shm} cargo bench --locked -p fleecebox-tests --bench speed
 
 SECONDS ?= 60
@@ -82,6 +85,9 @@ providers:
 	@for name in $(HOSTILE); do \
 		install -C -m 644 "$(WASM)/examples/$$(echo $$name | tr - _).wasm" "$(COMPONENTS)/$$name.wasm" || exit; done
 	@echo "the providers are in $(COMPONENTS)"
+
+languages:
+	@providers/build.sh $(COMPONENTS) $(LANGUAGES)
 
 clean:
 	cargo clean

@@ -20,12 +20,15 @@ fail() {
 # Debian keeps mkfs and fsck out of a user's PATH.
 PATH=$PATH:/usr/sbin:/sbin
 
+# What builds providers in C, Python and JavaScript; the last two fetch the rest by themselves.
+languages="clang-19 lld-19 libclang-rt-19-dev-wasm32 wasi-libc python3-venv nodejs npm"
+
 main() {
     case "${1:-}" in
     demo) wanted="qemu-utils e2fsprogs" ;;
     demo-vm) wanted="qemu-utils e2fsprogs qemu-system-x86" ;;
-    test) wanted="qemu-utils e2fsprogs qemu-system-x86 libnbd-bin python3-libnbd" ;;
-    bench) wanted="qemu-utils libnbd-bin zstd" ;;
+    test) wanted="qemu-utils e2fsprogs qemu-system-x86 libnbd-bin python3-libnbd $languages" ;;
+    bench) wanted="qemu-utils libnbd-bin zstd $languages" ;;
     *) fail "usage: $0 demo|demo-vm|test|bench" ;;
     esac
     missing=
@@ -53,6 +56,13 @@ has() {
     libnbd-bin) command -v nbdcopy && command -v nbdinfo ;;
     python3-libnbd) /usr/bin/python3 -c 'import nbd' 2>&1 ;;
     zstd) command -v zstd ;;
+    clang-19) command -v clang-19 ;;
+    lld-19) command -v wasm-ld-19 ;;
+    libclang-rt-19-dev-wasm32) test -f "$(clang-19 --target=wasm32-wasi -print-libgcc-file-name)" ;;
+    wasi-libc) test -f "$(clang-19 --target=wasm32-wasi -print-file-name=libc.a)" ;;
+    python3-venv) python3 -c 'import ensurepip, venv, tomllib' 2>&1 ;;
+    nodejs) command -v node ;;
+    npm) command -v npm ;;
     esac >/dev/null
 }
 

@@ -40,6 +40,16 @@ pub fn qcow2_is_clean(image: &Path) -> Result<()> {
     .map(drop)
 }
 
+/// Says in a qcow2 image that what it does not hold is in another, by `qemu-img rebase -u`.
+///
+/// # Errors
+/// With qemu-img's words.
+pub fn put_on_top_of(image: &Path, below: &Path) -> Result<()> {
+    let mut rebase = tool("qemu-img");
+    rebase.args(["rebase", "-u", "-f", "qcow2", "-F", "qcow2", "-b"]);
+    run("qemu-utils", rebase.arg(below).arg(image)).map(drop)
+}
+
 /// A raw image with an ext4 file system without a fault, by `e2fsck -fn`.
 ///
 /// # Errors

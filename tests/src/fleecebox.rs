@@ -485,7 +485,7 @@ impl Printed {
 }
 
 /// The folder that cargo builds into: test binaries lie in its `release/deps`.
-fn target_folder() -> Result<PathBuf> {
+pub(crate) fn target_folder() -> Result<PathBuf> {
     let test = std::env::current_exe()?;
     let folder = test.ancestors().nth(3);
     Ok(folder

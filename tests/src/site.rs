@@ -1,7 +1,9 @@
 //! Where backups of a test go, and the commands that an operator gives there.
 
 use std::collections::BTreeSet;
-use std::fs;
+use std::fs::{self, DirBuilder};
+use std::io::ErrorKind;
+use std::os::unix::fs::DirBuilderExt;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicU32, Ordering};
 
@@ -9,6 +11,7 @@ use anyhow::{Context, Result, ensure};
 use serde_json::Value;
 use tempfile::TempDir;
 
+use crate::fleecebox::target_folder;
 use crate::{Fleecebox, Outcome, Proxy, ReferenceImage, StorageDaemon, compare, component};
 
 /// The folders of one host that runs Fleecebox, in a temporary folder that goes when this value goes.
@@ -59,10 +62,20 @@ impl Site {
             fs::create_dir(folder.path().join(name))?;
         }
         fs::write(folder.path().join("fleecebox.toml"), "")?;
-        Ok(Self {
+        let site = Self {
             folder,
             restores: AtomicU32::new(0),
-        })
+        };
+        DirBuilder::new().mode(0o700).create(site.compiled())?;
+        if let Ok(shared) = shared_compiled() {
+            link_files(&shared, &site.compiled())?;
+        }
+        Ok(site)
+    }
+
+    /// Compiled components.
+    fn compiled(&self) -> PathBuf {
+        self.path("state/compiled")
     }
 
     /// A path of that name among the site's folders, for a test's own things.
@@ -263,6 +276,43 @@ impl Site {
             .map(|row| Ok(row["backup"].as_str().context("no id")?.to_string()))
             .collect()
     }
+}
+
+impl Drop for Site {
+    fn drop(&mut self) {
+        // What cannot be shared is compiled again.
+        let _ = shared_compiled().and_then(|shared| link_files(&self.compiled(), &shared));
+    }
+}
+
+/// Where sites leave compiled components for each other: a Python one takes half a minute to compile. The product
+/// never changes such a file, and takes none that is not whole.
+fn shared_compiled() -> Result<PathBuf> {
+    let folder = target_folder()?.join("compiled");
+    DirBuilder::new()
+        .recursive(true)
+        .mode(0o700)
+        .create(&folder)?;
+    Ok(folder)
+}
+
+/// Links, or where that cannot be copies, the files of one folder into another, except those that are there.
+fn link_files(from: &Path, to: &Path) -> Result<()> {
+    for file in files_below(from)? {
+        let (source, target) = (from.join(&file), to.join(&file));
+        match fs::hard_link(&source, &target) {
+            Err(error) if error.kind() == ErrorKind::CrossesDevices => {
+                let copy = tempfile::NamedTempFile::new_in(to)?;
+                fs::copy(&source, copy.path())?;
+                copy.persist(target)?;
+            }
+            Err(error) if error.kind() == ErrorKind::AlreadyExists => {}
+            // Replaced or thrown away by its owner meanwhile.
+            Err(error) if error.kind() == ErrorKind::NotFound => {}
+            linked => linked?,
+        }
+    }
+    Ok(())
 }
 
 impl Order {

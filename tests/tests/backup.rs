@@ -24,6 +24,16 @@ fn image_restores_each_point_in_time_of_live_disks() -> Result<()> {
     restores_each_point_in_time_of_live_disks("image")
 }
 
+#[test]
+fn qcow2_restores_each_point_in_time_of_live_disks() -> Result<()> {
+    restores_each_point_in_time_of_live_disks("qcow2")
+}
+
+#[test]
+fn numbered_restores_each_point_in_time_of_live_disks() -> Result<()> {
+    restores_each_point_in_time_of_live_disks("numbered")
+}
+
 fn restores_each_point_in_time_of_live_disks(provider: &str) -> Result<()> {
     let site = Site::new()?;
     let size = 48 * MIB;
@@ -101,7 +111,7 @@ fn restores_each_point_in_time_of_live_disks(provider: &str) -> Result<()> {
 
 #[test]
 fn a_backup_of_nothing_new_is_a_backup() -> Result<()> {
-    for provider in ["chunked", "image"] {
+    for provider in ["chunked", "image", "numbered"] {
         let site = Site::new()?;
         let content = site.path("content.raw");
         Random::new(3).fill_file(&content, 8)?;

@@ -1,0 +1,64 @@
+//! Providers in other languages than Rust: what each of them promises besides being a backup, which
+//! `backup.rs` holds all of them to.
+
+use std::path::{Path, PathBuf};
+
+use anyhow::{Context, Result, ensure};
+use fleecebox_tests::{Disk, MIB, Proxy, Random, Site, StorageDaemon, compare, files_below};
+
+#[test]
+fn the_objects_of_qcow2_are_disk_images_that_qemu_opens_on_top_of_each_other() -> Result<()> {
+    let site = Site::new()?;
+    let content = site.path("content.raw");
+    Random::new(9).fill_file(&content, 12)?;
+    // More than one L2 table, holes, and an end that is no whole cluster.
+    let sizes = [("da", 20 * MIB + 7 * 512), ("db", 1100 * MIB)];
+    let disks = [
+        Disk::raw("da", sizes[0].1).holding(&content),
+        Disk::qcow2("db", sizes[1].1).holding(&content),
+    ];
+    let daemon = StorageDaemon::start_with_writer_exports(&disks)?;
+    let proxy = Proxy::start(daemon.monitors())?;
+    let order = site.order(&daemon, "qcow2")?.through(&proxy);
+
+    let mut earlier: Vec<Option<PathBuf>> = vec![None; sizes.len()];
+    for round in 0..3_u64 {
+        let backup = site.backup(&order)?;
+        let references = proxy.references()?;
+        for (index, reference) in references.iter().enumerate() {
+            let stored = object(
+                &order.archive,
+                &backup.id,
+                &format!("{}.qcow2", reference.device),
+            )?;
+            let image = site.path(&format!("{}-{round}.qcow2", reference.device));
+            std::fs::copy(&stored, &image)?;
+            compare::qcow2_is_clean(&image)?;
+            if let Some(base) = &earlier[index] {
+                let length = std::fs::metadata(&image)?.len();
+                ensure!(length < 6 * MIB, "an incremental of {length} bytes");
+                compare::put_on_top_of(&image, base)?;
+            }
+            compare::same_disk(&image, &reference.path)?;
+            earlier[index] = Some(image);
+        }
+        for (disk, size) in sizes {
+            let mut access = daemon.writer_access(disk)?;
+            // New data, data that becomes zero, and the end.
+            access.write(MIB + round * 3 * MIB, &[0x5a; 70_000])?;
+            access.write_zeroes(5 * MIB, (round as u32 + 1) << 20)?;
+            access.write(size - 512, &[0xa5; 512])?;
+            access.flush()?;
+        }
+    }
+    Ok(())
+}
+
+/// The file of that object in that backup.
+fn object(archive: &Path, backup: &str, name: &str) -> Result<PathBuf> {
+    let end = format!("{backup}/objects/{name}");
+    let file = files_below(archive)?
+        .into_iter()
+        .find(|file| file.ends_with(&end));
+    Ok(archive.join(file.with_context(|| format!("no object {name}"))?))
+}
