@@ -12,7 +12,7 @@ COMPONENTS = $(CARGO_TARGET_DIR)/components
 FLEECEBOX = $(CARGO_TARGET_DIR)/release/fleecebox
 PROVIDERS = chunked image
 # Those in other languages, and the projects that `fleecebox provider new` writes.
-LANGUAGES = qcow2 providers/qcow2 numbered providers/numbered
+LANGUAGES = qcow2 providers/qcow2 numbered providers/numbered watchful providers/watchful
 # One that only the benchmark needs.
 BENCH_PROVIDER = splices-everything
 HOSTILE = $(basename $(notdir $(wildcard tests/hostile/examples/*.rs)))

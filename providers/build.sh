@@ -78,4 +78,22 @@ build_python() {
         "$python/bin/python" -m fleecebox_guest.build "$(ls ./*.py)" -o "$work/$name.wasm" >&2)
 }
 
+# Likewise: the packages by the digest of the lock file that names them, and the SDK beside them as npm would link it.
+# Not `npm ci`, which asks for a lock of packages for systems that not every registry has.
+build_javascript() {
+    packages=$cache/javascript-$(sha256sum <"$sdk/javascript/package-lock.json" | cut -c 1-16)
+    if [ ! -e "$packages/complete" ]; then
+        say "installing componentize-js and what it needs into $packages"
+        rm -rf "$packages"
+        mkdir "$packages" && cp "$sdk/javascript/package.json" "$sdk/javascript/package-lock.json" "$packages" &&
+            npm install --prefix "$packages" --ignore-scripts --no-audit --no-fund --loglevel=error >&2 || return
+        touch "$packages/complete"
+    fi
+    guest=$work/modules/@fleecebox/guest
+    mkdir -p "$guest"
+    (cd "$sdk/javascript" && cp -r build.js package.json provider.wit src "$guest")
+    ln -s "$packages/node_modules" "$guest/node_modules"
+    (cd "$project" && NODE_PATH=$work/modules node "$guest/build.js" "$name.js" -o "$work/$name.wasm" >&2)
+}
+
 main "$@"

@@ -34,6 +34,11 @@ fn numbered_restores_each_point_in_time_of_live_disks() -> Result<()> {
     restores_each_point_in_time_of_live_disks("numbered")
 }
 
+#[test]
+fn watchful_restores_each_point_in_time_of_live_disks() -> Result<()> {
+    restores_each_point_in_time_of_live_disks("watchful")
+}
+
 fn restores_each_point_in_time_of_live_disks(provider: &str) -> Result<()> {
     let site = Site::new()?;
     let size = 48 * MIB;

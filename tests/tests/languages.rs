@@ -4,7 +4,9 @@
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result, ensure};
-use fleecebox_tests::{Disk, MIB, Proxy, Random, Site, StorageDaemon, compare, files_below};
+use fleecebox_tests::{
+    Backup, Disk, MIB, Proxy, Random, Site, StorageDaemon, compare, files_below,
+};
 
 #[test]
 fn the_objects_of_qcow2_are_disk_images_that_qemu_opens_on_top_of_each_other() -> Result<()> {
@@ -50,6 +52,38 @@ fn the_objects_of_qcow2_are_disk_images_that_qemu_opens_on_top_of_each_other() -
             access.write(size - 512, &[0xa5; 512])?;
             access.flush()?;
         }
+    }
+    Ok(())
+}
+
+#[test]
+fn watchful_warns_when_what_changed_looks_encrypted_and_not_before() -> Result<()> {
+    let site = Site::new()?;
+    let size = 64 * MIB;
+    let content = site.path("content.raw");
+    std::fs::write(&content, b"words and words ".repeat(size as usize / 16))?;
+    let disks = [Disk::raw("da", size).holding(&content)];
+    let daemon = StorageDaemon::start_with_writer_exports(&disks)?;
+    let order = site.order(&daemon, "watchful")?;
+    let warned = |backup: &Backup| backup.said.contains("looks encrypted");
+
+    ensure!(!warned(&site.backup(&order)?), "a full backup has no past");
+    let mut access = daemon.writer_access("da")?;
+    for (seed, share, expected) in [(1, 2, false), (2, 40, true)] {
+        let mut random = Random::new(seed);
+        let mut bytes = vec![0; MIB as usize];
+        for part in 0..40 {
+            for chunk in bytes.chunks_mut(8) {
+                let random = random.bits().to_le_bytes();
+                chunk.copy_from_slice(if part < share { &random } else { b"zyx wvu " });
+            }
+            access.write(part * MIB, &bytes)?;
+        }
+        access.flush()?;
+        let backup = site.backup(&order)?;
+        assert_eq!(warned(&backup), expected, "{}", backup.said);
+        let restored = site.restore(&order.archive, &backup.id)?;
+        compare::same_bytes(&restored.join("da.raw"), &daemon.disks()[0].path)?;
     }
     Ok(())
 }
