@@ -45,4 +45,5 @@ pub mod nbd;
 pub mod policy;
 pub mod qemu;
 pub mod sandbox;
+pub mod simulator;
 pub mod volume;

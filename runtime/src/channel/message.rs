@@ -273,6 +273,37 @@ pub enum Call {
     Done(Outcome),
 }
 
+impl Call {
+    /// The contract's name of the function, with its resource.
+    pub fn name(&self) -> &'static str {
+        match self {
+            Self::NextRegions { .. } => "dirty-regions.next",
+            Self::Discard(_) => "discarder.discard",
+            Self::Read { .. } => "reader.read",
+            Self::Put(..) => "writer.put",
+            Self::Create { .. } => "writer.create",
+            Self::Write { .. } => "output-stream.write",
+            Self::Splice { .. } => "output-stream.splice",
+            Self::Claim { .. } => "output-stream.claim",
+            Self::Finish { .. } => "output-stream.finish",
+            Self::DropStream { .. } => "output-stream (dropped)",
+            Self::Attachment { .. } => "context.attachment",
+            Self::Log { .. } => "context.log",
+            Self::ObjectSize { .. } => "objects.size",
+            Self::ObjectRead { .. } => "objects.read",
+            Self::Done(_) => "(return)",
+        }
+    }
+
+    /// Whether the contract lets it fail.
+    pub fn can_fail(&self) -> bool {
+        !matches!(
+            self,
+            Self::DropStream { .. } | Self::Attachment { .. } | Self::Log { .. } | Self::Done(_)
+        )
+    }
+}
+
 /// `job.level`.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]

@@ -28,7 +28,7 @@ mod handshake;
 mod replies;
 #[cfg(test)]
 mod tests;
-mod wire;
+pub(crate) mod wire;
 
 pub use assembly::StatusRun;
 pub use client::Connection;

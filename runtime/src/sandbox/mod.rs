@@ -7,6 +7,7 @@
 //! In the job process:
 //! - [`Process`] starts a sandbox and speaks with it
 //! - [`compile`] makes machine code of a component, in such a process, once ([`Cache`])
+//! - [`Trace`] follows what is asked and answered
 //! - [`world_of`] refuses a component that imports what its world does not grant
 //!
 //! In the sandbox process, and only there does anything touch wasmtime:
@@ -23,6 +24,7 @@ mod cache;
 mod compile;
 mod process;
 mod spawn;
+mod trace;
 mod worlds;
 
 #[allow(missing_docs, unreachable_pub, clippy::all)] // generated
@@ -38,4 +40,5 @@ pub use cache::{Cache, CacheError};
 pub use compile::{CompileError, Compiled, MAX_COMPONENT, compile};
 pub use process::{ARGUMENT, serve};
 pub use spawn::{Error, Process, Program};
+pub use trace::{Conversation, Exchange, Fault, Trace};
 pub use worlds::{Refusal, world_of};

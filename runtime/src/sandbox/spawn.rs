@@ -1,6 +1,7 @@
 //! The job process's side of one sandbox process: starting it, speaking with it, and making sure of its end.
 
 use super::process::ARGUMENT;
+use super::trace::{Listener, Trace};
 use crate::channel::{
     Answer, AsyncSocket, Bounds, Call, Confinement, Gap, ImageRead, Order, Payload, PayloadError,
     SocketError, Violation, hand_over, listed,
@@ -25,6 +26,7 @@ const LAST_WORDS: usize = 300;
 pub struct Program {
     path: PathBuf,
     confinement_required: bool,
+    trace: Option<Trace>,
 }
 
 impl Program {
@@ -38,6 +40,7 @@ impl Program {
         Self {
             path: path.into(),
             confinement_required: false,
+            trace: None,
         }
     }
 
@@ -45,6 +48,14 @@ impl Program {
     pub fn require_confinement(self, required: bool) -> Self {
         Self {
             confinement_required: required,
+            ..self
+        }
+    }
+
+    /// The same, with all that its processes ask and are answered in `trace`.
+    pub fn traced(self, trace: Trace) -> Self {
+        Self {
+            trace: Some(trace),
             ..self
         }
     }
@@ -62,6 +73,7 @@ pub struct Process {
     bounds: Bounds,
     stderr: OwnedFd,
     missing: Vec<Gap>,
+    listener: Option<Listener>,
 }
 
 /// Why a sandbox process is of no more use. After any of these it has been killed.
@@ -160,6 +172,7 @@ impl Process {
             bounds: Bounds::new(order),
             stderr,
             missing: Vec::new(),
+            listener: program.trace.as_ref().and_then(|trace| trace.begin(order)),
         };
         // Nothing hostile has reached the process before it has its order, so this is true.
         let Confinement { missing } = process.hear().await?;
@@ -173,20 +186,27 @@ impl Process {
 
     /// Waits for its next call, which is within what the order granted.
     ///
-    /// May be cancelled and called again. There is no time limit: the caller has one.
+    /// May be cancelled and called again, except while a trace lets calls fail. There is no time limit: the caller has
+    /// one.
     pub async fn next(&mut self) -> Result<Call, Error> {
-        let call = self.hear().await?;
-        match self.bounds.check(&call) {
-            Ok(()) => Ok(call),
-            Err(violation) => {
+        loop {
+            let call = self.hear().await?;
+            if let Err(violation) = self.bounds.check(&call) {
                 self.signal_kill();
-                Err(Error::Broken(violation))
+                return Err(Error::Broken(violation));
+            }
+            match self.listener.as_ref().and_then(|it| it.heard(&call)) {
+                Some(code) => self.say(&Answer::Error(code)).await?,
+                None => return Ok(call),
             }
         }
     }
 
     /// Answers the last call. Not to be cancelled.
     pub async fn answer(&mut self, answer: &Answer) -> Result<(), Error> {
+        if let Some(listener) = &self.listener {
+            listener.answered(answer);
+        }
         self.say(answer).await
     }
 

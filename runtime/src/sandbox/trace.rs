@@ -1,0 +1,202 @@
+//! What providers asked and were answered, one list for each sandbox process. For the conformance kit, which judges a
+//! provider by it and lets single calls fail to see what the provider makes of that.
+
+use crate::channel::{Answer, Call, ErrorCode, Order};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+
+/// Follows every process that a [`super::Program`] starts. Clones share one list. It grows with each call, so it is
+/// for jobs of a few MiB.
+#[derive(Debug, Clone, Default)]
+pub struct Trace(Arc<Mutex<State>>);
+
+#[derive(Debug, Default)]
+struct State {
+    conversations: Vec<Conversation>,
+    fault: Option<Fault>,
+    /// Calls of the fault's kind so far.
+    met: u32,
+}
+
+/// All calls of one process.
+#[derive(Debug, Clone, Default)]
+pub struct Conversation {
+    /// The volume of a run; none for an opened image.
+    pub volume: Option<String>,
+    /// In order.
+    pub exchanges: Vec<Exchange>,
+}
+
+/// A call and its answer.
+#[derive(Debug, Clone)]
+pub struct Exchange {
+    /// What was asked.
+    pub call: Call,
+    /// Missing where the process was ended first, and for [`Call::Done`].
+    pub answer: Option<Answer>,
+}
+
+/// A call that fails without reaching the host: to the provider it is as if the host could not do it.
+#[derive(Debug, Clone)]
+pub struct Fault {
+    /// [`Call::name`] of the calls that may fail; any, where it is none.
+    pub call: Option<&'static str>,
+    /// How many of them are let through first.
+    pub after: u32,
+    /// Whether all later ones fail too.
+    pub lasting: bool,
+    /// What the provider is told.
+    pub code: ErrorCode,
+}
+
+impl Trace {
+    /// A trace in which `fault` happens.
+    pub fn with_fault(fault: Fault) -> Self {
+        let trace = Self::default();
+        trace.state().fault = Some(fault);
+        trace
+    }
+
+    /// Everything so far; the trace begins anew.
+    pub fn take(&self) -> Vec<Conversation> {
+        std::mem::take(&mut self.state().conversations)
+    }
+
+    /// Begins the list of one process, unless it only compiles.
+    pub(super) fn begin(&self, order: &Order) -> Option<Listener> {
+        let volume = match order {
+            Order::Compile { .. } => return None,
+            Order::Run(run) => Some(run.volume.name.clone()),
+            Order::OpenImage(_) => None,
+        };
+        let mut state = self.state();
+        state.conversations.push(Conversation {
+            volume,
+            exchanges: Vec::new(),
+        });
+        Some(Listener {
+            trace: self.clone(),
+            conversation: state.conversations.len() - 1,
+        })
+    }
+
+    fn state(&self) -> MutexGuard<'_, State> {
+        // Nothing in it is ever half changed.
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+/// The place of one process in a [`Trace`].
+#[derive(Debug)]
+pub(super) struct Listener {
+    trace: Trace,
+    conversation: usize,
+}
+
+impl Listener {
+    /// Takes note of a call. With a code, the call is to fail with it and not to be carried out.
+    pub(super) fn heard(&self, call: &Call) -> Option<ErrorCode> {
+        let mut state = self.trace.state();
+        let refused = state.refuses(call);
+        self.add(&mut state, call.clone());
+        if let Some(code) = &refused {
+            self.answer(&mut state, Answer::Error(code.clone()));
+        }
+        refused
+    }
+
+    /// Takes note of the answer to the last call.
+    pub(super) fn answered(&self, answer: &Answer) {
+        self.answer(&mut self.trace.state(), answer.clone());
+    }
+
+    fn add(&self, state: &mut State, call: Call) {
+        if let Some(conversation) = state.conversations.get_mut(self.conversation) {
+            conversation.exchanges.push(Exchange { call, answer: None });
+        }
+    }
+
+    fn answer(&self, state: &mut State, answer: Answer) {
+        let conversation = state.conversations.get_mut(self.conversation);
+        if let Some(last) = conversation.and_then(|it| it.exchanges.last_mut()) {
+            last.answer = Some(answer);
+        }
+    }
+}
+
+impl State {
+    fn refuses(&mut self, call: &Call) -> Option<ErrorCode> {
+        let fault = self.fault.as_ref()?;
+        let meant = fault.call.is_none_or(|name| name == call.name());
+        if !meant || !call.can_fail() {
+            return None;
+        }
+        let before = self.met;
+        self.met += 1;
+        let fails = before == fault.after || before > fault.after && fault.lasting;
+        fails.then(|| fault.code.clone())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::channel::{Context, GuestLimits, OpenImage};
+
+    fn listener(trace: &Trace) -> Listener {
+        let open = OpenImage {
+            limits: GuestLimits {
+                memory: 0,
+                cpu_ms: 0,
+            },
+            context: Context {
+                id: String::new(),
+                settings: String::new(),
+            },
+            receipt: Vec::new(),
+            max_read: 0,
+        };
+        trace.begin(&Order::OpenImage(open)).unwrap()
+    }
+
+    fn refused(fault: Fault) -> Vec<bool> {
+        let listener = listener(&Trace::with_fault(fault));
+        let finish = |stream| Call::Finish { stream };
+        let calls = [finish(0), Call::DropStream { stream: 1 }, finish(2), finish(3)];
+        let heard = calls.iter().map(|call| listener.heard(call).is_some());
+        heard.collect()
+    }
+
+    #[test]
+    fn only_the_meant_call_fails() {
+        let fault = |call, lasting| Fault {
+            call,
+            after: 1,
+            lasting,
+            code: ErrorCode::Io,
+        };
+        let finish = Call::Finish { stream: 0 }.name();
+        assert_eq!(refused(fault(Some(finish), false)), [false, false, true, false]);
+        assert_eq!(refused(fault(None, true)), [false, false, true, true]);
+        assert_eq!(refused(fault(Some("another"), true)), [false; 4]);
+    }
+
+    #[test]
+    fn a_refused_call_is_in_the_trace_with_what_the_provider_was_told() {
+        let trace = Trace::with_fault(Fault {
+            call: None,
+            after: 0,
+            lasting: false,
+            code: ErrorCode::Io,
+        });
+        let listener = listener(&trace);
+        assert_eq!(listener.heard(&Call::Finish { stream: 0 }), Some(ErrorCode::Io));
+        assert_eq!(listener.heard(&Call::NextRegions { limit: 1 }), None);
+        listener.answered(&Answer::Unit);
+        let all = trace.take();
+        let answers: Vec<_> = all[0].exchanges.iter().map(|it| &it.answer).collect();
+        assert!(
+            matches!(answers[..], [Some(Answer::Error(ErrorCode::Io)), Some(Answer::Unit)]),
+            "{answers:?}"
+        );
+    }
+}
