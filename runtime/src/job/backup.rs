@@ -13,13 +13,11 @@ use super::extra::{self, Attached, Extra, ExtraError};
 use super::fleecing::{Fleecing, FleecingError, NearlyFull};
 use super::journal::{Journal, JournalError, Record, Step};
 use super::power::{self, PowerError};
-use super::prove::{self, ProofError};
+use super::prove::ProofError;
 use super::recover::{self, RecoverError, Traces};
-use super::volume_run::{self, Covered, VolumeError};
-use crate::archive::{
-    self, Archive, BackupId, BackupRecord, BackupWriter, ComponentId, DiskRecord, Manifest,
-    Namespace, NamespaceName, Proof, ProviderRecord, VolumeRecord,
-};
+use super::transfer::Transfer;
+use super::volume_run::{Covered, VolumeError};
+use crate::archive::{self, Archive, BackupId, Manifest, Namespace, NamespaceName};
 use crate::config::{Provider, Vm};
 use crate::qemu::bitmap::{self, Tracking};
 use crate::qemu::machine::{RunState, Standing};
@@ -37,7 +35,6 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 use time::OffsetDateTime;
-use tokio::sync::Semaphore;
 use tokio_util::sync::CancellationToken;
 
 /// Unit of digests and of dirty tracking, in bytes: QEMU's copy-before-write cluster, so that an incremental reads no
@@ -382,7 +379,7 @@ impl Attempt<'_> {
             }
         };
         let writer = match namespace.begin(id) {
-            Ok(writer) => Some(Arc::new(writer)),
+            Ok(writer) => Arc::new(writer),
             Err(error) => {
                 let detached = extra::detach_files(monitor, job, &request.extra).await;
                 if fleecing.remove().is_ok() && detached.is_empty() {
@@ -391,18 +388,28 @@ impl Attempt<'_> {
                 return Err(error.into());
             }
         };
+        let transfer = Transfer {
+            vm: &request.vm_name,
+            provider_name: &request.provider_name,
+            provider: &request.provider,
+            bytes: request.component.clone(),
+            component: &component,
+            program,
+            attachments: &request.attachments,
+            namespace,
+            writer: Some(writer),
+            id,
+            events,
+            cancel,
+        };
         Backup {
             request,
-            namespace,
-            component,
-            program,
+            transfer,
             monitor,
             journal,
             standing,
             attached,
             fleecing,
-            writer,
-            id,
             job,
             disks,
             reached: Vec::new(),
@@ -435,13 +442,6 @@ async fn standing(
         ));
     }
     Ok(standing)
-}
-
-/// The writer is there until the commit, and held by nobody else once all runs have ended.
-fn not_held() -> archive::Error {
-    archive::Error::WriterFailed {
-        first: "a task of the job still holds it".into(),
-    }
 }
 
 fn tell_choice(events: &Events, disk: &qemu::Disk, choice: &Choice) {
@@ -480,18 +480,13 @@ fn tell_missing(events: &Events, disks: &[(qemu::Disk, Choice)]) {
 /// A backup under way.
 struct Backup<'a> {
     request: &'a Request,
-    namespace: Arc<Namespace>,
-    component: Component,
-    program: &'a Program,
+    transfer: Transfer<'a>,
     monitor: &'a Monitor,
     journal: &'a mut Journal,
     /// Whether the guest ran at the beginning.
     standing: Standing,
     attached: Vec<Attached<'a>>,
     fleecing: Fleecing,
-    /// Until it commits.
-    writer: Option<Arc<BackupWriter>>,
-    id: BackupId,
     job: JobId,
     disks: Vec<(qemu::Disk, Choice)>,
     reached: Vec<(Step, Instant)>,
@@ -511,7 +506,7 @@ impl Backup<'_> {
                     extra::detach_files(self.monitor, self.job, &self.request.extra).await;
                 let mut left: Vec<_> = detached.iter().map(ToString::to_string).collect();
                 left.extend(self.remove_fleecing());
-                left.extend(self.abandon());
+                left.extend(self.transfer.abandon());
                 if undone {
                     self.close_journal(&mut left);
                 }
@@ -535,7 +530,7 @@ impl Backup<'_> {
         };
         left.extend(self.settle_bitmaps(&point, &committed).await);
         if committed.is_err() {
-            left.extend(self.abandon());
+            left.extend(self.transfer.abandon());
         }
         self.close_journal(&mut left);
         let manifest = committed.inspect_err(|_| self.tell_left(&left))?;
@@ -631,67 +626,26 @@ impl Backup<'_> {
     async fn read_all(&mut self, point: &PointInTime) -> Result<Vec<Covered>, BackupError> {
         self.step(Step::Running)?;
         let stop = self.cancel.child_token();
-        let encoders = Arc::new(Semaphore::new(
-            std::thread::available_parallelism().map_or(2, std::num::NonZero::get),
-        ));
-        let attachments = Arc::new(self.request.attachments.clone());
-        let writer = self.writer.as_ref().ok_or_else(not_held)?;
-        let runs = point
-            .volumes
-            .iter()
-            .zip(&self.disks)
-            .map(|(volume, (disk, choice))| {
-                let order = volume_run::Order {
-                    socket: &point.socket,
-                    volume,
-                    choice,
-                    provider_name: &self.request.provider_name,
-                    provider: &self.request.provider,
-                    component: &self.component,
-                    program: self.program,
-                    namespace: &self.namespace,
-                    writer,
-                    backup: self.id,
-                    attachments: &attachments,
-                    encoders: &encoders,
-                    events: self.events,
-                    stop: &stop,
-                };
-                let stop = stop.clone();
-                async move {
-                    let covered = volume_run::run(order).await;
-                    if covered.is_err() {
-                        stop.cancel();
-                    }
-                    covered.map_err(|source| (disk.name.clone(), source))
-                }
-            });
-        let ended = 'runs: {
-            let all = futures_util::future::join_all(runs);
-            tokio::pin!(all);
+        let choices = self.disks.iter().map(|(_, choice)| choice);
+        let volumes = point.volumes.iter().zip(choices);
+        let runs = self.transfer.run(&point.socket, volumes, &stop);
+        let covered = 'runs: {
+            tokio::pin!(runs);
             let failure: BackupError = tokio::select! {
-                ended = &mut all => break 'runs ended,
+                ended = &mut runs => break 'runs ended?,
                 full = self.fleecing.nearly_full() => full.into(),
                 // Most likely QEMU ended. If not, nothing can be said of the snapshot any more all the same.
                 lost = self.monitor.lost() => lost.into(),
             };
             stop.cancel();
-            all.await;
+            // Why the runs ended is known.
+            let _ = runs.await;
             return Err(failure);
         };
-        if self.cancel.is_cancelled() {
-            return Err(BackupError::Cancelled);
-        }
-        let (covered, mut failed): (Vec<_>, Vec<_>) = ended.into_iter().partition(Result::is_ok);
-        // A run that was stopped because another failed is not the reason.
-        failed.sort_by_key(|failed| matches!(failed, Err((_, error)) if error.is_cancelled()));
-        if let Some(Err((volume, source))) = failed.into_iter().next() {
-            return Err(BackupError::Volume { volume, source });
-        }
         // After the last read: did the snapshot hold to the end?
         point.check_alive(self.monitor).await?;
         self.fleecing.sync().map_err(BackupError::FleecingLost)?;
-        Ok(covered.into_iter().flatten().collect())
+        Ok(covered)
     }
 
     /// Returns what could not be removed; the next run does it.
@@ -733,43 +687,10 @@ impl Backup<'_> {
 
     async fn prove_and_commit(&mut self, covered: Vec<Covered>) -> Result<Manifest, BackupError> {
         self.step(Step::Proving)?;
-        let writer = self.writer.as_ref().ok_or_else(not_held)?;
-        for volume in &covered {
-            let order = prove::Order {
-                covered: volume,
-                component: &self.component,
-                program: self.program,
-                provider: &self.request.provider,
-                writer,
-                backup: self.id,
-                events: self.events,
-                cancel: self.cancel,
-            };
-            prove::prove(order).await.map_err(|source| match source {
-                ProofError::Cancelled => BackupError::Cancelled,
-                source => BackupError::Proof {
-                    volume: volume.name.clone(),
-                    source,
-                },
-            })?;
-        }
-        if self.cancel.is_cancelled() {
-            return Err(BackupError::Cancelled);
-        }
+        self.transfer.prove(&covered).await?;
         self.step(Step::Committing)?;
-        // Every run has ended, so this is the last holder.
-        let writer = self
-            .writer
-            .take()
-            .and_then(Arc::into_inner)
-            .ok_or_else(not_held)?;
-        let component = self.request.component.clone();
-        let record = self.record(covered, ComponentId::of(&component));
-        let committed = tokio::task::spawn_blocking(move || {
-            writer.keep_component(&component)?;
-            writer.commit(record)
-        });
-        let manifest = committed.await.map_err(BackupError::Task)??;
+        let disks = self.disks.iter().map(|(disk, choice)| (disk, choice));
+        let manifest = self.transfer.commit(covered, disks).await?;
         // The backup is there, whether or not the journal can say so: the archive decides.
         if let Err(error) = self.step(Step::Committed) {
             self.events.warn(error.to_string());
@@ -819,51 +740,6 @@ impl Backup<'_> {
             bitmap::remove(self.monitor, node, stale).await?;
         }
         Ok(Tracking::Restored)
-    }
-
-    fn record(&self, covered: Vec<Covered>, component: ComponentId) -> BackupRecord {
-        let volumes = covered
-            .into_iter()
-            .zip(&self.disks)
-            .map(|(volume, (disk, choice))| VolumeRecord {
-                name: volume.name,
-                disk: DiskRecord {
-                    format: disk.format.clone(),
-                    identity: disk.filename.clone(),
-                },
-                mode: volume.mode,
-                base: volume.base,
-                fallback: volume.reason,
-                bitmap: choice.bitmap.new_bitmap().map(ToString::to_string),
-                root: volume.root,
-                receipt: volume.receipt,
-                dirty_bytes: volume.dirty_bytes,
-                zero_bytes: volume.zero_bytes,
-                placed_bytes: volume.dirty_bytes - volume.zero_bytes - volume.claimed.bytes(),
-                claimed_bytes: volume.claimed.bytes(),
-                proof: Proof::Proven,
-            })
-            .collect();
-        BackupRecord {
-            vm: self.request.vm_name.clone(),
-            created: OffsetDateTime::now_utc(),
-            provider: ProviderRecord {
-                name: self.request.provider_name.clone(),
-                component,
-                world: self.component.world,
-                settings: self.request.provider.settings.to_string(),
-                limits: volume_run::guest_limits(&self.request.provider),
-            },
-            host_version: env!("CARGO_PKG_VERSION").into(),
-            volumes,
-            attachments: Vec::new(),
-        }
-    }
-
-    /// Removes what was stored; a writer that committed is gone already. Returns what could not be removed.
-    fn abandon(&mut self) -> Option<String> {
-        let error = Arc::into_inner(self.writer.take()?)?.abandon().err()?;
-        Some(format!("what backup {} stored: {error}", self.id))
     }
 
     fn step(&mut self, step: Step) -> Result<(), JournalError> {

@@ -11,6 +11,7 @@ pub mod power;
 pub mod prove;
 pub mod recover;
 pub mod replay;
+pub mod transfer;
 pub mod volume_run;
 
 pub use event::{Event, Events};

@@ -56,9 +56,9 @@ impl Trace {
         trace
     }
 
-    /// Everything so far; the trace begins anew.
-    pub fn take(&self) -> Vec<Conversation> {
-        std::mem::take(&mut self.state().conversations)
+    /// Everything so far.
+    pub fn conversations(&self) -> Vec<Conversation> {
+        self.state().conversations.clone()
     }
 
     /// Begins the list of one process, unless it only compiles.
@@ -161,7 +161,12 @@ mod tests {
     fn refused(fault: Fault) -> Vec<bool> {
         let listener = listener(&Trace::with_fault(fault));
         let finish = |stream| Call::Finish { stream };
-        let calls = [finish(0), Call::DropStream { stream: 1 }, finish(2), finish(3)];
+        let calls = [
+            finish(0),
+            Call::DropStream { stream: 1 },
+            finish(2),
+            finish(3),
+        ];
         let heard = calls.iter().map(|call| listener.heard(call).is_some());
         heard.collect()
     }
@@ -175,7 +180,10 @@ mod tests {
             code: ErrorCode::Io,
         };
         let finish = Call::Finish { stream: 0 }.name();
-        assert_eq!(refused(fault(Some(finish), false)), [false, false, true, false]);
+        assert_eq!(
+            refused(fault(Some(finish), false)),
+            [false, false, true, false]
+        );
         assert_eq!(refused(fault(None, true)), [false, false, true, true]);
         assert_eq!(refused(fault(Some("another"), true)), [false; 4]);
     }
@@ -189,13 +197,19 @@ mod tests {
             code: ErrorCode::Io,
         });
         let listener = listener(&trace);
-        assert_eq!(listener.heard(&Call::Finish { stream: 0 }), Some(ErrorCode::Io));
+        assert_eq!(
+            listener.heard(&Call::Finish { stream: 0 }),
+            Some(ErrorCode::Io)
+        );
         assert_eq!(listener.heard(&Call::NextRegions { limit: 1 }), None);
         listener.answered(&Answer::Unit);
-        let all = trace.take();
+        let all = trace.conversations();
         let answers: Vec<_> = all[0].exchanges.iter().map(|it| &it.answer).collect();
         assert!(
-            matches!(answers[..], [Some(Answer::Error(ErrorCode::Io)), Some(Answer::Unit)]),
+            matches!(
+                answers[..],
+                [Some(Answer::Error(ErrorCode::Io)), Some(Answer::Unit)]
+            ),
             "{answers:?}"
         );
     }

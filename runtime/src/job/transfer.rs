@@ -1,0 +1,216 @@
+//! The part of a backup that knows no QEMU: from frozen disks behind an NBD server to the manifest.
+//!
+//! run each volume → prove → commit. Whoever made the point in time does the rest; the conformance kit makes one of
+//! disks in memory.
+
+use super::base::Choice;
+use super::component::Component;
+use super::event::Events;
+use super::prove::{self, ProofError};
+use super::volume_run::{self, Covered};
+use crate::archive::{
+    self, BackupId, BackupRecord, BackupWriter, ComponentId, DiskRecord, Manifest, Namespace,
+    Proof, ProviderRecord, VolumeRecord,
+};
+use crate::config::Provider;
+use crate::qemu::snapshot::Volume;
+use crate::sandbox::Program;
+use bytes::Bytes;
+use std::collections::BTreeMap;
+use std::path::Path;
+use std::sync::Arc;
+use time::OffsetDateTime;
+use tokio::sync::Semaphore;
+use tokio_util::sync::CancellationToken;
+
+use super::backup::BackupError;
+
+/// The writer is there until the commit, and held by nobody else once all runs have ended.
+fn not_held() -> archive::Error {
+    archive::Error::WriterFailed {
+        first: "a task of the job still holds it".into(),
+    }
+}
+
+/// One backup on its way.
+pub struct Transfer<'a> {
+    /// The VM's name.
+    pub vm: &'a str,
+    /// The provider's name.
+    pub provider_name: &'a str,
+    /// Its settings, limits and grants.
+    pub provider: &'a Provider,
+    /// Its component, as it came.
+    pub bytes: Bytes,
+    /// Its component, ready to run.
+    pub component: &'a Component,
+    /// What its sandbox processes run.
+    pub program: &'a Program,
+    /// Handed to it.
+    pub attachments: &'a BTreeMap<String, Vec<u8>>,
+    /// Its part of the archive.
+    pub namespace: Arc<Namespace>,
+    /// The backup in the making, until it commits.
+    pub writer: Option<Arc<BackupWriter>>,
+    /// Its id.
+    pub id: BackupId,
+    /// Where the job tells what it does.
+    pub events: &'a Events,
+    /// Ends the job early.
+    pub cancel: &'a CancellationToken,
+}
+
+impl Transfer<'_> {
+    /// Runs the provider on every volume side by side; the first failure stops the others, and so does `stop`.
+    pub async fn run(
+        &self,
+        socket: &Path,
+        volumes: impl Iterator<Item = (&Volume, &Choice)>,
+        stop: &CancellationToken,
+    ) -> Result<Vec<Covered>, BackupError> {
+        let encoders = Arc::new(Semaphore::new(
+            std::thread::available_parallelism().map_or(2, std::num::NonZero::get),
+        ));
+        let attachments = Arc::new(self.attachments.clone());
+        let writer = self.writer()?;
+        let runs = volumes.map(|(volume, choice)| {
+            let order = volume_run::Order {
+                socket,
+                volume,
+                choice,
+                provider_name: self.provider_name,
+                provider: self.provider,
+                component: self.component,
+                program: self.program,
+                namespace: &self.namespace,
+                writer,
+                backup: self.id,
+                attachments: &attachments,
+                encoders: &encoders,
+                events: self.events,
+                stop,
+            };
+            async move {
+                let covered = volume_run::run(order).await;
+                if covered.is_err() {
+                    stop.cancel();
+                }
+                covered.map_err(|source| (volume.plan.disk.name.clone(), source))
+            }
+        });
+        let ended = futures_util::future::join_all(runs).await;
+        if self.cancel.is_cancelled() {
+            return Err(BackupError::Cancelled);
+        }
+        let (covered, mut failed): (Vec<_>, Vec<_>) = ended.into_iter().partition(Result::is_ok);
+        // A run that was stopped because another failed is not the reason.
+        failed.sort_by_key(|failed| matches!(failed, Err((_, error)) if error.is_cancelled()));
+        if let Some(Err((volume, source))) = failed.into_iter().next() {
+            return Err(BackupError::Volume { volume, source });
+        }
+        Ok(covered.into_iter().flatten().collect())
+    }
+
+    /// Reads back what the provider claims.
+    pub async fn prove(&self, covered: &[Covered]) -> Result<(), BackupError> {
+        let writer = self.writer()?;
+        for volume in covered {
+            let order = prove::Order {
+                covered: volume,
+                component: self.component,
+                program: self.program,
+                provider: self.provider,
+                writer,
+                backup: self.id,
+                events: self.events,
+                cancel: self.cancel,
+            };
+            prove::prove(order).await.map_err(|source| match source {
+                ProofError::Cancelled => BackupError::Cancelled,
+                source => BackupError::Proof {
+                    volume: volume.name.clone(),
+                    source,
+                },
+            })?;
+        }
+        if self.cancel.is_cancelled() {
+            return Err(BackupError::Cancelled);
+        }
+        Ok(())
+    }
+
+    /// Makes the backup happen. `disks` are those of `covered`, in its order, with what was chosen for each.
+    pub async fn commit<'d>(
+        &mut self,
+        covered: Vec<Covered>,
+        disks: impl Iterator<Item = (&'d crate::qemu::Disk, &'d Choice)>,
+    ) -> Result<Manifest, BackupError> {
+        let component = self.bytes.clone();
+        let record = self.record(covered, disks, ComponentId::of(&component));
+        // Every run has ended, so this is the last holder.
+        let writer = self
+            .writer
+            .take()
+            .and_then(Arc::into_inner)
+            .ok_or_else(not_held)?;
+        let committed = tokio::task::spawn_blocking(move || {
+            writer.keep_component(&component)?;
+            writer.commit(record)
+        });
+        Ok(committed.await.map_err(BackupError::Task)??)
+    }
+
+    /// Removes what was stored; a writer that committed is gone already. Returns what could not be removed.
+    pub fn abandon(&mut self) -> Option<String> {
+        let error = Arc::into_inner(self.writer.take()?)?.abandon().err()?;
+        Some(format!("what backup {} stored: {error}", self.id))
+    }
+
+    fn writer(&self) -> Result<&Arc<BackupWriter>, archive::Error> {
+        self.writer.as_ref().ok_or_else(not_held)
+    }
+
+    fn record<'d>(
+        &self,
+        covered: Vec<Covered>,
+        disks: impl Iterator<Item = (&'d crate::qemu::Disk, &'d Choice)>,
+        component: ComponentId,
+    ) -> BackupRecord {
+        let volumes = covered
+            .into_iter()
+            .zip(disks)
+            .map(|(volume, (disk, choice))| VolumeRecord {
+                name: volume.name,
+                disk: DiskRecord {
+                    format: disk.format.clone(),
+                    identity: disk.filename.clone(),
+                },
+                mode: volume.mode,
+                base: volume.base,
+                fallback: volume.reason,
+                bitmap: choice.bitmap.new_bitmap().map(ToString::to_string),
+                root: volume.root,
+                receipt: volume.receipt,
+                dirty_bytes: volume.dirty_bytes,
+                zero_bytes: volume.zero_bytes,
+                placed_bytes: volume.dirty_bytes - volume.zero_bytes - volume.claimed.bytes(),
+                claimed_bytes: volume.claimed.bytes(),
+                proof: Proof::Proven,
+            })
+            .collect();
+        BackupRecord {
+            vm: self.vm.into(),
+            created: OffsetDateTime::now_utc(),
+            provider: ProviderRecord {
+                name: self.provider_name.into(),
+                component,
+                world: self.component.world,
+                settings: self.provider.settings.to_string(),
+                limits: volume_run::guest_limits(self.provider),
+            },
+            host_version: env!("CARGO_PKG_VERSION").into(),
+            volumes,
+            attachments: Vec::new(),
+        }
+    }
+}
