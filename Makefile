@@ -15,7 +15,8 @@ PROVIDERS = chunked image
 LANGUAGES = qcow2 providers/qcow2 numbered providers/numbered watchful providers/watchful
 # One that only the benchmark needs.
 BENCH_PROVIDER = splices-everything
-HOSTILE = $(basename $(notdir $(wildcard tests/hostile/examples/*.rs)))
+# Hostile ones, and those with one mistake each that the conformance kit has to find.
+HOSTILE = $(basename $(notdir $(wildcard tests/hostile/examples/*.rs tests/planted/examples/*.rs)))
 WASM = $(CARGO_TARGET_DIR)/wasm32-unknown-unknown/release
 
 # One step after the other: cargo uses all processors by itself.
@@ -78,7 +79,7 @@ providers:
 	build="cargo build --release --locked --target wasm32-unknown-unknown" && \
 	echo "building the providers" && \
 	$$build --config "$$config" $(PROVIDERS:%=-p %) -p $(BENCH_PROVIDER) && \
-	$$build --config "$$config" -p hostile --examples
+	$$build --config "$$config" -p hostile -p planted --examples
 	@mkdir -p $(COMPONENTS)
 	@for name in $(PROVIDERS) $(BENCH_PROVIDER); do \
 		install -C -m 644 "$(WASM)/$$(echo $$name | tr - _).wasm" "$(COMPONENTS)/$$name.wasm" || exit; done

@@ -85,6 +85,19 @@ pub struct Provider {
     pub grant: Grant,
 }
 
+impl Provider {
+    /// A component with default settings, limits and grants.
+    pub fn of(component: PathBuf) -> Self {
+        Self {
+            component,
+            namespace: None,
+            settings: toml::Table::new(),
+            limits: Limits::default(),
+            grant: Grant::default(),
+        }
+    }
+}
+
 /// Why there is no configuration.
 #[derive(Debug, thiserror::Error)]
 pub enum ConfigError {
@@ -173,16 +186,8 @@ impl Config {
                 let stem = component
                     .file_stem()
                     .map_or_else(|| "provider".into(), |stem| stem.to_string_lossy());
-                Ok((
-                    stem.into_owned(),
-                    Provider {
-                        component,
-                        namespace: None,
-                        settings: toml::Table::new(),
-                        limits: Limits::default(),
-                        grant: Grant::default(),
-                    },
-                ))
+                let stem = stem.into_owned();
+                Ok((stem, Provider::of(component)))
             }
             None => Err(unknown(
                 "provider",

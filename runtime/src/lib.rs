@@ -17,6 +17,8 @@
 //!    Then the old bitmaps go.
 //! 7. [`job::replay`] is the way back, for restore and verify alike.
 //!
+//! [`conformance`] goes the same way from 2 on, from the disks of a [`simulator`] instead of QEMU's.
+//!
 //! # What always holds
 //!
 //! - A backup without a manifest does not exist; a manifest appears only after all that it refers to is durable.
@@ -28,8 +30,8 @@
 //! # Absences
 //!
 //! Only [`sandbox`] uses wasmtime, and it uses neither [`qemu`], [`nbd`], [`volume`] nor [`archive`]. [`qemu`] and
-//! [`archive`] know no provider. Paths are opened in [`cli`], for QEMU's sockets, and to spawn processes; everything else
-//! gets a handle.
+//! [`archive`] know no provider. Paths are opened in [`cli`], for QEMU's sockets, to spawn processes, and in the folder that
+//! [`conformance`] is given for its trials; everything else gets a handle.
 
 #![deny(missing_docs)]
 
@@ -37,6 +39,7 @@ pub mod archive;
 pub mod channel;
 pub mod cli;
 pub mod config;
+pub mod conformance;
 pub mod digest;
 pub mod extent;
 pub mod grants;
@@ -46,4 +49,5 @@ pub mod policy;
 pub mod qemu;
 pub mod sandbox;
 pub mod simulator;
+pub mod templates;
 pub mod volume;

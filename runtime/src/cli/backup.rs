@@ -1,7 +1,7 @@
 //! `fleecebox backup`.
 
 use super::progress::Progress;
-use super::{Failure, Sandboxes, Session, target, text};
+use super::{Failure, Sandboxes, Session, installed, target, text};
 use crate::archive::NamespaceName;
 use crate::grants::MAX_ATTACHMENT;
 use crate::job::backup::{self, Places, Request, Summary};
@@ -10,7 +10,7 @@ use anyhow::{Context, anyhow};
 use clap::Args;
 use serde_json::json;
 use std::collections::BTreeMap;
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Instant;
 
@@ -96,9 +96,9 @@ impl Backup {
         let wanted = self.provider.or_else(|| vm.provider.clone()).ok_or_else(|| {
             mistake("no provider: name one with --provider, or as `provider` of this VM in the configuration".into())
         })?;
-        let (provider_name, mut provider) = session.config.provider(&wanted)?;
+        let (provider_name, mut provider) = installed::provider(session, &wanted)?;
         if let Some(path) = &self.settings {
-            provider.settings = settings(path)?;
+            provider.settings = target::settings(path)?;
         }
         let namespace: NamespaceName = provider
             .namespace
@@ -191,19 +191,6 @@ fn extra(name: &str, what: &str) -> Result<Extra, Failure> {
     Ok(Extra {
         name: name.into(),
         source,
-    })
-}
-
-fn settings(path: &Path) -> Result<toml::Table, Failure> {
-    let bytes = target::read(path, "provider's settings")?;
-    let text = String::from_utf8(bytes)
-        .map_err(|_| mistake(format!("the settings {} are no UTF-8 text", path.display())))?;
-    toml::from_str(&text).map_err(|error| {
-        mistake(format!(
-            "the settings {} are wrong: {}",
-            path.display(),
-            error.message()
-        ))
     })
 }
 

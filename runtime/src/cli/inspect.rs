@@ -1,25 +1,31 @@
 //! `fleecebox provider inspect`.
 
-use super::{Failure, Session, target};
+use super::{Failure, Session, installed, target};
+use crate::channel::World;
 use crate::sandbox::{self, Program};
 use anyhow::anyhow;
 use clap::Args;
 use serde_json::json;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 /// Say what a component is, imports and needs, without running any of it.
 #[derive(Debug, Args)]
 #[command(after_help = "Example:\n  fleecebox provider inspect ./chunked.wasm")]
 pub(super) struct Inspect {
-    /// The component's file
-    file: PathBuf,
+    /// The component's file, or the name of a provider that is installed or configured
+    #[arg(value_name = "NAME|FILE")]
+    provider: String,
 }
 
 impl Inspect {
     pub(super) async fn run(self, session: &Session) -> Result<(), Failure> {
-        let bytes = target::read(&self.file, "component")?;
+        let file = match Path::new(&self.provider).is_file() {
+            true => PathBuf::from(&self.provider),
+            false => installed::provider(session, &self.provider)?.1.component,
+        };
+        let bytes = target::read(&file, "component")?;
         let cache = target::cache(session)?;
-        let name = self.file.display();
+        let name = file.display();
         let compiled = sandbox::compile(&Program::this(), bytes.into(), &cache)
             .await
             .map_err(|error| Failure::Mistake(anyhow!("{name}: {error}")))?;
@@ -27,11 +33,12 @@ impl Inspect {
         let sha256 = hex::encode(compiled.sha256);
         if session.json {
             let result = json!({
-                "file": self.file,
+                "file": file,
                 "sha256": sha256,
                 "size": compiled.size,
                 "world": world.as_ref().ok(),
                 "refused": world.as_ref().err().map(ToString::to_string),
+                "needs": world.as_ref().ok().map(|&world| needs(world)),
                 "imports": compiled.interface.imports,
                 "exports": compiled.interface.exports,
             });
@@ -41,6 +48,7 @@ impl Inspect {
             show!("size     {} bytes", compiled.size);
             if let Ok(world) = &world {
                 show!("world    {}", world.name());
+                show!("needs    {}", needs(*world));
             }
             for import in &compiled.interface.imports {
                 show!("imports  {}", import.escape_debug());
@@ -55,5 +63,15 @@ impl Inspect {
                 "{name} cannot be used as a provider: {refusal}"
             ))),
         }
+    }
+}
+
+/// What its world alone tells; what it does with that is for `fleecebox provider test` to find out.
+fn needs(world: World) -> &'static str {
+    match world {
+        World::Provider => {
+            "to see the disk's bytes, where `read` is granted; its component gives back what it claimed"
+        }
+        World::BlindProvider => "no byte of any disk: the host restores what it arranged",
     }
 }

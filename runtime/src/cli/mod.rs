@@ -6,11 +6,17 @@ mod output;
 mod backup;
 mod demo;
 mod inspect;
+mod install;
+mod installed;
 mod list;
+mod new;
 mod progress;
+mod providers;
+mod remove;
 mod restore;
 mod show;
 mod target;
+mod test;
 mod text;
 mod verify;
 
@@ -64,7 +70,7 @@ enum Command {
     List(list::List),
     /// Show one backup's manifest
     Show(show::Show),
-    /// Look at providers
+    /// Write, try, look at and install providers
     #[command(subcommand)]
     Provider(Provider),
     /// Show the main job on a real storage daemon with a disk that is written all the while
@@ -75,6 +81,16 @@ enum Command {
 enum Provider {
     /// Say what a component is, imports and needs, without running any of it
     Inspect(inspect::Inspect),
+    /// Try one with simulated disks: backups, restores, and everything that may go wrong
+    Test(test::Test),
+    /// Write a project for a new one
+    New(new::New),
+    /// Keep one on this host, to be used by its name
+    Install(install::Install),
+    /// List those of the configuration and those installed
+    List(providers::Providers),
+    /// Remove an installed one; its backups stay
+    Remove(remove::Remove),
 }
 
 /// For the commands that run providers.
@@ -98,6 +114,8 @@ enum Failure {
     Mistake(anyhow::Error),
     /// Exit status 1.
     Failed(anyhow::Error),
+    /// Exit status 1, after a result that says all of it: with `--json` there is one document and not two.
+    Reported(anyhow::Error),
 }
 
 /// What every command gets.
@@ -117,13 +135,14 @@ pub fn main() -> ExitCode {
     match run(cli) {
         Ok(()) => ExitCode::SUCCESS,
         Err(failure) => {
-            let (error, status) = match failure {
-                Failure::Mistake(error) => (error, 2),
-                Failure::Failed(error) => (error, 1),
+            let (error, status, reported) = match failure {
+                Failure::Mistake(error) => (error, 2, false),
+                Failure::Failed(error) => (error, 1, false),
+                Failure::Reported(error) => (error, 1, true),
             };
             let line = text::error(&error);
             say!("fleecebox: {line}");
-            if json {
+            if json && !reported {
                 show!(
                     "{}",
                     serde_json::json!({ "error": line, "exit_status": status })
@@ -162,6 +181,11 @@ fn run(cli: Cli) -> Result<(), Failure> {
             Command::List(command) => command.run(&session),
             Command::Show(command) => command.run(&session),
             Command::Provider(Provider::Inspect(command)) => command.run(&session).await,
+            Command::Provider(Provider::Test(command)) => command.run(&session).await,
+            Command::Provider(Provider::New(command)) => command.run(&session),
+            Command::Provider(Provider::Install(command)) => command.run(&session).await,
+            Command::Provider(Provider::List(command)) => command.run(&session).await,
+            Command::Provider(Provider::Remove(command)) => command.run(&session),
             Command::Demo(command) => command.run(&session).await,
         }
     })

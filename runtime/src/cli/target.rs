@@ -151,6 +151,21 @@ pub(super) fn read(path: &Path, what: &str) -> Result<Vec<u8>, Failure> {
         .map_err(Failure::Mistake)
 }
 
+/// Reads a provider's settings.
+pub(super) fn settings(path: &Path) -> Result<toml::Table, Failure> {
+    let bytes = read(path, "provider's settings")?;
+    let text = String::from_utf8(bytes).map_err(|_| {
+        Failure::Mistake(anyhow!("the settings {} are no UTF-8 text", path.display()))
+    })?;
+    toml::from_str(&text).map_err(|error| {
+        Failure::Mistake(anyhow!(
+            "the settings {} are wrong: {}",
+            path.display(),
+            error.message()
+        ))
+    })
+}
+
 /// For `map_err`: not the user's mistake.
 pub(super) fn failed(error: impl Into<anyhow::Error>) -> Failure {
     Failure::Failed(error.into())

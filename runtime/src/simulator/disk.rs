@@ -1,7 +1,7 @@
 //! A disk in memory, and what it was at a point in time.
 
 use crate::extent::{Extent, ExtentSet};
-use crate::qemu::{self, BitmapPlan, machine};
+use crate::qemu::{self, BitmapName, BitmapPlan, machine};
 use std::collections::BTreeMap;
 use std::sync::{Arc, Mutex, PoisonError};
 
@@ -105,6 +105,7 @@ impl Disk {
             filename: format!("memory:{}", self.name),
             bitmaps: bitmaps.collect(),
             can_persist: true,
+            read_only: false,
         }
     }
 
@@ -158,6 +159,11 @@ impl Disk {
                 old.dirty.insert(extent);
             }
         }
+    }
+
+    /// Removes a bitmap.
+    pub fn forget(&mut self, bitmap: &BitmapName) {
+        self.bitmaps.remove(&bitmap.to_string());
     }
 
     fn within(&self, offset: u64, length: u64) -> Option<Extent> {
@@ -236,7 +242,7 @@ impl Export {
     }
 
     /// What reads as zeroes and is known to.
-    pub(super) fn holes(&self) -> &ExtentSet {
+    pub fn holes(&self) -> &ExtentSet {
         &self.holes
     }
 
@@ -283,7 +289,6 @@ impl Export {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::qemu::BitmapName;
 
     fn bitmap(backup: &str) -> BitmapName {
         BitmapName::new("archive", "namespace", "web/disk", backup, None).unwrap()

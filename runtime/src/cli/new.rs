@@ -1,0 +1,79 @@
+//! `fleecebox provider new`.
+
+use super::{Failure, Session};
+use crate::templates::{self, Language, ProjectName};
+use anyhow::{Context, anyhow};
+use clap::Args;
+use serde_json::json;
+use std::fs;
+use std::os::unix::fs::PermissionsExt;
+use std::path::Path;
+
+/// Write a project that builds, and passes `fleecebox provider test`, at once.
+#[derive(Debug, Args)]
+#[command(after_help = "\
+Examples:
+  fleecebox provider new mirror --lang rust
+  fleecebox provider new mirror --lang rust --blind
+
+Its README.md says how to build and try it. A blind provider never sees a byte of a disk; the host restores what it \
+arranged. Choose it unless the provider has to look into the bytes.")]
+pub(super) struct New {
+    /// The project's name, and its folder's
+    name: String,
+    /// What it is written in
+    #[arg(long, value_enum, default_value = "rust")]
+    lang: Language,
+    /// One that never sees a byte
+    #[arg(long)]
+    blind: bool,
+}
+
+impl New {
+    pub(super) fn run(self, session: &Session) -> Result<(), Failure> {
+        let name: ProjectName = self
+            .name
+            .parse()
+            .map_err(|error: templates::NotAProjectName| Failure::Mistake(error.into()))?;
+        let folder = Path::new(name.as_str());
+        match fs::create_dir(folder) {
+            Err(error) if error.kind() == std::io::ErrorKind::AlreadyExists => {
+                return Err(Failure::Mistake(anyhow!(
+                    "the folder {} is there already; choose another name or remove it",
+                    folder.display()
+                )));
+            }
+            made => made
+                .with_context(|| format!("the folder {} cannot be made", folder.display()))
+                .map_err(Failure::Mistake)?,
+        }
+        let files = templates::project(self.lang, &name, self.blind);
+        for file in &files {
+            let path = folder.join(file.path);
+            write(&path, file)
+                .with_context(|| format!("{} cannot be written", path.display()))
+                .map_err(Failure::Failed)?;
+        }
+        if session.json {
+            let paths: Vec<_> = files.iter().map(|file| folder.join(file.path)).collect();
+            show!("{:#}", json!({ "folder": folder, "files": paths }));
+        } else {
+            show!(
+                "{} is written; its README.md says how to go on",
+                folder.display()
+            );
+        }
+        Ok(())
+    }
+}
+
+fn write(path: &Path, file: &templates::File) -> std::io::Result<()> {
+    if let Some(folder) = path.parent() {
+        fs::create_dir_all(folder)?;
+    }
+    fs::write(path, &file.text)?;
+    if file.executable {
+        fs::set_permissions(path, fs::Permissions::from_mode(0o755))?;
+    }
+    Ok(())
+}

@@ -1,0 +1,426 @@
+//! A simulated VM, a real archive in a temporary folder, and backups from one to the other through the code of a job.
+
+use super::diagnosis::{self, Mistake};
+use super::{KitError, Subject};
+use crate::archive::{Archive, BackupId, BackupWriter, Manifest, Namespace};
+use crate::channel::{Context, OpenImage};
+use crate::config::Provider;
+use crate::extent::Extent;
+use crate::grants::MAX_READ;
+use crate::grants::image::{Image, ImageError};
+use crate::grants::run::RunError;
+use crate::job::backup::{BLOCK_SIZE, BackupError};
+use crate::job::base::{self, Choice, Owner};
+use crate::job::prove::ProofError;
+use crate::job::replay;
+use crate::job::transfer::Transfer;
+use crate::job::volume_run::{Covered, VolumeError, guest_limits};
+use crate::job::{Events, recover};
+use crate::qemu::snapshot::{Plan, Volume};
+use crate::sandbox::{Conversation, Fault, Program, Trace};
+use crate::simulator::{Disk, Export, Server};
+use cap_std::ambient_authority;
+use cap_std::fs::Dir;
+use std::collections::BTreeMap;
+use std::fs::File;
+use std::os::unix::fs::FileExt;
+use std::path::PathBuf;
+use std::sync::Arc;
+use tempfile::TempDir;
+use time::OffsetDateTime;
+
+/// The VM's name in everything that is made here.
+const VM: &str = "simulated";
+
+/// A VM and an archive.
+pub(super) struct Stand<'a> {
+    subject: &'a Subject,
+    /// What the VM's disks hold now.
+    pub(super) disks: Vec<Disk>,
+    namespace: Arc<Namespace>,
+    owner: Owner,
+    folder: TempDir,
+}
+
+/// What is special about one backup.
+#[derive(Debug, Clone)]
+pub(super) struct Attempt {
+    /// Settings, limits and grants.
+    pub(super) provider: Provider,
+    /// A call that fails.
+    pub(super) fault: Option<Fault>,
+    /// A bad sector of the first disk.
+    pub(super) bad_sector: Option<Extent>,
+    /// Its id, where it must not be a fresh one.
+    pub(super) id: Option<BackupId>,
+}
+
+/// What became of a backup.
+pub(super) struct Made {
+    /// Whether it committed.
+    pub(super) result: Result<Arc<Manifest>, BackupError>,
+    /// The disks as of the point in time.
+    pub(super) exports: Vec<Export>,
+    /// All that was asked and answered.
+    pub(super) trace: Vec<Conversation>,
+    /// What is wrong with what was given back, where the proof failed.
+    given_back: Option<Mistake>,
+}
+
+impl<'a> Stand<'a> {
+    /// A VM with these disks, and an empty archive.
+    pub(super) fn new(subject: &'a Subject, disks: Vec<Disk>) -> Result<Self, KitError> {
+        let folder = TempDir::with_prefix_in("stand-", &subject.scratch)?;
+        let path = folder.path().join("archive");
+        std::fs::create_dir(&path)?;
+        let archive = Archive::create(Dir::open_ambient_dir(&path, ambient_authority())?)?;
+        let name = "conformance"
+            .parse()
+            .map_err(|_| KitError::Own("a constant is no name of a namespace"))?;
+        let namespace = Arc::new(archive.create_namespace(&name)?);
+        let owner = Owner {
+            archive: archive.id(),
+            namespace: name,
+            vm: VM.into(),
+        };
+        Ok(Self {
+            subject,
+            disks,
+            namespace,
+            owner,
+            folder,
+        })
+    }
+
+    /// A backup as the subject is configured.
+    pub(super) async fn backup(&mut self) -> Result<Made, KitError> {
+        self.attempt(&self.subject.attempt()).await
+    }
+
+    /// A backup with something special about it. An error means that the kit or the machine failed, not the provider.
+    pub(super) async fn attempt(&mut self, attempt: &Attempt) -> Result<Made, KitError> {
+        let id = match attempt.id {
+            Some(id) => id,
+            None => BackupId::random(OffsetDateTime::now_utc())?,
+        };
+        let mut choices = Vec::new();
+        for disk in &self.disks {
+            let choice = base::choose(&self.owner, &disk.described(), id, BLOCK_SIZE, |id| {
+                recover::recorded(&self.namespace, id)
+            })?;
+            choices.push(choice);
+        }
+        let described: Vec<_> = self.disks.iter().map(Disk::described).collect();
+        let mut exports: Vec<Export> = self
+            .disks
+            .iter_mut()
+            .zip(&choices)
+            .map(|(disk, choice)| disk.freeze(&choice.bitmap))
+            .collect();
+        if let (Some(bad), false) = (attempt.bad_sector, exports.is_empty()) {
+            let first = exports.remove(0);
+            exports.insert(0, first.unreadable(bad));
+        }
+        let volumes: Vec<_> = exports
+            .iter()
+            .zip(described.iter().zip(&choices))
+            .map(|(export, (disk, choice))| Volume {
+                export: export.name().into(),
+                dirty_context: export.dirty_context().map(Into::into),
+                plan: Plan {
+                    disk: disk.clone(),
+                    fleecing: PathBuf::new(),
+                    bitmap: choice.bitmap.clone(),
+                },
+            })
+            .collect();
+        let socket = self.folder.path().join(format!("{id}.nbd"));
+        let server = Server::start(socket, exports.clone())?;
+        let trace = match &attempt.fault {
+            Some(fault) => Trace::with_fault(fault.clone()),
+            None => Trace::default(),
+        };
+        let program = self.subject.program.clone().traced(trace.clone());
+        let (events, _) = Events::channel();
+        let mut transfer = Transfer {
+            vm: VM,
+            provider_name: &self.subject.name,
+            provider: &attempt.provider,
+            bytes: self.subject.bytes.clone(),
+            component: &self.subject.component,
+            program: &program,
+            attachments: &BTreeMap::new(),
+            namespace: Arc::clone(&self.namespace),
+            writer: Some(Arc::new(self.namespace.begin(id)?)),
+            id,
+            events: &events,
+            cancel: &self.subject.cancel,
+        };
+        let stop = self.subject.cancel.child_token();
+        let ran = transfer
+            .run(server.socket(), volumes.iter().zip(&choices), &stop)
+            .await;
+        let mut given_back = None;
+        let result = match ran {
+            Ok(covered) => match transfer.prove(&covered).await {
+                Ok(()) => {
+                    let disks = described.iter().zip(&choices);
+                    transfer.commit(covered, disks).await
+                }
+                Err(error) => {
+                    if let (BackupError::Proof { volume, source }, Some(writer)) =
+                        (&error, &transfer.writer)
+                    {
+                        let look = Look {
+                            subject: self.subject,
+                            provider: &attempt.provider,
+                            writer,
+                            id,
+                            events: &events,
+                            exports: &exports,
+                            backup: trace.conversations(),
+                        };
+                        given_back = look.at(volume, source, &covered).await;
+                    }
+                    Err(error)
+                }
+            },
+            Err(error) => Err(error),
+        };
+        transfer.abandon();
+        if self.subject.cancel.is_cancelled() {
+            return Err(KitError::Cancelled);
+        }
+        self.settle(&choices, result.is_ok());
+        Ok(Made {
+            result: result.map(Arc::new),
+            exports,
+            trace: trace.conversations(),
+            given_back,
+        })
+    }
+
+    fn settle(&mut self, choices: &[Choice], committed: bool) {
+        for (disk, choice) in self.disks.iter_mut().zip(choices) {
+            if committed {
+                disk.accept(&choice.bitmap);
+                for stale in &choice.stale {
+                    disk.forget(stale);
+                }
+            } else {
+                disk.back_out(&choice.bitmap);
+            }
+        }
+    }
+
+    /// Restores a backup and compares every byte with what its disks held. What is said is the first difference.
+    pub(super) async fn restore(
+        &self,
+        made: &Made,
+        manifest: &Arc<Manifest>,
+    ) -> Result<(), Mistake> {
+        for (volume, export) in manifest.record.volumes.iter().zip(&made.exports) {
+            let restored = self.restore_volume(manifest, &volume.name).await;
+            match restored {
+                Ok(bytes) if bytes[..] == export.bytes()[..] => {}
+                Ok(bytes) => {
+                    return Err(diagnosis::restored_otherwise(&volume.name, &bytes, export));
+                }
+                Err(error) => return Err(diagnosis::not_restored(&volume.name, &error)),
+            }
+        }
+        Ok(())
+    }
+
+    async fn restore_volume(
+        &self,
+        manifest: &Arc<Manifest>,
+        name: &str,
+    ) -> Result<Vec<u8>, String> {
+        let volume = manifest.record.volumes.iter().find(|it| it.name == name);
+        let volume = volume.ok_or("it is not in the manifest")?;
+        let size = volume.root.size();
+        let file = tempfile::tempfile_in(self.folder.path()).map_err(|error| error.to_string())?;
+        file.set_len(size).map_err(|error| error.to_string())?;
+        let file = Arc::new(file);
+        let (events, _) = Events::channel();
+        let order = replay::Order {
+            namespace: &self.namespace,
+            manifest,
+            volume,
+            output: Some(Arc::<File>::clone(&file)),
+            cache: &self.subject.cache,
+            program: &self.subject.program,
+            events: &events,
+            cancel: &self.subject.cancel,
+            all_findings: false,
+        };
+        let findings = replay::replay(order).await.map_err(|e| e.to_string())?;
+        if let Some(finding) = findings.first() {
+            return Err(finding.to_string());
+        }
+        let mut bytes = vec![0; size as usize];
+        file.read_exact_at(&mut bytes, 0)
+            .map_err(|error| error.to_string())?;
+        Ok(bytes)
+    }
+
+    /// Makes the archive forget a backup, as a retention would.
+    pub(super) fn forget(&self, manifest: &Manifest) -> Result<(), KitError> {
+        let path = format!(
+            "archive/namespaces/{}/backups/{}",
+            self.owner.namespace, manifest.backup
+        );
+        Ok(std::fs::remove_dir_all(self.folder.path().join(path))?)
+    }
+
+    /// How many backups the archive holds.
+    pub(super) fn backups(&self) -> Result<usize, KitError> {
+        Ok(self.namespace.backups()?.len())
+    }
+
+    /// Opens what one volume of a backup claimed.
+    pub(super) async fn open_image(
+        &self,
+        manifest: &Manifest,
+        name: &str,
+    ) -> Result<Image, ImageError> {
+        let provider = &manifest.record.provider;
+        let volume = manifest.record.volumes.iter().find(|it| it.name == name);
+        let open = OpenImage {
+            limits: provider.limits,
+            context: Context {
+                id: manifest.backup.to_string(),
+                settings: provider.settings.clone(),
+            },
+            receipt: volume.map(|it| it.receipt.clone()).unwrap_or_default(),
+            max_read: MAX_READ,
+        };
+        let (events, _) = Events::channel();
+        Image::open(
+            &self.subject.program,
+            open,
+            &self.subject.component.compiled,
+            self.namespace.objects(manifest),
+            &self.subject.provider.limits,
+            name,
+            &events,
+        )
+        .await
+    }
+
+    /// The archive's view of a namespace, for what only the block table knows.
+    pub(super) fn namespace(&self) -> &Namespace {
+        &self.namespace
+    }
+}
+
+impl Made {
+    /// The committed backup, or what the provider did wrong.
+    pub(super) fn committed(&self) -> Result<&Arc<Manifest>, Mistake> {
+        match (&self.result, &self.given_back) {
+            (Ok(manifest), _) => match diagnosis::leaked(&self.trace) {
+                Some(mistake) => Err(mistake),
+                None => Ok(manifest),
+            },
+            (Err(_), Some(mistake)) => Err(mistake.clone()),
+            (Err(error), None) => Err(diagnosis::failed(error, &self.exports, &self.trace)),
+        }
+    }
+
+    /// Why the machine failed at it, where the provider did not.
+    pub(super) fn own_failure(&self) -> Option<KitError> {
+        match &self.result {
+            Err(
+                error @ (BackupError::Archive(_)
+                | BackupError::Task(_)
+                | BackupError::Volume {
+                    source:
+                        VolumeError::Archive(_)
+                        | VolumeError::Sandbox(_)
+                        | VolumeError::Snapshot(_)
+                        | VolumeError::Run(RunError::Host(_)),
+                    ..
+                }
+                | BackupError::Proof {
+                    source: ProofError::Archive(_),
+                    ..
+                }),
+            ) => Some(KitError::Host(error.to_string())),
+            _ => None,
+        }
+    }
+
+    /// The run on one volume.
+    pub(super) fn run(&self, volume: &str) -> Option<&Conversation> {
+        let named = |it: &&Conversation| it.volume.as_deref() == Some(volume);
+        self.trace.iter().find(named)
+    }
+}
+
+/// A closer look at what a provider gives back, before the backup that failed for it is gone.
+struct Look<'a> {
+    subject: &'a Subject,
+    provider: &'a Provider,
+    writer: &'a Arc<BackupWriter>,
+    id: BackupId,
+    events: &'a Events,
+    exports: &'a [Export],
+    /// What was asked in this backup so far.
+    backup: Vec<Conversation>,
+}
+
+impl Look<'_> {
+    async fn at(&self, volume: &str, error: &ProofError, covered: &[Covered]) -> Option<Mistake> {
+        let covered = covered.iter().find(|it| it.name == volume)?;
+        let extent = match error {
+            ProofError::Wrong { extent } => Some(*extent),
+            ProofError::NotGivenBack { extent, .. } => Some(*extent),
+            ProofError::Open(_) => None,
+            ProofError::Archive(_) | ProofError::Cancelled => return None,
+        };
+        let trace = Trace::default();
+        let program = self.subject.program.clone().traced(trace.clone());
+        let given = self.read(&program, covered, extent).await;
+        let image = trace.conversations();
+        Some(diagnosis::given_back(
+            volume,
+            error,
+            given.as_deref(),
+            extent,
+            self.exports,
+            covered.receipt.len(),
+            &self.backup,
+            &image,
+        ))
+    }
+
+    async fn read(
+        &self,
+        program: &Program,
+        covered: &Covered,
+        extent: Option<Extent>,
+    ) -> Option<Vec<u8>> {
+        let open = OpenImage {
+            limits: guest_limits(self.provider),
+            context: Context {
+                id: self.id.to_string(),
+                settings: self.provider.settings.to_string(),
+            },
+            receipt: covered.receipt.clone(),
+            max_read: MAX_READ,
+        };
+        let mut image = Image::open(
+            program,
+            open,
+            &self.subject.component.compiled,
+            self.writer.objects(),
+            &self.provider.limits,
+            &covered.name,
+            self.events,
+        )
+        .await
+        .ok()?;
+        image.read(extent?).await.ok()
+    }
+}
