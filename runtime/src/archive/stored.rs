@@ -12,11 +12,13 @@ use crate::digest::Digest;
 use crate::extent::Extent;
 use std::collections::BTreeMap;
 use std::fs::File;
-use std::io::Read;
 use std::sync::{Arc, Mutex};
 
 /// Most bytes that one read gives, far above what a provider may be handed at once.
 pub const STORED_READ_LIMIT: u32 = 16 << 20;
+
+/// Bytes read at once where a whole object is.
+const VERIFY_PIECE: u64 = 1 << 20;
 
 /// The objects of one backup, whether it is committed or still in the making.
 pub struct StoredObjects {
@@ -86,10 +88,11 @@ impl StoredObjects {
         }
     }
 
-    /// Reads the whole file of an object and compares it with its digest.
+    /// Reads what the provider wrote of an object and compares it with its digest, and the file's length with what
+    /// was stored.
     pub fn verify(&self, name: &ObjectName) -> Result<(), Error> {
         let info = self.info(name)?;
-        let mut file = self.store.open_object(&self.reference(name))?;
+        let file = self.store.open_object(&self.reference(name))?;
         let actual = file.metadata().map_err(Error::at(name))?.len();
         if actual != info.stored {
             return Err(Error::damaged(name)(Damage::Length {
@@ -98,12 +101,9 @@ impl StoredObjects {
             }));
         }
         let mut hasher = blake3::Hasher::new();
-        let mut buffer = vec![0; 1 << 20];
-        loop {
-            match file.read(&mut buffer).map_err(Error::at(name))? {
-                0 => break,
-                read => hasher.update(&buffer[..read]),
-            };
+        let pieces = |run: &Extent| run.pieces(VERIFY_PIECE);
+        for piece in info.written.iter().flat_map(pieces) {
+            hasher.update(&self.read(name, piece.start(), piece.len() as u32)?);
         }
         if Digest::from(hasher.finalize()) != info.digest {
             return Err(Error::damaged(name)(Damage::Digest));

@@ -23,6 +23,13 @@ pub(super) struct Verify {
     sandboxes: Sandboxes,
 }
 
+/// Something that is not as it was backed up, and in which `volume` or `object`.
+struct Found {
+    kind: &'static str,
+    name: String,
+    finding: String,
+}
+
 impl Verify {
     pub(super) async fn run(self, session: &Session) -> Result<(), Failure> {
         let archive = target::archive(session, self.archive.as_deref(), false)?;
@@ -46,15 +53,25 @@ impl Verify {
                 all_findings: true,
             };
             match replay::replay(order).await {
-                Ok(found) => findings.extend(
-                    found
-                        .into_iter()
-                        .map(|finding| (volume.name.clone(), finding.to_string())),
-                ),
+                Ok(found) => findings.extend(found.into_iter().map(|finding| Found {
+                    kind: "volume",
+                    name: volume.name.clone(),
+                    finding: finding.to_string(),
+                })),
                 Err(error) => {
                     ended = Err(target::failed(error));
                     break;
                 }
+            }
+        }
+        if ended.is_ok() {
+            match replay::check_objects(&namespace, &manifest, &session.cancel).await {
+                Ok(found) => findings.extend(found.into_iter().map(|(name, error)| Found {
+                    kind: "object",
+                    name: name.to_string(),
+                    finding: error.to_string(),
+                })),
+                Err(error) => ended = Err(target::failed(error)),
             }
         }
         drop(events);
@@ -63,15 +80,20 @@ impl Verify {
         if session.json {
             let findings: Vec<_> = findings
                 .iter()
-                .map(|(volume, finding)| json!({ "volume": volume, "finding": finding }))
+                .map(|found| json!({ found.kind: found.name, "finding": found.finding }))
                 .collect();
             show!(
                 "{:#}",
                 json!({ "backup": manifest.backup, "intact": findings.is_empty(), "findings": findings })
             );
         } else {
-            for (volume, finding) in &findings {
-                show!("{volume}: {}", text::one_line(finding));
+            for found in &findings {
+                show!(
+                    "{} {}: {}",
+                    found.kind,
+                    found.name,
+                    text::one_line(&found.finding)
+                );
             }
         }
         if !findings.is_empty() {

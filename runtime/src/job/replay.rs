@@ -5,7 +5,9 @@
 
 use super::component::{Component, ComponentError};
 use super::event::{Event, Events};
-use crate::archive::{self, BackupId, Manifest, Namespace, Run, RunContent, VolumeRecord};
+use crate::archive::{
+    self, BackupId, Manifest, Namespace, ObjectName, Run, RunContent, VolumeRecord,
+};
 use crate::channel::{Context, OpenImage};
 use crate::digest;
 use crate::extent::Extent;
@@ -153,6 +155,27 @@ pub async fn replay(order: Order<'_>) -> Result<Vec<Finding>, ReplayError> {
 }
 
 /// Sends the runs that hold data, cut to what is read at once.
+/// Compares what the provider wrote of each object with its digest: also bytes that no volume's blocks lead to. Returns
+/// what is not as it was, with the object's name.
+pub async fn check_objects(
+    namespace: &Namespace,
+    manifest: &Manifest,
+    cancel: &CancellationToken,
+) -> Result<Vec<(ObjectName, archive::Error)>, ReplayError> {
+    let objects = Arc::new(namespace.objects(manifest));
+    let mut found = Vec::new();
+    for info in &manifest.objects {
+        if cancel.is_cancelled() {
+            return Err(ReplayError::Cancelled);
+        }
+        let (objects, name) = (Arc::clone(&objects), info.name.clone());
+        if let Err(error) = spawn_blocking(move || objects.verify(&name)).await? {
+            found.push((info.name.clone(), error));
+        }
+    }
+    Ok(found)
+}
+
 fn walk(
     namespace: &Namespace,
     root: archive::TableRoot,
