@@ -2,7 +2,7 @@
 
 use std::io;
 
-use crate::bindings::imports::{archive, types};
+use crate::imports::{archive, types};
 use crate::{Error, Extent, Snapshot};
 
 /// Longest range that one [`Archive::put`] takes, in bytes.

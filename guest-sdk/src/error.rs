@@ -3,7 +3,7 @@
 use std::fmt::Display;
 use std::io;
 
-use crate::bindings::imports::types;
+use crate::imports::types;
 
 /// Why a call failed: the contract's `error-code`. Details of host failures go to the host's log.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]

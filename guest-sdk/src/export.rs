@@ -1,13 +1,8 @@
 //! Between the traits that an author writes and those that wit-bindgen generates.
 
-use std::cell::RefCell;
 use std::marker::PhantomData;
 
-use crate::bindings::{blind_exports, imports, sighted_exports};
-use crate::{
-    Archive, BlindProvider, BlindVolume, Context, DirtyRegions, Discarder, Image, Objects,
-    Provider, Reader, Snapshot, Volume,
-};
+use crate::{BlindProvider, Provider};
 
 /// Makes a component of a [`Provider`]. Once per crate.
 #[macro_export]
@@ -45,52 +40,6 @@ impl<P: Provider> Sighted<P> {
     pub const CHECKED: () = ();
 }
 
-impl<P: Provider> sighted_exports::backup::Guest for Sighted<P> {
-    fn run(
-        job: imports::job::Context,
-        volume: sighted_exports::backup::Grant,
-        archive: imports::archive::Writer,
-        base: Option<Vec<u8>>,
-    ) -> Result<Vec<u8>, imports::types::ErrorCode> {
-        let volume = Volume {
-            snapshot: Snapshot::new(volume.snapshot),
-            dirty: DirtyRegions::new(volume.dirty),
-            reader: volume.reader.map(Reader::new),
-            discarder: volume.discarder.map(Discarder::new),
-        };
-        Ok(P::run(
-            Context::new(job),
-            volume,
-            Archive::new(archive),
-            base,
-        )?)
-    }
-}
-
-impl<P: Provider> sighted_exports::restore::Guest for Sighted<P> {
-    type Image = OpenImage<P::Image>;
-}
-
-/// Exports an [`Image`]. The cell is never borrowed twice: a component is not entered while it runs.
-pub struct OpenImage<I>(RefCell<I>);
-
-impl<I: Image> sighted_exports::restore::GuestImage for OpenImage<I> {
-    fn open(
-        job: imports::job::Context,
-        objects: imports::stored::Objects,
-        receipt: Vec<u8>,
-    ) -> Result<sighted_exports::restore::Image, imports::types::ErrorCode> {
-        let image = I::open(Context::new(job), Objects::new(objects), receipt)?;
-        Ok(sighted_exports::restore::Image::new(OpenImage(
-            RefCell::new(image),
-        )))
-    }
-
-    fn read(&self, offset: u64, length: u32) -> Result<Vec<u8>, imports::types::ErrorCode> {
-        Ok(self.0.borrow_mut().read(offset, length)?)
-    }
-}
-
 /// Exports a [`BlindProvider`].
 pub struct Blind<P>(PhantomData<P>);
 
@@ -99,23 +48,81 @@ impl<P: BlindProvider> Blind<P> {
     pub const CHECKED: () = ();
 }
 
-impl<P: BlindProvider> blind_exports::blind_backup::Guest for Blind<P> {
-    fn run(
-        job: imports::job::Context,
-        volume: blind_exports::blind_backup::Grant,
-        archive: imports::archive::Writer,
-        base: Option<Vec<u8>>,
-    ) -> Result<Vec<u8>, imports::types::ErrorCode> {
-        let volume = BlindVolume {
-            snapshot: Snapshot::new(volume.snapshot),
-            dirty: DirtyRegions::new(volume.dirty),
-            discarder: volume.discarder.map(Discarder::new),
-        };
-        Ok(P::run(
-            Context::new(job),
-            volume,
-            Archive::new(archive),
-            base,
-        )?)
+#[cfg(target_arch = "wasm32")]
+mod component {
+    use std::cell::RefCell;
+
+    use super::{Blind, Sighted};
+    use crate::bindings::{blind_exports, imports, sighted_exports};
+    use crate::{
+        Archive, BlindProvider, BlindVolume, Context, DirtyRegions, Discarder, Image, Objects,
+        Provider, Reader, Snapshot, Volume,
+    };
+
+    impl<P: Provider> sighted_exports::backup::Guest for Sighted<P> {
+        fn run(
+            job: imports::job::Context,
+            volume: sighted_exports::backup::Grant,
+            archive: imports::archive::Writer,
+            base: Option<Vec<u8>>,
+        ) -> Result<Vec<u8>, imports::types::ErrorCode> {
+            let volume = Volume {
+                snapshot: Snapshot::new(volume.snapshot),
+                dirty: DirtyRegions::new(volume.dirty),
+                reader: volume.reader.map(Reader::new),
+                discarder: volume.discarder.map(Discarder::new),
+            };
+            Ok(P::run(
+                Context::new(job),
+                volume,
+                Archive::new(archive),
+                base,
+            )?)
+        }
+    }
+
+    impl<P: Provider> sighted_exports::restore::Guest for Sighted<P> {
+        type Image = OpenImage<P::Image>;
+    }
+
+    /// Exports an [`Image`]. The cell is never borrowed twice: a component is not entered while it runs.
+    pub struct OpenImage<I>(RefCell<I>);
+
+    impl<I: Image> sighted_exports::restore::GuestImage for OpenImage<I> {
+        fn open(
+            job: imports::job::Context,
+            objects: imports::stored::Objects,
+            receipt: Vec<u8>,
+        ) -> Result<sighted_exports::restore::Image, imports::types::ErrorCode> {
+            let image = I::open(Context::new(job), Objects::new(objects), receipt)?;
+            Ok(sighted_exports::restore::Image::new(OpenImage(
+                RefCell::new(image),
+            )))
+        }
+
+        fn read(&self, offset: u64, length: u32) -> Result<Vec<u8>, imports::types::ErrorCode> {
+            Ok(self.0.borrow_mut().read(offset, length)?)
+        }
+    }
+
+    impl<P: BlindProvider> blind_exports::blind_backup::Guest for Blind<P> {
+        fn run(
+            job: imports::job::Context,
+            volume: blind_exports::blind_backup::Grant,
+            archive: imports::archive::Writer,
+            base: Option<Vec<u8>>,
+        ) -> Result<Vec<u8>, imports::types::ErrorCode> {
+            let volume = BlindVolume {
+                snapshot: Snapshot::new(volume.snapshot),
+                dirty: DirtyRegions::new(volume.dirty),
+                discarder: volume.discarder.map(Discarder::new),
+            };
+            Ok(P::run(
+                Context::new(job),
+                volume,
+                Archive::new(archive),
+                base,
+            )?)
+        }
     }
 }

@@ -1,6 +1,6 @@
 //! Ranges of a volume.
 
-use crate::bindings::imports::types;
+use crate::imports::types;
 
 /// The half-open byte range `offset .. offset + length` of a volume.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]

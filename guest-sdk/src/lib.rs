@@ -36,13 +36,13 @@
 //! ```
 //!
 //! It is a crate of type `cdylib`, built for `wasm32-unknown-unknown`; `guest-sdk/wasm-std.sh` sets that target up.
-//! Nothing of the contract can be called natively, but everything compiles natively, so that a provider's own logic
-//! is tested with plain `cargo test`. The contract itself, with the rules for ranges and names, is
+//! Natively, plain `cargo test` runs a provider against a host in memory, [`mock`]. The contract itself, with the rules for ranges and names, is
 //! `wit/provider.wit`.
 
 #![deny(unsafe_code)]
 
 mod archive;
+#[cfg(target_arch = "wasm32")]
 #[doc(hidden)]
 pub mod bindings;
 mod context;
@@ -50,10 +50,17 @@ mod error;
 #[doc(hidden)]
 pub mod export;
 mod extent;
+#[cfg(not(target_arch = "wasm32"))]
+pub mod mock;
 mod objects;
 mod provider;
 mod runs;
 mod volume;
+
+#[cfg(target_arch = "wasm32")]
+use bindings::imports;
+#[cfg(not(target_arch = "wasm32"))]
+use mock::imports;
 
 pub use archive::{Archive, Encoding, MAX_PUT, OutputStream};
 pub use context::{Context, Level};

@@ -4,7 +4,7 @@ use std::io::{self, Read, Seek, SeekFrom};
 use std::rc::Rc;
 
 use crate::Error;
-use crate::bindings::imports::stored;
+use crate::imports::stored;
 
 /// Most bytes that one call asks for, so that an answer stays a small part of the provider's memory.
 const READ_AT_ONCE: usize = 1 << 20;

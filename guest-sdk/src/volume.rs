@@ -2,7 +2,7 @@
 
 use std::vec;
 
-use crate::bindings::imports::{content, types, volume};
+use crate::imports::{content, types, volume};
 use crate::{Error, Extent};
 
 /// Regions that one call asks the host for: enough that calls cost nothing beside the copying, and still only a few

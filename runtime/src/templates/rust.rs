@@ -20,6 +20,8 @@ const SDK: &[(&str, &str)] = sdk![
     "src/export.rs",
     "src/extent.rs",
     "src/lib.rs",
+    "src/mock/host.rs",
+    "src/mock/mod.rs",
     "src/objects.rs",
     "src/provider.rs",
     "src/runs.rs",
