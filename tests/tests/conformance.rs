@@ -80,7 +80,6 @@ planted! {
     a_handle_that_is_taken_for_granted: "traps-on-errors", "grants", "without a reader, it trapped";
     a_limit_that_traps: "traps-on-errors", "limits", "output-bytes, it trapped";
     a_cancel_that_is_not_heard: "never-gives-up", "cancelled", "more calls before it returned";
-    a_skipped_block: "skips-a-block", "full", "no put, splice or claim covers it";
     a_claim_without_bytes: "claims-without-bytes", "full", "the bytes were here a moment ago";
     a_trap: "traps-half-way", "full", "trapped";
 }
