@@ -4,6 +4,7 @@
 //! the same types here.
 
 use crate::policy::{Grant, Limits};
+use crate::qemu::Form;
 use serde::Deserialize;
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
@@ -46,6 +47,9 @@ pub struct Vm {
     /// Command that starts the VM paused when it does not run: program and arguments. It is stopped afterwards.
     #[serde(default)]
     pub start: Vec<String>,
+    /// How the point in time is taken. Default: by jobs.
+    #[serde(default)]
+    pub point_in_time: Form,
     /// Further volumes by name: a device or block node of the VM, or the absolute path of a file.
     #[serde(default)]
     pub extra: BTreeMap<String, String>,

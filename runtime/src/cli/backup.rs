@@ -207,6 +207,7 @@ fn tell(session: &Session, summary: &Summary, started: Instant) {
             "vm": manifest.record.vm,
             "seconds": took.as_secs_f64(),
             "frozen_ms": summary.frozen.map(|frozen| frozen.as_millis()),
+            "stopped_ms": summary.stopped.map(|stopped| stopped.as_secs_f64() * 1000.0),
             "snapshot_seconds": summary.snapshot.as_secs_f64(),
             "step_seconds": summary.steps.iter().map(|(step, took)| (step.name(), took.as_secs_f64())).collect::<BTreeMap<_, _>>(),
             "fleecing_peak_bytes": summary.fleecing_peak,
@@ -233,6 +234,12 @@ fn tell(session: &Session, summary: &Summary, started: Instant) {
     }
     if let Some(frozen) = summary.frozen {
         say!("the guest was frozen for {} ms", frozen.as_millis());
+    }
+    if let Some(stopped) = summary.stopped {
+        say!(
+            "the VM was stopped for {:.1} ms",
+            stopped.as_secs_f64() * 1000.0
+        );
     }
     say!("committed in {}", text::pace(covered, took));
     // The id alone on standard output, for scripts.

@@ -23,7 +23,7 @@ use crate::qemu::bitmap::{self, Tracking};
 use crate::qemu::machine::{RunState, Standing};
 use crate::qemu::snapshot::{Broken, Cause, NbdServer, Request as PointRequest};
 use crate::qemu::{
-    self, Agent, JobId, MachineError, Monitor, MonitorError, Plan, PointInTime, Schema,
+    self, Agent, Form, JobId, MachineError, Monitor, MonitorError, Plan, PointInTime, Schema,
     SnapshotError, Watchdog, machine,
 };
 use crate::sandbox::{Cache, Program};
@@ -87,6 +87,8 @@ pub struct Summary {
     pub manifest: Manifest,
     /// From the first freeze command to the last thaw's answer, where the guest was frozen.
     pub frozen: Option<Duration>,
+    /// From before the VM was stopped to after it was continued, where it was stopped.
+    pub stopped: Option<Duration>,
     /// From the point in time to the end of the snapshot.
     pub snapshot: Duration,
     /// Most bytes that the fleecing images took up.
@@ -190,9 +192,13 @@ impl BackupError {
             Self::Machine(error) => !matches!(error, MachineError::Monitor(_)),
             Self::Archive(error) => error.is_not_writable(),
             Self::Agent(error) => matches!(error, qemu::AgentError::Connect { .. }),
-            Self::Snapshot(error) => {
-                matches!(error.cause, Cause::Fleecing { .. } | Cause::ServerRunning)
-            }
+            Self::Snapshot(error) => match &error.cause {
+                Cause::Fleecing { .. } | Cause::ServerRunning | Cause::ExportOnIothread { .. } => {
+                    true
+                }
+                Cause::Filter(error) => error.is_mistake(),
+                _ => false,
+            },
             Self::Choice(ChoiceError::Name(_))
             | Self::Fleecing(FleecingError::TooSmall { .. } | FleecingError::PathTooLong { .. }) => {
                 true
@@ -501,7 +507,7 @@ impl Backup<'_> {
             Ok(point) => point,
             Err(error) => {
                 // It has been taken back, but for what the error names.
-                let undone = !matches!(&error, BackupError::Snapshot(error) if error.frozen.is_some() || !error.left.is_empty());
+                let undone = !matches!(&error, BackupError::Snapshot(error) if !error.is_undone());
                 let detached =
                     extra::detach_files(self.monitor, self.job, &self.request.extra).await;
                 let mut left: Vec<_> = detached.iter().map(ToString::to_string).collect();
@@ -537,6 +543,7 @@ impl Backup<'_> {
         Ok(Summary {
             manifest,
             frozen: point.frozen,
+            stopped: point.stopped,
             snapshot,
             fleecing_peak,
             steps: self.steps(),
@@ -580,13 +587,21 @@ impl Backup<'_> {
             Some(path) => Some(Agent::connect(path, qemu::agent::Limits::default()).await?),
             None => None,
         };
-        let mut watchdog = match agent_socket {
-            Some(path) => Some(Watchdog::spawn(Some(path), None).await?),
-            None => None,
+        let form = self.request.vm.point_in_time;
+        let stops = form == Form::Filter && self.standing == Standing::Runs;
+        let qmp = stops.then_some(&*self.request.qmp);
+        let mut watchdog = match (agent_socket, qmp) {
+            (None, None) => None,
+            (agent, qmp) => Some(Watchdog::spawn(agent.map(AsRef::as_ref), qmp).await?),
         };
         self.step(Step::Snapshot)?;
         if let Some(watchdog) = &mut watchdog {
-            watchdog.arm_thaw().await?;
+            if agent.is_some() {
+                watchdog.arm_thaw().await?;
+            }
+            if stops {
+                watchdog.arm_cont().await?;
+            }
         }
         let server = match &self.request.vm.nbd {
             Some(socket) => NbdServer::Shared(socket.clone()),
@@ -607,13 +622,14 @@ impl Backup<'_> {
             block_size: BLOCK_SIZE,
             plans,
             server,
+            form,
         };
         let taken = qemu::snapshot::take(self.monitor, &schema, request, agent.as_mut()).await;
-        let frozen = matches!(&taken, Err(error) if error.frozen.is_some());
+        let stuck = matches!(&taken, Err(error) if error.is_stuck());
         // The agent takes one client at a time: ours goes before the watchdog may need it.
         drop(agent);
         if let Some(watchdog) = watchdog
-            && !frozen
+            && !stuck
             && let Err(error) = watchdog.disarm().await
         {
             // It may thaw the guest once more, which does no harm. The point in time is there and stays.

@@ -7,6 +7,7 @@
 use super::machine::{self, Bitmap};
 use super::monitor::{Monitor, MonitorError};
 use super::present;
+use super::snapshot::Plan;
 use serde_json::{Value, json};
 use std::fmt;
 
@@ -311,6 +312,25 @@ async fn state(
         .filter(|present| present.name == node)
         .flat_map(machine::bitmaps)
         .find(|bitmap| bitmap.name == name))
+}
+
+/// The bitmaps' part of a point in time: every add, then every disable.
+pub(super) fn switch(plans: &[Plan], granularity: u32) -> Vec<Value> {
+    let adds = plans.iter().filter_map(|plan| {
+        let mut data = json!({
+            "node": plan.disk.node,
+            "name": plan.bitmap.new_bitmap()?.to_string(),
+            "granularity": granularity,
+        });
+        if plan.disk.can_persist {
+            data["persistent"] = json!(true);
+        }
+        Some(json!({ "type": "block-dirty-bitmap-add", "data": data }))
+    });
+    let disables = plans
+        .iter()
+        .filter_map(|plan| Some(action("disable", &plan.disk.node, plan.bitmap.old()?)));
+    adds.chain(disables).collect()
 }
 
 /// An action on one bitmap for a transaction: `enable`, `disable` or `remove`.

@@ -50,6 +50,16 @@ pub async fn find(monitor: &Monitor) -> Result<BTreeMap<JobId, Leftover>, Monito
             found.entry(owner).or_default().remains.jobs.push(job.id);
         }
     }
+    let with_job = |found: &BTreeMap<JobId, Leftover>, owner, index| {
+        let id = OwnId {
+            job: owner,
+            role: Role::Job,
+            index,
+        }
+        .to_string();
+        let leftover: Option<&Leftover> = found.get(&owner);
+        leftover.is_some_and(|leftover| leftover.remains.jobs.contains(&id))
+    };
     for node in present::nodes(monitor).await? {
         match OwnId::parse(&node.name) {
             Some(OwnId {
@@ -75,7 +85,19 @@ pub async fn find(monitor: &Monitor) -> Result<BTreeMap<JobId, Leftover>, Monito
             }) => {
                 found.entry(job).or_default().remains.extra.push(node.name);
             }
-            // A filter goes with its job.
+            // One that belongs to a job goes with it.
+            Some(OwnId {
+                job,
+                role: Role::Filter,
+                index,
+            }) if !with_job(&found, job, index) => {
+                found
+                    .entry(job)
+                    .or_default()
+                    .remains
+                    .filters
+                    .push(node.name);
+            }
             _ => {}
         }
     }

@@ -385,15 +385,19 @@ fn qdev_id(qdev: &str) -> Option<&str> {
     id.filter(|id| !id.is_empty())
 }
 
+/// Where a device is in QEMU's tree: QEMU shows its id, or its path.
+pub(super) fn qdev_path(qdev: &str) -> String {
+    match qdev.starts_with('/') {
+        true => qdev.into(),
+        false => format!("/machine/peripheral/{qdev}"),
+    }
+}
+
 async fn refuse_pass_through(monitor: &Monitor, device: &Device) -> Result<(), MachineError> {
     let Some(qdev) = &device.qdev else {
         return Ok(());
     };
-    let path = if qdev.starts_with('/') {
-        qdev.clone()
-    } else {
-        format!("/machine/peripheral/{qdev}")
-    };
+    let path = qdev_path(qdev);
     let arguments = json!({ "path": path, "property": "type" });
     match monitor.query::<String>("qom-get", arguments).await {
         Ok(driver) if PASS_THROUGH.contains(&driver.as_str()) => Err(MachineError::PassThrough {
@@ -520,6 +524,27 @@ mod tests {
         assert_eq!(qdev_id("/machine/peripheral-anon/device[1]"), None);
         assert_eq!(qdev_id("/machine/system.flash1"), None);
         assert_eq!(qdev_id(""), None);
+    }
+
+    /// Every word of QMP's `RunState` in QEMU 10.0, and one that it does not have.
+    #[test]
+    fn each_state_is_taken_or_refused_by_its_name() {
+        let standing = |status: &str| {
+            let running = status == "running";
+            RunState {
+                running,
+                status: status.into(),
+            }
+            .standing()
+        };
+        assert_eq!(standing("running").unwrap(), Standing::Runs);
+        for still in "debug internal-error io-error paused prelaunch shutdown suspended watchdog guest-panicked new-word".split(' ') {
+            assert_eq!(standing(still).unwrap(), Standing::Still, "{still}");
+        }
+        for refused in "inmigrate postmigrate finish-migrate colo save-vm restore-vm".split(' ') {
+            let error = standing(refused).unwrap_err().to_string();
+            assert!(error.contains(refused), "{error}");
+        }
     }
 
     proptest! {

@@ -14,11 +14,13 @@
 //!
 //! Three things abort or crash QEMU 10.0.2 and are never done here: an `iothread` on an export
 //! (`blockdev-backup` on such a node aborts the storage daemon), `block-dirty-bitmap-merge` with an
-//! empty list (SIGSEGV), and `qom-set drive` to the node that is attached already.
+//! empty list (SIGSEGV), and `qom-set drive` to the node that is attached already. The guards are [`snapshot`]'s way to
+//! add exports, an array of one in [`bitmap`], and a look before each `qom-set` in [`filter`].
 
 pub mod agent;
 pub mod bitmap;
 pub(crate) mod extra;
+pub mod filter;
 pub mod ids;
 pub mod leftovers;
 mod line;
@@ -40,5 +42,5 @@ pub use ids::JobId;
 pub use machine::{Choice, Disk, MachineError};
 pub use monitor::{Monitor, MonitorError};
 pub use schema::Schema;
-pub use snapshot::{Plan, PointInTime, SnapshotError};
+pub use snapshot::{Form, Plan, PointInTime, SnapshotError};
 pub use watchdog::{Watchdog, WatchdogError};

@@ -85,6 +85,8 @@ pub(super) struct Export {
     pub(super) id: String,
     #[serde(rename = "type")]
     pub(super) kind: String,
+    #[serde(rename = "node-name", default)]
+    pub(super) node: String,
     #[serde(rename = "shutting-down", default)]
     pub(super) shutting_down: bool,
 }
@@ -94,6 +96,66 @@ pub(super) async fn nodes(monitor: &Monitor) -> Result<Vec<Node>, MonitorError> 
     monitor
         .query("query-named-block-nodes", json!({ "flat": true }))
         .await
+}
+
+/// Whether there are iothreads, whatever uses them.
+pub(super) async fn has_iothreads(monitor: &Monitor) -> Result<bool, MonitorError> {
+    #[derive(Deserialize)]
+    struct Property {
+        #[serde(rename = "type")]
+        kind: String,
+    }
+    let objects = json!({ "path": "/objects" });
+    let objects: Vec<Property> = monitor.query("qom-list", objects).await?;
+    Ok(objects
+        .iter()
+        .any(|object| object.kind == "child<iothread>"))
+}
+
+/// The node below the filter `name` (QMP `x-debug-query-block-graph`: no other command names the children of a node).
+pub(super) async fn filtered(monitor: &Monitor, name: &str) -> Result<String, MonitorError> {
+    let command = "x-debug-query-block-graph";
+    let graph: Graph = monitor.query(command, json!({})).await?;
+    let id = |name: &str| {
+        graph
+            .nodes
+            .iter()
+            .find(|node| node.name == name)
+            .map(|node| node.id)
+    };
+    let below = id(name).and_then(|parent| {
+        let edges = graph.edges.iter();
+        let mut files = edges.filter(|edge| edge.parent == parent && edge.name == "file");
+        let child = files.next()?.child;
+        graph.nodes.iter().find(|node| node.id == child)
+    });
+    let missing = || serde::de::Error::custom(format!("it has no node below {name}"));
+    below
+        .map(|node| node.name.clone())
+        .ok_or_else(|| MonitorError::Answer {
+            command: command.into(),
+            source: missing(),
+        })
+}
+
+/// `XDbgBlockGraph`.
+#[derive(Debug, Deserialize)]
+struct Graph {
+    nodes: Vec<GraphNode>,
+    edges: Vec<GraphEdge>,
+}
+
+#[derive(Debug, Deserialize)]
+struct GraphNode {
+    id: u64,
+    name: String,
+}
+
+#[derive(Debug, Deserialize)]
+struct GraphEdge {
+    parent: u64,
+    child: u64,
+    name: String,
 }
 
 pub(super) async fn devices(monitor: &Monitor) -> Result<Vec<Device>, MonitorError> {

@@ -1,9 +1,10 @@
 //! Taking down what a job made inside QEMU, by ids, in the one order that works:
-//! exports, snapshot-access nodes, jobs (and with them their filters), fleecing nodes, NBD server.
+//! exports, snapshot-access nodes, filters, jobs (and with them their own filters), fleecing nodes, NBD server.
 //!
 //! Each step asks QEMU first what is there, so a thing that is gone already is no error, and goes on
 //! after a failure, so that as little as possible stays.
 
+use super::filter;
 use super::monitor::{Monitor, MonitorError};
 use super::present;
 use qapi::qmp::{
@@ -27,6 +28,8 @@ pub struct Remains {
     pub exports: Vec<String>,
     /// Snapshot-access nodes.
     pub access: Vec<String>,
+    /// Filters that belong to no job.
+    pub filters: Vec<String>,
     /// Block jobs.
     pub jobs: Vec<String>,
     /// Fleecing nodes.
@@ -119,6 +122,10 @@ pub(super) async fn remove(
     }
     for id in &remains.access {
         note(Thing::Node(id.clone()), node(monitor, id).await);
+    }
+    for id in &remains.filters {
+        let withdrawn = filter::withdraw(monitor, id).await;
+        note(Thing::Node(id.clone()), withdrawn.map_err(Reason::from));
     }
     for id in &remains.jobs {
         note(Thing::Job(id.clone()), job(monitor, id).await);

@@ -12,6 +12,8 @@ pub struct Schema {
     commands: HashMap<String, String>,
     /// Object type → its members.
     objects: HashMap<String, HashSet<String>>,
+    /// Union and case → the object type that the case adds.
+    variants: HashMap<(String, String), String>,
 }
 
 /// One `SchemaInfo` of QEMU's qapi/introspect.json, as far as it matters here.
@@ -25,6 +27,9 @@ struct Entity {
     /// Of an object these are records; of other entities they are something else.
     #[serde(default)]
     members: serde_json::Value,
+    /// Of a union.
+    #[serde(default)]
+    variants: serde_json::Value,
 }
 
 impl Schema {
@@ -46,6 +51,12 @@ impl Schema {
                     schema.commands.insert(entity.name, entity.arg_type);
                 }
                 "object" => {
+                    for variant in entity.variants.as_array().into_iter().flatten() {
+                        let text = |member: &str| Some(variant.get(member)?.as_str()?.to_owned());
+                        if let (Some(case), Some(object)) = (text("case"), text("type")) {
+                            schema.variants.insert((entity.name.clone(), case), object);
+                        }
+                    }
                     let members = entity.members.as_array().into_iter().flatten();
                     let names = members.filter_map(|m| Some(m.get("name")?.as_str()?.to_owned()));
                     schema.objects.insert(entity.name, names.collect());
@@ -67,6 +78,16 @@ impl Schema {
         self.commands
             .get(command)
             .and_then(|arguments| self.objects.get(arguments))
+            .is_some_and(|members| members.contains(member))
+    }
+
+    /// Whether the command, whose arguments are a union, takes `member` in that case of it: `blockdev-add` with an
+    /// option that one driver has.
+    pub fn variant_has_option(&self, command: &str, case: &str, member: &str) -> bool {
+        self.commands
+            .get(command)
+            .and_then(|union| self.variants.get(&(union.clone(), case.to_owned())))
+            .and_then(|object| self.objects.get(object))
             .is_some_and(|members| members.contains(member))
     }
 }
@@ -91,5 +112,26 @@ mod tests {
         assert!(schema.command_has_argument("blockdev-backup", "on-cbw-error"));
         assert!(!schema.command_has_argument("blockdev-backup", "cbw-timeout"));
         assert!(!schema.command_has_argument("target", "target"));
+        let schema = Schema::of(
+            serde_json::from_value(json!([
+                { "name": "blockdev-add", "meta-type": "command", "arg-type": "1" },
+                { "name": "1", "meta-type": "object", "members": [{ "name": "driver" }], "tag": "driver", "variants": [{ "case": "raw", "type": "2" }, { "case": "copy-before-write", "type": "3" }, {}] },
+                { "name": "2", "meta-type": "object", "members": [{ "name": "offset" }] },
+                { "name": "3", "meta-type": "object", "members": [{ "name": "cbw-timeout" }] },
+            ]))
+            .unwrap(),
+        );
+        for (case, option, has) in [
+            ("copy-before-write", "cbw-timeout", true),
+            ("raw", "cbw-timeout", false),
+            ("copy-before-write", "min-cluster-size", false),
+            ("vmdk", "cbw-timeout", false),
+        ] {
+            assert_eq!(
+                schema.variant_has_option("blockdev-add", case, option),
+                has,
+                "{case} {option}"
+            );
+        }
     }
 }

@@ -6,6 +6,7 @@
 
 use super::agent::{Agent, AgentError};
 use super::bitmap::{self, BitmapPlan, Tracking};
+use super::filter::{self, FilterError, Stopped};
 use super::ids::{JobId, OwnId, Role};
 use super::machine::{Disk, Unusable};
 use super::monitor::{Monitor, MonitorError};
@@ -20,7 +21,20 @@ use tokio::time::Instant;
 
 /// Seconds that a guest's write may wait for its old data to be copied before the snapshot is given
 /// up instead, where QEMU offers that. Guests give up on a request after 30 to 60 s.
-const CBW_TIMEOUT_SECONDS: u32 = 20;
+pub(super) const CBW_TIMEOUT_SECONDS: u32 = 20;
+
+/// How QEMU keeps the old data of overwritten blocks.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, serde::Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Form {
+    /// A backup job per disk, all in one transaction: the VM runs on. Where QEMU's jobs do not offer otherwise, a
+    /// guest's write fails if its old data cannot be kept.
+    #[default]
+    Job,
+    /// A filter between each device and its disk, put in while the VM is stopped for a moment. A snapshot that cannot
+    /// be kept is given up, the guest's writes succeed.
+    Filter,
+}
 
 /// What to freeze, and for whom.
 #[derive(Debug, Clone)]
@@ -33,6 +47,8 @@ pub struct Request {
     pub plans: Vec<Plan>,
     /// Where the exports go.
     pub server: NbdServer,
+    /// How old data is kept.
+    pub form: Form,
 }
 
 /// One disk of a point in time.
@@ -72,8 +88,22 @@ pub struct SnapshotError {
     pub cause: Cause,
     /// The guest could not be thawed either: the watchdog must go on trying.
     pub frozen: Option<AgentError>,
+    /// The VM could not be continued either: the watchdog must go on trying.
+    pub stopped: Option<MonitorError>,
     /// What could not be taken back.
     pub left: Vec<UndoError>,
+}
+
+impl SnapshotError {
+    /// Whether the VM still stands, frozen or stopped.
+    pub fn is_stuck(&self) -> bool {
+        self.frozen.is_some() || self.stopped.is_some()
+    }
+
+    /// Whether all is as it was before.
+    pub fn is_undone(&self) -> bool {
+        !self.is_stuck() && self.left.is_empty()
+    }
 }
 
 impl fmt::Display for SnapshotError {
@@ -81,6 +111,9 @@ impl fmt::Display for SnapshotError {
         write!(f, "{}", self.cause)?;
         if let Some(e) = &self.frozen {
             write!(f, "; the guest may still be frozen: {e}")?;
+        }
+        if let Some(e) = &self.stopped {
+            write!(f, "; the VM may still be stopped: {e}")?;
         }
         for e in &self.left {
             write!(f, "; {e}")?;
@@ -127,6 +160,22 @@ pub enum Cause {
     /// The transaction failed, for all disks.
     #[error("the point in time could not be taken: {0}")]
     Transaction(#[source] MonitorError),
+    /// QEMU would abort.
+    #[error(
+        "disk {disk} is exported ({export}) by a QEMU that has iothreads; where the export uses one, a backup job would abort QEMU, and it does not say whether; remove the export or the iothreads"
+    )]
+    ExportOnIothread {
+        /// The disk.
+        disk: String,
+        /// The export.
+        export: String,
+    },
+    /// No filter can be put over the disks.
+    #[error("the point in time could not be taken by filters: {0}")]
+    Filter(#[from] FilterError),
+    /// The VM stays stopped; see [`SnapshotError::stopped`].
+    #[error("the VM was not continued after the point in time")]
+    Cont,
     /// The guest stays frozen; see [`SnapshotError::frozen`].
     #[error("the guest's file systems did not thaw after the point in time")]
     Thaw,
@@ -192,8 +241,11 @@ pub struct PointInTime {
     pub socket: PathBuf,
     /// How long the guest's file systems were frozen, where they were, the agent's part included.
     pub frozen: Option<Duration>,
+    /// How long the VM was stopped, where it was.
+    pub stopped: Option<Duration>,
     job: JobId,
     server: ServerFate,
+    form: Form,
 }
 
 /// One disk of a [`PointInTime`].
@@ -252,12 +304,15 @@ pub async fn take(
             volumes: volumes(&request),
             socket: request.server.socket().into(),
             frozen: frozen.time,
+            stopped: frozen.stopped.time,
             job: request.job,
             server,
+            form: request.form,
         }),
         Err(cause) => Err(SnapshotError {
             cause,
             frozen: frozen.still,
+            stopped: frozen.stopped.still,
             left: undo(monitor, &request, server).await,
         }),
     }
@@ -282,6 +337,25 @@ impl PointInTime {
     /// # Errors
     /// A [`Broken`].
     pub async fn check_alive(&self, monitor: &Monitor) -> Result<(), Broken> {
+        match self.form {
+            Form::Job => self.check_jobs(monitor).await,
+            Form::Filter => self.check_filters(monitor).await,
+        }
+    }
+
+    async fn check_filters(&self, monitor: &Monitor) -> Result<(), Broken> {
+        for (index, volume) in (0..).zip(&self.volumes) {
+            let filter = id(self.job, Role::Filter, index);
+            if !filter::holds(monitor, &filter, &volume.plan.disk).await? {
+                return Err(Broken::Gone {
+                    disk: volume.plan.disk.name.clone(),
+                });
+            }
+        }
+        Ok(())
+    }
+
+    async fn check_jobs(&self, monitor: &Monitor) -> Result<(), Broken> {
         let jobs = present::jobs(monitor).await?;
         let block_jobs = present::block_jobs(monitor).await?;
         for (index, volume) in (0..).zip(&self.volumes) {
@@ -316,7 +390,7 @@ impl PointInTime {
     /// Returns what could not be removed; all steps are tried.
     pub async fn teardown(&self, monitor: &Monitor) -> Vec<RemovalError> {
         let plans = self.volumes.iter().map(|volume| &volume.plan);
-        removal::remove(monitor, &remains(self.job, plans), self.server).await
+        removal::remove(monitor, &remains(self.job, self.form, plans), self.server).await
     }
 }
 
@@ -325,6 +399,7 @@ impl PointInTime {
 struct Frozen {
     time: Option<Duration>,
     still: Option<AgentError>,
+    stopped: Stopped,
 }
 
 async fn make(
@@ -338,13 +413,15 @@ async fn make(
     for plan in &request.plans {
         check_bitmap(plan)?;
     }
+    if request.form == Form::Job {
+        refuse_exports_on_iothreads(monitor, &request.plans).await?;
+    }
     for (index, plan) in (0..).zip(&request.plans) {
         add_fleecing(monitor, &id(request.job, Role::Fleecing, index), plan).await?;
     }
 
-    let actions = actions(request, schema);
     match agent {
-        None => transaction(monitor, actions).await?,
+        None => freeze_disks(monitor, schema, request, &mut frozen.stopped).await?,
         Some(agent) => {
             let start = Instant::now();
             if let Err(e) = agent.freeze().await {
@@ -357,7 +434,7 @@ async fn make(
                     e => Cause::Freeze(e),
                 });
             }
-            let taken = transaction(monitor, actions).await;
+            let taken = freeze_disks(monitor, schema, request, &mut frozen.stopped).await;
             frozen.still = agent.thaw().await.err();
             frozen.time = Some(start.elapsed());
             taken?;
@@ -392,7 +469,7 @@ async fn make(
 
 /// Takes back what [`make`] got done: everything is looked for, so it need not say how far it came.
 async fn undo(monitor: &Monitor, request: &Request, server: ServerFate) -> Vec<UndoError> {
-    let remains = remains(request.job, request.plans.iter());
+    let remains = remains(request.job, request.form, request.plans.iter());
     let removed = removal::remove(monitor, &remains, server).await;
     let mut left: Vec<_> = removed.into_iter().map(UndoError::from).collect();
     if left.iter().any(UndoError::is_lost) {
@@ -434,6 +511,36 @@ fn check_bitmap(plan: &Plan) -> Result<(), Cause> {
         })
 }
 
+/// A backup job on a disk that an export runs in an iothread aborts QEMU 10.0.2. QEMU does not say which exports do, so
+/// where there are iothreads, each export of a disk that no device has is one of them.
+async fn refuse_exports_on_iothreads(monitor: &Monitor, plans: &[Plan]) -> Result<(), Cause> {
+    let exports = present::exports(monitor).await.map_err(Cause::Monitor)?;
+    let export_of = |plan: &Plan| exports.iter().find(|export| export.node == plan.disk.node);
+    if !plans.iter().any(|plan| export_of(plan).is_some())
+        || !present::has_iothreads(monitor)
+            .await
+            .map_err(Cause::Monitor)?
+    {
+        return Ok(());
+    }
+    let devices = present::devices(monitor).await.map_err(Cause::Monitor)?;
+    let has = |plan: &Plan, device: &present::Device| {
+        let inserted = device.inserted.as_ref();
+        inserted.is_some_and(|inserted| inserted.name == plan.disk.node)
+    };
+    for plan in plans {
+        if let Some(export) = export_of(plan)
+            && !devices.iter().any(|device| has(plan, device))
+        {
+            return Err(Cause::ExportOnIothread {
+                disk: plan.disk.name.clone(),
+                export: export.id.clone(),
+            });
+        }
+    }
+    Ok(())
+}
+
 async fn add_fleecing(monitor: &Monitor, node: &str, plan: &Plan) -> Result<(), Cause> {
     let arguments = json!({
         "driver": "raw",
@@ -452,17 +559,38 @@ async fn add_fleecing(monitor: &Monitor, node: &str, plan: &Plan) -> Result<(), 
     }
 }
 
+/// The moment itself.
+async fn freeze_disks(
+    monitor: &Monitor,
+    schema: &Schema,
+    request: &Request,
+    stopped: &mut Stopped,
+) -> Result<(), Cause> {
+    let switch = bitmap::switch(&request.plans, request.block_size);
+    match request.form {
+        Form::Job => transaction(monitor, backups(request, schema).chain(switch).collect()).await,
+        Form::Filter => {
+            let plans = &request.plans;
+            filter::insert(monitor, schema, request.job, plans, switch, stopped).await?;
+            match stopped.still {
+                Some(_) => Err(Cause::Cont),
+                None => Ok(()),
+            }
+        }
+    }
+}
+
 async fn transaction(monitor: &Monitor, actions: Vec<Value>) -> Result<(), Cause> {
     let arguments = json!({ "actions": actions });
     let taken = monitor.execute_raw("transaction", arguments).await;
     taken.map(drop).map_err(Cause::Transaction)
 }
 
-/// The order matters. A backup action drains its disk and holds the drain to the end of the
+/// They come before all actions on bitmaps. A backup action drains its disk and holds the drain to the end of the
 /// transaction, while bitmap actions do not drain: with all backups first, no write falls between any
 /// two actions. Adding before disabling loses nothing even so.
-fn actions(request: &Request, schema: &Schema) -> Vec<Value> {
-    let backups = (0..).zip(&request.plans).map(|(index, plan)| {
+fn backups(request: &Request, schema: &Schema) -> impl Iterator<Item = Value> {
+    (0..).zip(&request.plans).map(|(index, plan)| {
         let mut data = json!({
             "job-id": id(request.job, Role::Job, index),
             "device": plan.disk.node,
@@ -479,26 +607,7 @@ fn actions(request: &Request, schema: &Schema) -> Vec<Value> {
             data["cbw-timeout"] = json!(CBW_TIMEOUT_SECONDS);
         }
         json!({ "type": "blockdev-backup", "data": data })
-    });
-    let adds = request.plans.iter().filter_map(|plan| {
-        let mut data = json!({
-            "node": plan.disk.node,
-            "name": plan.bitmap.new_bitmap()?.to_string(),
-            "granularity": request.block_size,
-        });
-        if plan.disk.can_persist {
-            data["persistent"] = json!(true);
-        }
-        Some(json!({ "type": "block-dirty-bitmap-add", "data": data }))
-    });
-    let disables = request.plans.iter().filter_map(|plan| {
-        Some(bitmap::action(
-            "disable",
-            &plan.disk.node,
-            plan.bitmap.old()?,
-        ))
-    });
-    backups.chain(adds).chain(disables).collect()
+    })
 }
 
 async fn add_access(monitor: &Monitor, job: JobId, index: u16) -> Result<(), MonitorError> {
@@ -564,7 +673,7 @@ fn volumes(request: &Request) -> Vec<Volume> {
     (0..).zip(&request.plans).map(volume).collect()
 }
 
-fn remains<'a>(job: JobId, plans: impl Iterator<Item = &'a Plan>) -> Remains {
+fn remains<'a>(job: JobId, form: Form, plans: impl Iterator<Item = &'a Plan>) -> Remains {
     let nodes: Vec<_> = plans.map(|plan| &plan.disk.node).collect();
     let disks = nodes.len();
     let is_ours = |node: &&&String| OwnId::parse(node).is_some();
@@ -572,6 +681,11 @@ fn remains<'a>(job: JobId, plans: impl Iterator<Item = &'a Plan>) -> Remains {
     Remains {
         exports: all(Role::Export).collect(),
         access: all(Role::Access).collect(),
+        filters: match form {
+            // Each goes with its job.
+            Form::Job => Vec::new(),
+            Form::Filter => all(Role::Filter).collect(),
+        },
         jobs: all(Role::Job).collect(),
         fleecing: all(Role::Fleecing).collect(),
         extra: nodes

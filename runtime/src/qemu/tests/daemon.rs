@@ -5,7 +5,7 @@ use crate::qemu::ids::JobId;
 use crate::qemu::machine::{self, Choice, Disk};
 use crate::qemu::monitor::Monitor;
 use crate::qemu::schema::Schema;
-use crate::qemu::snapshot::{NbdServer, Plan, PointInTime, Request, SnapshotError, take};
+use crate::qemu::snapshot::{Form, NbdServer, Plan, PointInTime, Request, SnapshotError, take};
 use serde_json::{Value, json};
 use std::fs::File;
 use std::path::{Path, PathBuf};
@@ -167,6 +167,7 @@ impl Daemon {
             block_size: BLOCK,
             plans: plans.collect(),
             server,
+            form: Form::Job,
         }
     }
 
