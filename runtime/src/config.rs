@@ -5,6 +5,7 @@
 
 use crate::policy::{Grant, Limits};
 use crate::qemu::Form;
+use crate::qemu::snapshot::FleecingFormat;
 use serde::Deserialize;
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
@@ -39,6 +40,13 @@ pub struct Vm {
     pub agent: Option<PathBuf>,
     /// Folder for fleecing images; QEMU must be able to open files in it.
     pub fleecing: Option<PathBuf>,
+    /// What fleecing images are: `raw`, the default, or `qcow2`.
+    #[serde(default)]
+    pub fleecing_format: FleecingFormat,
+    /// Most bytes that the fleecing images of a backup may take up together; past it the backup is given up.
+    pub fleecing_max_bytes: Option<u64>,
+    /// Most seconds that a backup may hold its snapshot; past it the backup is given up.
+    pub snapshot_max_seconds: Option<u64>,
     /// The disks to back up, by device id, qdev id or node name. Default: all that QEMU reports by device.
     #[serde(default)]
     pub disks: Vec<String>,

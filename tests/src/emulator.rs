@@ -2,7 +2,7 @@
 //! device itself writes on the test's command, so it goes the way of a guest's write.
 
 use std::path::{Path, PathBuf};
-use std::process::ExitStatus;
+use std::process::{Command, ExitStatus};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, ensure};
@@ -78,13 +78,17 @@ impl Emulator {
     /// # Errors
     /// When it does not come up, with its own words.
     pub fn start(&mut self, more: &[&str]) -> Result<()> {
+        let mut command = tool("qemu-system-x86_64");
+        command.args(&self.command(more)[1..]);
+        self.launch(command)
+    }
+
+    fn launch(&mut self, mut command: Command) -> Result<()> {
         self.daemon = None;
         for (_, socket) in self.monitors.sockets() {
             // A killed one leaves its sockets.
             let _ = std::fs::remove_file(socket);
         }
-        let mut command = tool("qemu-system-x86_64");
-        command.args(&self.command(more)[1..]);
         let log = self.folder.path().join("emulator.log");
         let daemon = Daemon::start(&mut command, "qemu-system-x86", &log)?;
         let daemon = self.daemon.insert(daemon);
@@ -94,6 +98,26 @@ impl Emulator {
             Ok(Qmp::connect(control).ok())
         })?;
         Ok(())
+    }
+
+    /// Starts it as another user, who owns its folder and can enter nothing private of the test's. The test must be run
+    /// by root.
+    ///
+    /// # Errors
+    /// As [`Emulator::start`].
+    pub fn start_as(&mut self, user: u32) -> Result<()> {
+        use std::os::unix::fs::chown;
+        for entry in std::fs::read_dir(self.folder.path())? {
+            chown(entry?.path(), Some(user), Some(user))?;
+        }
+        chown(self.folder.path(), Some(user), Some(user))?;
+        let mut command = tool("setpriv");
+        command
+            .arg(format!("--reuid={user}"))
+            .arg(format!("--regid={user}"))
+            .arg("--clear-groups")
+            .args(self.command(&[]));
+        self.launch(command)
     }
 
     /// The sockets to talk to it.
@@ -134,7 +158,11 @@ impl Emulator {
     /// # Errors
     /// When the write fails.
     pub fn write(&self, device: &str, byte: u8, offset: u64, length: u64) -> Result<Duration> {
-        let line = format!("qemu-io -d {device} \"write -P {byte} {offset} {length}\"");
+        let is_meant = |qdev: &str| qdev == device || qdev.split('/').any(|part| part == device);
+        let devices = self.devices()?;
+        let found = devices.iter().find(|(qdev, _)| is_meant(qdev));
+        let (path, _) = found.with_context(|| format!("no device {device} in {devices:?}"))?;
+        let line = format!("qemu-io -d {path} \"write -P {byte} {offset} {length}\"");
         let mut qmp = self.control()?;
         let started = Instant::now();
         let said = qmp.execute("human-monitor-command", json!({"command-line": line}))?;

@@ -130,6 +130,7 @@ impl<'a> Stand<'a> {
                 plan: Plan {
                     disk: disk.clone(),
                     fleecing: PathBuf::new(),
+                    descriptor: None,
                     bitmap: choice.bitmap.clone(),
                 },
             })

@@ -10,7 +10,7 @@ use super::base::{self, Choice, ChoiceError, Owner, Recorded};
 use super::component::{Component, ComponentError};
 use super::event::{Event, Events};
 use super::extra::{self, Attached, Extra, ExtraError};
-use super::fleecing::{Fleecing, FleecingError, NearlyFull};
+use super::fleecing::{Bounds, Fleecing, FleecingError, GivenUp};
 use super::journal::{Journal, JournalError, Record, Step};
 use super::power::{self, PowerError};
 use super::prove::ProofError;
@@ -31,6 +31,7 @@ use bytes::Bytes;
 use cap_std::fs::Dir;
 use std::collections::BTreeMap;
 use std::io;
+use std::os::fd::AsFd;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -151,9 +152,9 @@ pub enum BackupError {
         /// Why.
         source: VolumeError,
     },
-    /// The guest needs the fleecing folder's last room.
+    /// The guest needs the fleecing folder's last room, or the snapshot passed a bound.
     #[error(transparent)]
-    NearlyFull(#[from] NearlyFull),
+    GivenUp(#[from] GivenUp),
     /// The snapshot did not hold to the end.
     #[error("{0}; nothing read from it can be trusted")]
     Broken(#[from] Broken),
@@ -371,7 +372,13 @@ impl Attempt<'_> {
             }
         };
         let sizes: Vec<u64> = disks.iter().map(|(disk, _)| disk.size).collect();
-        let fleecing = match Fleecing::create(parent, fleecing_path, &name, &sizes) {
+        let fleecing = match Fleecing::create(
+            parent,
+            fleecing_path,
+            &name,
+            &sizes,
+            request.vm.fleecing_format,
+        ) {
             Ok(fleecing) => fleecing,
             Err(error) => {
                 // Where this fails, the next run finds a journal and nothing else.
@@ -522,7 +529,7 @@ impl Backup<'_> {
         };
         let since = Instant::now();
         let read = self.read_all(&point).await;
-        let fleecing_peak = self.fleecing.allocated();
+        let fleecing_peak = self.fleecing.peak();
         // The VM first, whatever became of the reading and whether the journal can be kept.
         let mut left = Vec::new();
         left.extend(self.step(Step::Releasing).err().map(|e| e.to_string()));
@@ -607,22 +614,23 @@ impl Backup<'_> {
             Some(socket) => NbdServer::Shared(socket.clone()),
             None => NbdServer::Start(self.fleecing.socket()),
         };
-        let plans = self
-            .disks
-            .iter()
-            .zip(self.fleecing.images())
-            .map(|((disk, choice), fleecing)| Plan {
+        let mut plans = Vec::new();
+        for ((disk, choice), (path, file)) in self.disks.iter().zip(self.fleecing.images()) {
+            let descriptor = file.as_fd().try_clone_to_owned();
+            plans.push(Plan {
                 disk: disk.clone(),
-                fleecing: fleecing.to_owned(),
+                fleecing: path.to_owned(),
+                descriptor: Some(Arc::new(descriptor.map_err(BackupError::FleecingLost)?)),
                 bitmap: choice.bitmap.clone(),
-            })
-            .collect();
+            });
+        }
         let request = PointRequest {
             job: self.job,
             block_size: BLOCK_SIZE,
             plans,
             server,
             form,
+            format: self.request.vm.fleecing_format,
         };
         let taken = qemu::snapshot::take(self.monitor, &schema, request, agent.as_mut()).await;
         let stuck = matches!(&taken, Err(error) if error.is_stuck());
@@ -645,11 +653,15 @@ impl Backup<'_> {
         let choices = self.disks.iter().map(|(_, choice)| choice);
         let volumes = point.volumes.iter().zip(choices);
         let runs = self.transfer.run(&point.socket, volumes, &stop);
+        let bounds = Bounds {
+            bytes: self.request.vm.fleecing_max_bytes,
+            seconds: self.request.vm.snapshot_max_seconds,
+        };
         let covered = 'runs: {
             tokio::pin!(runs);
             let failure: BackupError = tokio::select! {
                 ended = &mut runs => break 'runs ended?,
-                full = self.fleecing.nearly_full() => full.into(),
+                full = self.fleecing.given_up(bounds) => full.into(),
                 // Most likely QEMU ended. If not, nothing can be said of the snapshot any more all the same.
                 lost = self.monitor.lost() => lost.into(),
             };

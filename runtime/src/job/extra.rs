@@ -9,6 +9,7 @@ use crate::qemu::removal::RemovalError;
 use crate::qemu::{Disk, JobId, MachineError, Monitor, extra, machine};
 use std::fs::{File, Metadata};
 use std::io;
+use std::os::fd::AsFd;
 use std::path::PathBuf;
 
 /// One thing that is backed up beside the disks.
@@ -115,7 +116,7 @@ pub async fn attach_files<'a>(
             name: extra.name.clone(),
             source,
         })?;
-        let disk = extra::attach(monitor, job, index, &extra.name, path).await;
+        let disk = extra::attach(monitor, job, index, &extra.name, path, opened.as_fd()).await;
         let disk = disk.map_err(|source| ExtraError::Machine {
             name: extra.name.clone(),
             source,

@@ -4,11 +4,13 @@
 //! buffered writes report an error of the storage below only to those who ask with fsync.
 
 use crate::qemu::JobId;
+use crate::qemu::snapshot::FleecingFormat;
 use cap_std::fs::{Dir, DirBuilder, DirBuilderExt, File, OpenOptions, OpenOptionsExt};
 use std::io;
 use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
-use tokio::time::sleep;
+use tokio::time::{Instant, sleep};
 
 /// Free space asked for at the start: this part of all disks together. A guest seldom overwrites more while its
 /// backup runs, and a sparse image on a smaller file system would soon stop the guest's own writes.
@@ -31,6 +33,8 @@ pub struct Fleecing {
     path: PathBuf,
     name: String,
     images: Vec<(PathBuf, File)>,
+    /// Most bytes that the images were seen to take up.
+    peak: AtomicU64,
 }
 
 /// Why there are no fleecing images.
@@ -65,13 +69,44 @@ pub enum FleecingError {
     },
 }
 
-/// The fleecing file system is nearly full: the job must end before the guest notices.
+/// Why the job must end early.
 #[derive(Debug, thiserror::Error)]
-#[error(
-    "the fleecing folder is nearly full ({available} bytes are free): the backup was given up so that the VM can go on writing"
-)]
-pub struct NearlyFull {
-    available: u64,
+pub enum GivenUp {
+    /// The fleecing file system is nearly full; the guest must not notice.
+    #[error(
+        "the fleecing folder is nearly full ({available} bytes are free): the backup was given up so that the VM can go on writing"
+    )]
+    NearlyFull {
+        /// Free bytes.
+        available: u64,
+    },
+    /// The images take up more than they may.
+    #[error(
+        "the fleecing images take up {allocated} bytes, more than the {limit} of `fleecing-max-bytes`: the backup was given up"
+    )]
+    TooLarge {
+        /// Bytes taken up.
+        allocated: u64,
+        /// The limit in bytes.
+        limit: u64,
+    },
+    /// The snapshot is held for longer than it may be.
+    #[error(
+        "the snapshot was needed for more than the {limit} s of `snapshot-max-seconds`: the backup was given up"
+    )]
+    TooLong {
+        /// The limit in seconds.
+        limit: u64,
+    },
+}
+
+/// What a VM's configuration allows its snapshots.
+#[derive(Debug, Clone, Copy, Default)]
+pub struct Bounds {
+    /// Most bytes that the images may take up together.
+    pub bytes: Option<u64>,
+    /// Most seconds that the snapshot may be held.
+    pub seconds: Option<u64>,
 }
 
 impl Fleecing {
@@ -86,6 +121,7 @@ impl Fleecing {
         path: &Path,
         name: &str,
         sizes: &[u64],
+        format: FleecingFormat,
     ) -> Result<Self, FleecingError> {
         let io = |source| FleecingError::Io {
             folder: path.to_owned(),
@@ -118,30 +154,38 @@ impl Fleecing {
             path: folder_path,
             name: name.to_owned(),
             images: Vec::new(),
+            peak: AtomicU64::new(0),
         };
-        if let Err(source) = fleecing.fill(sizes) {
+        if let Err(source) = fleecing.fill(sizes, format) {
             let _ = fleecing.remove();
             return Err(io(source));
         }
         Ok(fleecing)
     }
 
-    fn fill(&mut self, sizes: &[u64]) -> io::Result<()> {
+    fn fill(&mut self, sizes: &[u64], format: FleecingFormat) -> io::Result<()> {
         let folder = self.parent.open_dir(&self.name)?;
         let mut options = OpenOptions::new();
-        options.write(true).create_new(true).mode(0o600);
+        options.read(true).write(true).create_new(true).mode(0o600);
         for (index, &size) in sizes.iter().enumerate() {
-            let name = format!("disk{index}.raw");
+            let name = match format {
+                FleecingFormat::Raw => format!("disk{index}.raw"),
+                FleecingFormat::Qcow2 => format!("disk{index}.qcow2"),
+            };
             let file = folder.open_with(&name, &options)?;
-            file.set_len(size)?;
+            if format == FleecingFormat::Raw {
+                file.set_len(size)?;
+            }
             self.images.push((self.path.join(name), file));
         }
         Ok(())
     }
 
-    /// Absolute paths, in the order of the sizes.
-    pub fn images(&self) -> impl Iterator<Item = &Path> {
-        self.images.iter().map(|(path, _)| path.as_path())
+    /// Absolute paths and the files, in the order of the sizes.
+    pub fn images(&self) -> impl Iterator<Item = (&Path, &File)> {
+        self.images
+            .iter()
+            .map(|(path, file)| (path.as_path(), file))
     }
 
     /// The job's folder, absolute.
@@ -154,23 +198,41 @@ impl Fleecing {
         self.path.join("nbd.sock")
     }
 
+    /// Most bytes that the images were seen to take up at once. What is given back meanwhile makes room again.
+    pub fn peak(&self) -> u64 {
+        self.allocated();
+        self.peak.load(Ordering::Relaxed)
+    }
+
     /// Bytes that the images take up now.
     pub fn allocated(&self) -> u64 {
         use cap_std::fs::MetadataExt;
-        self.images
+        let allocated = self
+            .images
             .iter()
             .filter_map(|(_, file)| file.metadata().ok())
             .map(|meta| meta.blocks() * 512)
-            .sum()
+            .sum();
+        self.peak.fetch_max(allocated, Ordering::Relaxed);
+        allocated
     }
 
-    /// Waits until the file system is nearly full.
-    pub async fn nearly_full(&self) -> NearlyFull {
+    /// Waits until the file system is nearly full, or a bound is passed.
+    pub async fn given_up(&self, bounds: Bounds) -> GivenUp {
+        let since = Instant::now();
         loop {
+            let allocated = self.allocated();
+            if let Some(limit) = bounds.bytes.filter(|&limit| allocated > limit) {
+                return GivenUp::TooLarge { allocated, limit };
+            }
+            let held = since.elapsed().as_secs();
+            if let Some(limit) = bounds.seconds.filter(|&limit| held >= limit) {
+                return GivenUp::TooLong { limit };
+            }
             if let Ok(available) = available(&self.parent)
                 && available < RESERVE
             {
-                return NearlyFull { available };
+                return GivenUp::NearlyFull { available };
             }
             sleep(LOOK).await;
         }
@@ -213,11 +275,12 @@ mod tests {
             path.path(),
             "fbx-1",
             &[1 << 20, 12345 * 512],
+            FleecingFormat::Raw,
         )
         .unwrap();
         let lengths: Vec<u64> = fleecing
             .images()
-            .map(|image| std::fs::metadata(image).unwrap().len())
+            .map(|(image, _)| std::fs::metadata(image).unwrap().len())
             .collect();
         assert_eq!(lengths, [1 << 20, 12345 * 512]);
         assert_eq!(fleecing.allocated(), 0);
@@ -230,8 +293,14 @@ mod tests {
     #[test]
     fn a_file_system_without_room_is_refused() {
         let path = tempfile::tempdir().unwrap();
-        let error =
-            Fleecing::create(parent(path.path()), path.path(), "fbx-1", &[u64::MAX]).unwrap_err();
+        let error = Fleecing::create(
+            parent(path.path()),
+            path.path(),
+            "fbx-1",
+            &[u64::MAX],
+            FleecingFormat::Raw,
+        )
+        .unwrap_err();
         assert!(matches!(error, FleecingError::TooSmall { .. }), "{error}");
         assert_eq!(std::fs::read_dir(path.path()).unwrap().count(), 0);
     }

@@ -1,10 +1,12 @@
 //! Files that the VM does not have, attached read-only for the time of a backup.
 
+use super::descriptor;
 use super::ids::{JobId, OwnId, Role};
 use super::machine::{self, Disk, MachineError};
 use super::monitor::Monitor;
 use super::removal::{self, Remains, RemovalError, ServerFate};
 use serde_json::json;
+use std::os::fd::BorrowedFd;
 use std::path::Path;
 
 /// Attaches the file at `path`, as QEMU sees it, as the disk `name`. Its size is rounded up to whole sectors of 512
@@ -18,6 +20,7 @@ pub(crate) async fn attach(
     index: u16,
     name: &str,
     path: &Path,
+    opened: BorrowedFd<'_>,
 ) -> Result<Disk, MachineError> {
     let node = id(job, index);
     // A file of the host may be a block device.
@@ -25,13 +28,15 @@ pub(crate) async fn attach(
         true => "host_device",
         false => "file",
     };
-    let arguments = json!({
-        "driver": "raw",
-        "node-name": node,
-        "read-only": true,
-        "file": { "driver": driver, "filename": path, "read-only": true },
-    });
-    monitor.execute_raw("blockdev-add", arguments).await?;
+    let options = |filename| {
+        json!({
+            "driver": "raw",
+            "node-name": node,
+            "read-only": true,
+            "file": { "driver": driver, "filename": filename, "read-only": true },
+        })
+    };
+    descriptor::add_node(monitor, path, Some(opened), options).await?;
     machine::extra(monitor, name, &node).await
 }
 

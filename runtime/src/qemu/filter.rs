@@ -89,11 +89,12 @@ pub(super) async fn insert(
     }
     let state = machine::run_state(monitor).await?;
     let state = state.ok_or(FilterError::NoMachine)?;
+    add_filters(monitor, schema, job, plans).await?;
     let start = Instant::now();
     if state.running {
         monitor.execute(stop {}).await?;
     }
-    let inserted = insert_stopped(monitor, schema, job, plans, switch).await;
+    let inserted = insert_stopped(monitor, job, plans, switch).await;
     if state.running {
         stopped.still = monitor.execute(cont {}).await.err();
         stopped.time = Some(start.elapsed());
@@ -101,12 +102,12 @@ pub(super) async fn insert(
     inserted
 }
 
-async fn insert_stopped(
+/// Adds the filters beside the disks, where they see nothing yet. The VM still runs.
+async fn add_filters(
     monitor: &Monitor,
     schema: &Schema,
     job: JobId,
     plans: &[Plan],
-    switch: Vec<Value>,
 ) -> Result<(), FilterError> {
     let devices = present::devices(monitor).await?;
     for (index, plan) in (0..).zip(plans) {
@@ -136,15 +137,29 @@ async fn insert_stopped(
         }
         monitor.execute_raw("blockdev-add", arguments).await?;
     }
+    Ok(())
+}
+
+/// The part for which the VM stands still: the commands for all disks are sent at once.
+async fn insert_stopped(
+    monitor: &Monitor,
+    job: JobId,
+    plans: &[Plan],
+    switch: Vec<Value>,
+) -> Result<(), FilterError> {
     if !switch.is_empty() {
         let switch = json!({ "actions": switch });
         monitor.execute_raw("transaction", switch).await?;
     }
+    let devices = present::devices(monitor).await?;
+    let mut filters = Vec::new();
     for (index, plan) in (0..).zip(plans) {
-        for path in paths(&devices, &plan.disk.node) {
-            set_drive(monitor, &path, &id(job, Role::Filter, index)).await?;
-        }
+        filters.push((&*plan.disk.node, id(job, Role::Filter, index)));
     }
+    let given = filters
+        .iter()
+        .map(|(disk, filter)| give(monitor, &devices, disk, filter));
+    futures_util::future::try_join_all(given).await?;
     Ok(())
 }
 
@@ -159,12 +174,9 @@ pub(super) async fn withdraw(monitor: &Monitor, name: &str) -> Result<(), Monito
         return Ok(());
     }
     let devices = present::devices(monitor).await?;
-    let attached: Vec<_> = paths(&devices, name).collect();
-    if !attached.is_empty() {
+    if paths(&devices, name).next().is_some() {
         let disk = present::filtered(monitor, name).await?;
-        for path in attached {
-            set_drive(monitor, &path, &disk).await?;
-        }
+        give(monitor, &devices, name, &disk).await?;
     }
     let command = blockdev_del {
         node_name: name.into(),
@@ -193,15 +205,22 @@ fn paths<'a>(devices: &'a [Device], node: &'a str) -> impl Iterator<Item = Strin
     having.filter_map(|device| device.qdev.as_deref().map(machine::qdev_path))
 }
 
-/// Gives `node` to the device at `path`. QEMU 10.0.2 aborts, and the guest with it, where the device has that node
-/// already, so it is asked right before.
-async fn set_drive(monitor: &Monitor, path: &str, node: &str) -> Result<(), MonitorError> {
-    let devices = present::devices(monitor).await?;
-    if paths(&devices, node).any(|having| having == path) {
+/// Gives `node` to each device that has `instead`, as `devices` says, which was asked right before. A device that has
+/// `node` already is not told so: QEMU 10.0.2 aborts then, and the guest with it.
+async fn give(
+    monitor: &Monitor,
+    devices: &[Device],
+    instead: &str,
+    node: &str,
+) -> Result<(), MonitorError> {
+    if instead == node {
         return Ok(());
     }
-    let arguments = json!({ "path": path, "property": "drive", "value": node });
-    monitor.execute_raw("qom-set", arguments).await.map(drop)
+    for path in paths(devices, instead) {
+        let arguments = json!({ "path": path, "property": "drive", "value": node });
+        monitor.execute_raw("qom-set", arguments).await?;
+    }
+    Ok(())
 }
 
 fn id(job: JobId, role: Role, index: u16) -> String {

@@ -71,16 +71,22 @@ pub enum Role {
     Export,
     /// The node of a file that the VM does not have.
     Extra,
+    /// The file below a fleecing image that is more than raw.
+    Image,
+    /// The job that formats it.
+    Create,
 }
 
 impl Role {
-    const ALL: [Self; 6] = [
+    const ALL: [Self; 8] = [
         Self::Fleecing,
         Self::Filter,
         Self::Access,
         Self::Job,
         Self::Export,
         Self::Extra,
+        Self::Image,
+        Self::Create,
     ];
 
     fn tag(self) -> &'static str {
@@ -91,6 +97,8 @@ impl Role {
             Self::Job => "job",
             Self::Export => "x",
             Self::Extra => "ro",
+            Self::Image => "img",
+            Self::Create => "mk",
         }
     }
 }
@@ -136,7 +144,7 @@ mod tests {
 
     proptest! {
         #[test]
-        fn every_id_reads_back_and_fits_a_node_name(job: u64, role in 0usize..6, index: u16) {
+        fn every_id_reads_back_and_fits_a_node_name(job: u64, role in 0usize..8, index: u16) {
             let id = OwnId { job: JobId(job), role: Role::ALL[role], index };
             let text = id.to_string();
             prop_assert!(text.len() <= NODE_NAME_MAX);
@@ -145,7 +153,7 @@ mod tests {
         }
 
         #[test]
-        fn what_parses_is_written_the_same(text in "(fbx-)?[0-9a-fA-F+]{15,17}-?(fl|cbw|sa|job|x|ro|y)?[0-9+]{0,6}") {
+        fn what_parses_is_written_the_same(text in "(fbx-)?[0-9a-fA-F+]{15,17}-?(fl|cbw|sa|job|x|ro|img|mk|y)?[0-9+]{0,6}") {
             if let Some(id) = OwnId::parse(&text) {
                 prop_assert_eq!(id.to_string(), text);
             }

@@ -43,7 +43,7 @@ pub async fn find(monitor: &Monitor) -> Result<BTreeMap<JobId, Leftover>, Monito
     for job in present::jobs(monitor).await? {
         if let Some(OwnId {
             job: owner,
-            role: Role::Job,
+            role: Role::Job | Role::Create,
             ..
         }) = OwnId::parse(&job.id)
         {
@@ -84,6 +84,13 @@ pub async fn find(monitor: &Monitor) -> Result<BTreeMap<JobId, Leftover>, Monito
                 ..
             }) => {
                 found.entry(job).or_default().remains.extra.push(node.name);
+            }
+            Some(OwnId {
+                job,
+                role: Role::Image,
+                ..
+            }) => {
+                found.entry(job).or_default().remains.images.push(node.name);
             }
             // One that belongs to a job goes with it.
             Some(OwnId {

@@ -19,6 +19,7 @@
 
 pub mod agent;
 pub mod bitmap;
+mod descriptor;
 pub(crate) mod extra;
 pub mod filter;
 pub mod ids;

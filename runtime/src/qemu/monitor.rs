@@ -11,11 +11,13 @@ use serde::de::DeserializeOwned;
 use serde_json::{Value, json};
 use std::collections::HashMap;
 use std::io;
+use std::mem::MaybeUninit;
+use std::os::fd::{AsFd, OwnedFd};
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
-use tokio::io::{AsyncWriteExt, BufReader};
+use tokio::io::{AsyncWriteExt, BufReader, Interest};
 use tokio::net::UnixStream;
 use tokio::net::unix::{OwnedReadHalf, OwnedWriteHalf};
 use tokio::sync::{broadcast, mpsc, oneshot};
@@ -92,6 +94,12 @@ pub enum MonitorError {
         command: String,
         /// What does not fit.
         source: serde_json::Error,
+    },
+    /// A descriptor or socket for QEMU cannot be made.
+    #[error("nothing can be opened on QEMU's behalf: {source}")]
+    Descriptor {
+        /// What the system said.
+        source: io::Error,
     },
     /// Nothing came within the time limit. The command may still be carried out later.
     #[error("no answer to {what} within {} s", .limit.as_secs())]
@@ -236,11 +244,19 @@ impl Events {
 /// the connection and leaves QEMU as it is.
 #[derive(Debug)]
 pub struct Monitor {
-    commands: mpsc::Sender<Vec<u8>>,
+    commands: mpsc::Sender<Outgoing>,
     waiting: Arc<Mutex<Waiting>>,
     events: broadcast::WeakSender<Event>,
     next_id: AtomicU64,
     tasks: [AbortHandle; 2],
+}
+
+/// One command on its way.
+#[derive(Debug)]
+struct Outgoing {
+    line: Vec<u8>,
+    /// Goes along with its first byte.
+    descriptor: Option<OwnedFd>,
 }
 
 /// Who waits for which answer.
@@ -302,7 +318,7 @@ impl Monitor {
 
         let monitor = Self::start(reader, writer);
         monitor
-            .within(GREETING_LIMIT, "qmp_capabilities", json!({}))
+            .within(GREETING_LIMIT, "qmp_capabilities", json!({}), None)
             .await
             .map_err(|e| not_qmp(NotQmp::Handshake(Box::new(e))))?;
         Ok(monitor)
@@ -363,7 +379,22 @@ impl Monitor {
         command: &str,
         arguments: Value,
     ) -> Result<Value, MonitorError> {
-        self.within(COMMAND_LIMIT, command, arguments).await
+        self.within(COMMAND_LIMIT, command, arguments, None).await
+    }
+
+    /// Runs a command that takes a descriptor: `add-fd` or `getfd`.
+    ///
+    /// # Errors
+    /// As [`Monitor::execute_raw`].
+    pub(super) async fn execute_with(
+        &self,
+        descriptor: OwnedFd,
+        command: &str,
+        arguments: Value,
+    ) -> Result<Value, MonitorError> {
+        let descriptor = Some(descriptor);
+        self.within(COMMAND_LIMIT, command, arguments, descriptor)
+            .await
     }
 
     /// Waits until the connection is gone: QEMU ended, or let go of it. Says how.
@@ -383,9 +414,10 @@ impl Monitor {
         limit: Duration,
         command: &str,
         arguments: Value,
+        descriptor: Option<OwnedFd>,
     ) -> Result<Value, MonitorError> {
         let id = self.next_id.fetch_add(1, Ordering::Relaxed);
-        let answer = timeout(limit, self.exchange(id, command, arguments)).await;
+        let answer = timeout(limit, self.exchange(id, command, arguments, descriptor)).await;
         answer.unwrap_or_else(|_| {
             if let Waiting::Open(waiting) = &mut *lock(&self.waiting) {
                 waiting.remove(&id);
@@ -402,6 +434,7 @@ impl Monitor {
         id: u64,
         command: &str,
         arguments: Value,
+        descriptor: Option<OwnedFd>,
     ) -> Result<Value, MonitorError> {
         let mut line = json!({ "execute": command, "arguments": arguments, "id": id }).to_string();
         tracing::debug!(target: "fleecebox::qmp", "-> {line}");
@@ -414,7 +447,10 @@ impl Monitor {
             Waiting::Lost { .. } => drop(sender),
         }
         self.commands
-            .send(line.into_bytes())
+            .send(Outgoing {
+                line: line.into_bytes(),
+                descriptor,
+            })
             .await
             .map_err(|_| self.gone())?;
         match answer.await {
@@ -499,15 +535,38 @@ async fn greeting(reader: &mut BufReader<OwnedReadHalf>) -> Result<(), NotQmp> {
 
 async fn write_commands(
     mut writer: OwnedWriteHalf,
-    mut queue: mpsc::Receiver<Vec<u8>>,
+    mut queue: mpsc::Receiver<Outgoing>,
     waiting: Arc<Mutex<Waiting>>,
 ) {
-    while let Some(line) = queue.recv().await {
-        if let Err(e) = writer.write_all(&line).await {
+    while let Some(Outgoing { line, descriptor }) = queue.recv().await {
+        let sent = match descriptor {
+            None => Ok(0),
+            Some(descriptor) => send_with(&writer, &line, descriptor).await,
+        };
+        let sent = match sent {
+            Ok(sent) => writer.write_all(line.get(sent..).unwrap_or_default()).await,
+            Err(e) => Err(e),
+        };
+        if let Err(e) = sent {
             lose(&waiting, e.to_string());
             return;
         }
     }
+}
+
+/// Sends as much of `line` as the socket takes at once, and the descriptor with it. Returns how much.
+async fn send_with(writer: &OwnedWriteHalf, line: &[u8], descriptor: OwnedFd) -> io::Result<usize> {
+    use rustix::net::{SendAncillaryBuffer, SendAncillaryMessage, SendFlags, sendmsg};
+    let stream: &UnixStream = writer.as_ref();
+    let descriptors = [descriptor.as_fd()];
+    let send = || {
+        let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(1))];
+        let mut control = SendAncillaryBuffer::new(&mut space);
+        control.push(SendAncillaryMessage::ScmRights(&descriptors));
+        let line = [io::IoSlice::new(line)];
+        Ok(sendmsg(stream, &line, &mut control, SendFlags::NOSIGNAL)?)
+    };
+    stream.async_io(Interest::WRITABLE, send).await
 }
 
 /// Ends when the connection does; `events` goes with it, which wakes those who wait for one.

@@ -34,6 +34,8 @@ pub struct Remains {
     pub jobs: Vec<String>,
     /// Fleecing nodes.
     pub fleecing: Vec<String>,
+    /// Files below fleecing nodes.
+    pub images: Vec<String>,
     /// Nodes of files that the VM does not have.
     pub extra: Vec<String>,
 }
@@ -130,7 +132,12 @@ pub(super) async fn remove(
     for id in &remains.jobs {
         note(Thing::Job(id.clone()), job(monitor, id).await);
     }
-    for id in remains.fleecing.iter().chain(&remains.extra) {
+    for id in remains
+        .fleecing
+        .iter()
+        .chain(&remains.images)
+        .chain(&remains.extra)
+    {
         note(Thing::Node(id.clone()), node(monitor, id).await);
     }
     if server == ServerFate::StopIfUnused {

@@ -6,6 +6,7 @@
 
 use super::agent::{Agent, AgentError};
 use super::bitmap::{self, BitmapPlan, Tracking};
+use super::descriptor;
 use super::filter::{self, FilterError, Stopped};
 use super::ids::{JobId, OwnId, Role};
 use super::machine::{Disk, Unusable};
@@ -15,7 +16,9 @@ use super::removal::{self, Remains, RemovalError, ServerFate};
 use super::schema::Schema;
 use serde_json::{Value, json};
 use std::fmt;
+use std::os::fd::{AsFd, OwnedFd};
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 use std::time::Duration;
 use tokio::time::Instant;
 
@@ -36,6 +39,17 @@ pub enum Form {
     Filter,
 }
 
+/// What a fleecing file is.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, serde::Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum FleecingFormat {
+    /// As large as the disk, with holes.
+    #[default]
+    Raw,
+    /// QEMU's own format, for file systems without holes: empty, made by QEMU.
+    Qcow2,
+}
+
 /// What to freeze, and for whom.
 #[derive(Debug, Clone)]
 pub struct Request {
@@ -49,6 +63,8 @@ pub struct Request {
     pub server: NbdServer,
     /// How old data is kept.
     pub form: Form,
+    /// What the fleecing files are.
+    pub format: FleecingFormat,
 }
 
 /// One disk of a point in time.
@@ -56,9 +72,11 @@ pub struct Request {
 pub struct Plan {
     /// The disk, as [`super::machine::disks`] found it just before.
     pub disk: Disk,
-    /// A sparse file of exactly the disk's size, made by the caller, by an absolute path that QEMU can
+    /// A sparse file of exactly the disk's size, or an empty one for qcow2, made by the caller, by an absolute path that QEMU can
     /// open for writing. The caller keeps a descriptor, and deletes the file in the end.
     pub fleecing: PathBuf,
+    /// The same file, for a QEMU that may not open it.
+    pub descriptor: Option<Arc<OwnedFd>>,
     /// What happens to its bitmaps.
     pub bitmap: BitmapPlan,
 }
@@ -417,7 +435,7 @@ async fn make(
         refuse_exports_on_iothreads(monitor, &request.plans).await?;
     }
     for (index, plan) in (0..).zip(&request.plans) {
-        add_fleecing(monitor, &id(request.job, Role::Fleecing, index), plan).await?;
+        add_fleecing(monitor, request, index, plan).await?;
     }
 
     match agent {
@@ -541,22 +559,79 @@ async fn refuse_exports_on_iothreads(monitor: &Monitor, plans: &[Plan]) -> Resul
     Ok(())
 }
 
-async fn add_fleecing(monitor: &Monitor, node: &str, plan: &Plan) -> Result<(), Cause> {
-    let arguments = json!({
-        "driver": "raw",
-        "node-name": node,
-        "discard": "unmap",
-        "file": { "driver": "file", "filename": plan.fleecing, "discard": "unmap" },
-    });
-    let added = monitor.execute_raw("blockdev-add", arguments).await;
+async fn add_fleecing(
+    monitor: &Monitor,
+    request: &Request,
+    index: u16,
+    plan: &Plan,
+) -> Result<(), Cause> {
+    let node = id(request.job, Role::Fleecing, index);
+    let file =
+        |filename: Value| json!({ "driver": "file", "filename": filename, "discard": "unmap" });
+    let image = id(request.job, Role::Image, index);
+    let options = |filename| match request.format {
+        FleecingFormat::Raw => {
+            json!({ "driver": "raw", "node-name": node, "discard": "unmap", "file": file(filename) })
+        }
+        FleecingFormat::Qcow2 => {
+            let mut file = file(filename);
+            file["node-name"] = json!(image);
+            file
+        }
+    };
+    let (path, file) = (&plan.fleecing, plan.descriptor.as_ref().map(AsFd::as_fd));
+    let added = descriptor::add_node(monitor, path, file, options).await;
+    let added = match request.format {
+        FleecingFormat::Raw => added,
+        FleecingFormat::Qcow2 => match added {
+            Ok(()) => format_qcow2(monitor, request.job, index, plan.disk.size).await,
+            error => error,
+        },
+    };
     match added {
-        Ok(_) => Ok(()),
+        Ok(()) => Ok(()),
         Err(source) if source.is_refusal() => Err(Cause::Fleecing {
             path: plan.fleecing.clone(),
             source,
         }),
         Err(error) => Err(Cause::Monitor(error)),
     }
+}
+
+/// Makes the file below a qcow2 image, and adds its node.
+async fn format_qcow2(
+    monitor: &Monitor,
+    job: JobId,
+    index: u16,
+    size: u64,
+) -> Result<(), MonitorError> {
+    let (image, create) = (id(job, Role::Image, index), id(job, Role::Create, index));
+    let mut events = monitor.events();
+    let options = json!({ "driver": "qcow2", "file": image, "size": size });
+    let arguments = json!({ "job-id": create, "options": options });
+    monitor.execute_raw("blockdev-create", arguments).await?;
+    loop {
+        let jobs = present::jobs(monitor).await?;
+        let Some(job) = jobs.into_iter().find(|job| job.id == create) else {
+            break;
+        };
+        if job.status == "concluded" {
+            let dismiss = json!({ "id": create });
+            monitor.execute_raw("job-dismiss", dismiss).await?;
+            if let Some(description) = job.error {
+                return Err(MonitorError::Refused {
+                    command: "blockdev-create".into(),
+                    class: "GenericError".into(),
+                    description,
+                });
+            }
+            break;
+        }
+        events.nudge(Duration::from_millis(20)).await;
+    }
+    let node = id(job, Role::Fleecing, index);
+    let qcow2 = json!({ "driver": "qcow2", "node-name": node, "discard": "unmap", "file": image });
+    monitor.execute_raw("blockdev-add", qcow2).await.map(drop)
 }
 
 /// The moment itself.
@@ -631,10 +706,13 @@ async fn start_server(monitor: &Monitor, path: &Path) -> Result<(), Cause> {
         {
             Err(Cause::ServerRunning)
         }
-        Err(source) => Err(Cause::Server {
-            path: path.into(),
-            source,
-        }),
+        Err(source) => match descriptor::start_server(monitor, path).await {
+            Ok(()) => Ok(()),
+            Err(_) => Err(Cause::Server {
+                path: path.into(),
+                source,
+            }),
+        },
     }
 }
 
@@ -686,8 +764,9 @@ fn remains<'a>(job: JobId, form: Form, plans: impl Iterator<Item = &'a Plan>) ->
             Form::Job => Vec::new(),
             Form::Filter => all(Role::Filter).collect(),
         },
-        jobs: all(Role::Job).collect(),
+        jobs: all(Role::Create).chain(all(Role::Job)).collect(),
         fleecing: all(Role::Fleecing).collect(),
+        images: all(Role::Image).collect(),
         extra: nodes
             .iter()
             .filter(is_ours)

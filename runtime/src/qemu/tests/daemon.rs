@@ -5,7 +5,9 @@ use crate::qemu::ids::JobId;
 use crate::qemu::machine::{self, Choice, Disk};
 use crate::qemu::monitor::Monitor;
 use crate::qemu::schema::Schema;
-use crate::qemu::snapshot::{Form, NbdServer, Plan, PointInTime, Request, SnapshotError, take};
+use crate::qemu::snapshot::{
+    FleecingFormat, Form, NbdServer, Plan, PointInTime, Request, SnapshotError, take,
+};
 use serde_json::{Value, json};
 use std::fs::File;
 use std::path::{Path, PathBuf};
@@ -157,10 +159,14 @@ impl Daemon {
         bitmap: &BitmapPlan,
     ) -> Request {
         let job = JobId::random().unwrap();
-        let plans = both(monitor).await.into_iter().map(|disk| Plan {
-            fleecing: self.fleecing(&format!("{job}-{}.fl", disk.name)),
-            disk,
-            bitmap: bitmap.clone(),
+        let plans = both(monitor).await.into_iter().map(|disk| {
+            let fleecing = self.fleecing(&format!("{job}-{}.fl", disk.name));
+            Plan {
+                descriptor: None,
+                fleecing,
+                disk,
+                bitmap: bitmap.clone(),
+            }
         });
         Request {
             job,
@@ -168,6 +174,7 @@ impl Daemon {
             plans: plans.collect(),
             server,
             form: Form::Job,
+            format: FleecingFormat::Raw,
         }
     }
 

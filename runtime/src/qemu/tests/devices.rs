@@ -7,7 +7,7 @@ use crate::qemu::ids::JobId;
 use crate::qemu::machine::{self, Choice, Disk, MachineError, SkipReason};
 use crate::qemu::monitor::Monitor;
 use crate::qemu::schema::Schema;
-use crate::qemu::snapshot::{Form, NbdServer, Plan, Request, take};
+use crate::qemu::snapshot::{FleecingFormat, Form, NbdServer, Plan, Request, take};
 use serde_json::{Value, json};
 use std::fs::File;
 use std::time::Duration;
@@ -214,6 +214,7 @@ async fn a_real_emulators_devices_are_found_frozen_in_time_and_left_as_they_were
         File::create(&fleecing).unwrap().set_len(SIZE).unwrap();
         Plan {
             disk,
+            descriptor: None,
             fleecing,
             bitmap: plan.clone(),
         }
@@ -224,6 +225,7 @@ async fn a_real_emulators_devices_are_found_frozen_in_time_and_left_as_they_were
         plans: plans.collect(),
         server: NbdServer::Start(at("nbd.sock")),
         form: Form::Job,
+        format: FleecingFormat::Raw,
     };
     let schema = Schema::probe(&monitor).await.unwrap();
     let point = take(&monitor, &schema, request, None).await.unwrap();

@@ -1,0 +1,88 @@
+//! Fleecing images: their format, their limits, and what is told of them.
+
+use anyhow::{Result, ensure};
+use fleecebox_tests::{
+    At, Disk, Fault, MIB, Proxy, QemuState, Random, Site, Stage, StorageDaemon, What,
+};
+use std::time::Duration;
+
+const SIZE: u64 = 16 * MIB;
+const LIMIT: Duration = Duration::from_secs(60);
+
+#[test]
+fn images_in_qcow2_keep_the_old_data_and_go() -> Result<()> {
+    let daemon = StorageDaemon::start_with_writer_exports(&[Disk::raw("da", SIZE)])?;
+    let site = Site::new()?;
+    site.configure("[vm.web]\nfleecing-format = 'qcow2'\n")?;
+    let proxy = Proxy::start(daemon.monitors())?;
+    let order = site.order(&daemon, "chunked")?.through(&proxy);
+    let mut bytes = vec![0; MIB as usize];
+    let mut random = Random::new(7);
+    let mut access = daemon.writer_access("da")?;
+    for piece in 0..16 {
+        random.fill(&mut bytes);
+        access.write(piece * MIB, &bytes)?;
+    }
+    let before = QemuState::read(daemon.monitors())?;
+    for byte in [1, 2] {
+        proxy.forget_commands();
+        let (at, stage, what) = (
+            At::Named("block-export-add", 1),
+            Stage::BeforeQemu,
+            What::Hold,
+        );
+        proxy.inject(Fault { at, stage, what });
+        let running = site.backup_command(&order).start()?;
+        let held = proxy.wait_held(LIMIT)?;
+        access.write(4 * MIB, &vec![byte; 4 << 20])?;
+        held.go_on();
+        let outcome = running.finish()?.assert_success();
+        let told = outcome.document()?;
+        let peak = told["fleecing_peak_bytes"].as_u64().unwrap_or_default();
+        ensure!(peak >= 4 * MIB, "the peak is not told: {told}");
+        let backup = fleecebox_tests::Backup::told_by(&outcome)?;
+        site.check(&order, &backup, &proxy.references()?)?;
+        QemuState::read(daemon.monitors())?.assert_restored(&before, |_| true);
+        site.check_no_fleecing_images()?;
+    }
+    Ok(())
+}
+
+#[test]
+fn a_backup_that_passes_a_limit_is_given_up_and_the_vm_writes_on() -> Result<()> {
+    let daemon = StorageDaemon::start_with_writer_exports(&[Disk::raw("da", SIZE)])?;
+    let site = Site::new()?;
+    let order = site.order(&daemon, "stalls-half-way")?;
+    let mut access = daemon.writer_access("da")?;
+    access.write(0, &vec![3; SIZE as usize / 2])?;
+    let before = QemuState::read(daemon.monitors())?;
+    for (limit, words) in [
+        (
+            "fleecing-max-bytes = 1048576",
+            "more than the 1048576 of `fleecing-max-bytes`",
+        ),
+        (
+            "snapshot-max-seconds = 2",
+            "more than the 2 s of `snapshot-max-seconds`",
+        ),
+    ] {
+        site.configure(&format!("[vm.web]\n{limit}\n"))?;
+        let running = site.backup_command(&order).start()?;
+        running.wait_for_line(LIMIT, |line| line.contains("half of it is stored"))?;
+        let mut byte = 0;
+        let outcome = loop {
+            // Old data of all of it goes to the fleecing image, once.
+            byte += 1;
+            access.write(0, &vec![byte; SIZE as usize / 2])?;
+            if running.family()?.is_empty() || byte > 200 {
+                break running.finish()?;
+            }
+            std::thread::sleep(Duration::from_millis(50));
+        };
+        assert_eq!(outcome.code(), Some(1), "{}", outcome.stderr);
+        ensure!(outcome.stderr.contains(words), "{}", outcome.stderr);
+        QemuState::read(daemon.monitors())?.assert_restored(&before, |_| false);
+        site.check_no_fleecing_images()?;
+    }
+    Ok(())
+}
