@@ -11,8 +11,10 @@ export FLEECEBOX_CACHE
 COMPONENTS = $(CARGO_TARGET_DIR)/components
 FLEECEBOX = $(CARGO_TARGET_DIR)/release/fleecebox
 PROVIDERS = chunked image
-# Those in other languages, and the projects that `fleecebox provider new` writes.
-LANGUAGES = qcow2 providers/qcow2 numbered providers/numbered watchful providers/watchful
+# Those in other languages, and the projects that their templates become.
+LANGUAGES = qcow2 providers/qcow2 numbered providers/numbered watchful providers/watchful \
+	$(foreach language,c python javascript,$(foreach kind,sighted blind,\
+	$(language)-$(kind) guest-sdk/templates/$(language):$(kind)))
 # One that only the benchmark needs.
 BENCH_PROVIDER = splices-everything
 # Hostile ones, and those with one mistake each that the conformance kit has to find.
@@ -21,13 +23,14 @@ WASM = $(CARGO_TARGET_DIR)/wasm32-unknown-unknown/release
 
 # One step after the other: cargo uses all processors by itself.
 .NOTPARALLEL:
-.PHONY: help setup demo demo-vm test bench fuzz lint providers languages build clean
+.PHONY: help setup demo demo-vm test bench bench-languages fuzz lint providers languages build clean
 
 help:
 	@echo "make demo       back up a live disk, restore it, and let hostile providers try; under a minute once built"
 	@echo "make demo-vm    the same on a Linux guest that boots under QEMU"
 	@echo "make test       all tests"
 	@echo "make bench      measure against nbdcopy and qemu-img"
+	@echo "make bench-languages  what a provider's language costs"
 	@echo "make fuzz       feed rubbish to all that reads bytes from outside, SECONDS=60 for each part; needs nightly"
 	@echo "make lint       formatting and clippy"
 	@echo "make providers  build the providers into $(COMPONENTS)"
@@ -56,8 +59,13 @@ test: setup
 
 bench:
 	@tests/setup/packages.sh bench
-	@$(MAKE) build providers languages
+	@$(MAKE) build providers
 	TMPDIR=$${FLEECEBOX_BENCH_FOLDER:-/dev/shm} cargo bench --locked -p fleecebox-tests --bench speed
+
+bench-languages:
+	@tests/setup/packages.sh bench
+	@$(MAKE) build providers languages
+	TMPDIR=$${FLEECEBOX_BENCH_FOLDER:-/dev/shm} cargo bench --locked -p fleecebox-tests --bench languages
 
 SECONDS ?= 60
 fuzz:

@@ -4,7 +4,8 @@
 #   providers/build.sh FOLDER [NAME FOLDER]…
 #
 # NAME.wasm goes into FOLDER, the first argument, for each NAME and the project FOLDER after it. A project with a
-# Makefile is C, one with a package.json JavaScript, and any other Python.
+# Makefile is C, one with a package.json JavaScript, and any other Python. A FOLDER that ends in `:sighted` or `:blind`
+# is that template of guest-sdk/templates, and the project is what it becomes.
 #
 # What was made of exactly these files of the project, of its SDK and of the contract is kept in the cache folder and
 # not made again: Python's and JavaScript's components take a while, and are another file each time they are made, so
@@ -31,11 +32,12 @@ main() {
     shift
     while [ $# -gt 0 ]; do
         name=$1
-        project=$(cd "$2" && pwd)
+        project=$(cd "${2%:*}" && pwd)
+        variant=${2##*:}
         shift 2
-        if [ -f "$project/Makefile" ]; then
+        if [ -f "$project/Makefile" ] || [ -f "$project/Makefile.in" ]; then
             language=c
-        elif [ -f "$project/package.json" ]; then
+        elif [ -f "$project/package.json" ] || [ -f "$project/package.json.in" ]; then
             language=javascript
         else
             language=python
@@ -44,12 +46,28 @@ main() {
         if [ ! -f "$made" ]; then
             say "building $name ($language)"
             work=$(mktemp -d "$cache/build.XXXXXX")
+            main=$name
+            case $variant in sighted | blind) fill_in ;; esac
             "build_$language" || fail "$name could not be built"
             mv "$work/$name.wasm" "$made"
             rm -rf "$work"
         fi
         install -C -m 644 "$made" "$components/$name.wasm"
     done
+}
+
+# Makes a project of a template, as `fleecebox provider new` does, but for the copy of the SDK.
+fill_in() {
+    [ "$variant" = blind ] && world=blind-provider || world=provider
+    main=main
+    mkdir "$work/project"
+    for file in "$project/$variant".*.in "$project/Makefile.in"; do
+        [ -f "$file" ] || continue
+        filled=$(basename "$file" .in)
+        sed "s/{{name}}/$name/g; s/{{Type}}/Filled/g; s/{{world}}/$world/g; s|fleecebox-guest/provider.mk|$sdk/c/provider.mk|" \
+            "$file" >"$work/project/$(echo "$filled" | sed "s/^$variant/main/")"
+    done
+    project=$work/project
 }
 
 # Of all files in the folders, by their names and contents; not of what a build leaves there.
@@ -75,7 +93,7 @@ build_python() {
         touch "$python/complete"
     fi
     (cd "$project" && PYTHONPATH=$sdk/python PYTHONDONTWRITEBYTECODE=1 \
-        "$python/bin/python" -m fleecebox_guest.build "$(ls ./*.py)" -o "$work/$name.wasm" >&2)
+        "$python/bin/python" -m fleecebox_guest.build "$main.py" -o "$work/$name.wasm" >&2)
 }
 
 # Likewise: the packages by the digest of the lock file that names them, and the SDK beside them as npm would link it.
@@ -93,7 +111,7 @@ build_javascript() {
     mkdir -p "$guest"
     (cd "$sdk/javascript" && cp -r build.js package.json provider.wit src "$guest")
     ln -s "$packages/node_modules" "$guest/node_modules"
-    (cd "$project" && NODE_PATH=$work/modules node "$guest/build.js" "$name.js" -o "$work/$name.wasm" >&2)
+    (cd "$project" && NODE_PATH=$work/modules node "$guest/build.js" "$main.js" -o "$work/$name.wasm" >&2)
 }
 
 main "$@"

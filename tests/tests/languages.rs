@@ -5,7 +5,7 @@ use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result, ensure};
 use fleecebox_tests::{
-    Backup, Disk, MIB, Proxy, Random, Site, StorageDaemon, compare, files_below,
+    Backup, Disk, MIB, Proxy, Random, Site, StorageDaemon, compare, component, files_below,
 };
 
 #[test]
@@ -84,6 +84,57 @@ fn watchful_warns_when_what_changed_looks_encrypted_and_not_before() -> Result<(
         assert_eq!(warned(&backup), expected, "{}", backup.said);
         let restored = site.restore(&order.archive, &backup.id)?;
         compare::same_bytes(&restored.join("da.raw"), &daemon.disks()[0].path)?;
+    }
+    Ok(())
+}
+
+#[test]
+fn what_is_written_in_c_passes_the_conformance_kit() -> Result<()> {
+    pass_the_conformance_kit(&["qcow2", "c-sighted", "c-blind"], &[])
+}
+
+#[test]
+fn what_is_written_in_python_passes_the_conformance_kit() -> Result<()> {
+    pass_the_conformance_kit(&["numbered", "python-sighted", "python-blind"], &QUICK)
+}
+
+#[test]
+fn what_is_written_in_javascript_passes_the_conformance_kit() -> Result<()> {
+    let providers = ["watchful", "javascript-sighted", "javascript-blind"];
+    pass_the_conformance_kit(&providers, &QUICK)
+}
+
+/// For languages whose instances take long to start: on a busy machine all cases take more minutes than a command of a
+/// test has.
+const QUICK: [&str; 4] = ["--only", "full", "--only", "incremental"];
+
+fn pass_the_conformance_kit(providers: &[&str], more: &[&str]) -> Result<()> {
+    let site = Site::new()?;
+    for provider in providers {
+        let mut command = site.command(&["provider", "test", "--seed", "7"]);
+        for argument in more {
+            command = command.arg(argument);
+        }
+        let outcome = command.arg(component(provider)?).run()?;
+        ensure!(outcome.code() == Some(0), "{provider}:\n{}", outcome.stdout);
+    }
+    Ok(())
+}
+
+#[test]
+fn each_sdk_holds_the_contract_as_it_is() -> Result<()> {
+    let checkout = Path::new(env!("CARGO_MANIFEST_DIR")).join("..");
+    let contract = std::fs::read_to_string(checkout.join("wit/provider.wit"))?;
+    for copy in [
+        "c/bindings/provider.wit",
+        "javascript/provider.wit",
+        "python/fleecebox_guest/provider.wit",
+    ] {
+        let held = std::fs::read_to_string(checkout.join("guest-sdk").join(copy))?;
+        ensure!(
+            held == contract,
+            "guest-sdk/{copy} is not wit/provider.wit: copy it, and make the C bindings anew (see their README)"
+        );
     }
     Ok(())
 }
