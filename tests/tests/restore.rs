@@ -116,6 +116,9 @@ fn a_block_device_is_overwritten_with_zeroes_too_and_not_beyond_the_volume() -> 
     let volume = ["--volume", "da"];
     let refused = scene.restore(&volume, &device.path).run()?;
     refused.assert_refused(2, "--force overwrites it");
+    let qcow2 = ["--volume", "da", "--force", "--format", "qcow2"];
+    let refused = scene.restore(&qcow2, &device.path).run()?;
+    refused.assert_refused(2, "which takes the raw format only");
     ensure!(fs::read(&image)?.iter().all(|byte| *byte == 0xaa));
 
     let mut forced = volume.to_vec();

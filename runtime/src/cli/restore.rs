@@ -83,7 +83,7 @@ impl Restore {
                 bytes: volume.root.size(),
             });
             let outcome = async {
-                let output = Output::open(&path, volume, self.force)?;
+                let output = Output::open(&path, volume, self.format, self.force)?;
                 let order = Order {
                     namespace: &namespace,
                     manifest: &manifest,
@@ -203,7 +203,12 @@ impl Drop for Partial {
 }
 
 impl Output {
-    fn open(path: &Path, volume: &VolumeRecord, force: bool) -> Result<Self, Failure> {
+    fn open(
+        path: &Path,
+        volume: &VolumeRecord,
+        format: Format,
+        force: bool,
+    ) -> Result<Self, Failure> {
         let existing = std::fs::metadata(path).ok();
         if existing.is_some() && !force {
             return Err(Failure::Mistake(anyhow!(
@@ -213,6 +218,12 @@ impl Output {
         }
         let shown = || format!("{} cannot be written", path.display());
         if existing.is_some_and(|meta| meta.file_type().is_block_device()) {
+            if format != Format::Raw {
+                return Err(Failure::Mistake(anyhow!(
+                    "{} is a block device, which takes the raw format only",
+                    path.display()
+                )));
+            }
             // O_EXCL: a device that is mounted or otherwise in use is refused (open(2)).
             let file = OpenOptions::new()
                 .write(true)
