@@ -25,6 +25,7 @@ use crate::sandbox::Program;
 use clap::{Args, Parser, Subcommand};
 use std::path::PathBuf;
 use std::process::ExitCode;
+use std::time::Duration;
 use tokio_util::sync::CancellationToken;
 
 /// Backs up running QEMU virtual machines through WebAssembly providers that nobody has to trust.
@@ -107,6 +108,9 @@ impl Sandboxes {
     }
 }
 
+/// For what still runs when a command has ended.
+const LAST_WORK: Duration = Duration::from_secs(1);
+
 /// How a command failed.
 #[derive(Debug)]
 enum Failure {
@@ -172,7 +176,7 @@ fn run(cli: Cli) -> Result<(), Failure> {
         quiet: cli.common.quiet,
         cancel: cancel.clone(),
     };
-    runtime.block_on(async {
+    let ended = runtime.block_on(async {
         tokio::spawn(cancel_on_signals(cancel));
         match cli.command {
             Command::Backup(command) => command.run(&session).await,
@@ -188,7 +192,10 @@ fn run(cli: Cli) -> Result<(), Failure> {
             Command::Provider(Provider::Remove(command)) => command.run(&session),
             Command::Demo(command) => command.run(&session).await,
         }
-    })
+    });
+    // File work that hangs in an archive would otherwise be waited for without end.
+    runtime.shutdown_timeout(LAST_WORK);
+    ended
 }
 
 /// Each of these ends the job in order: QEMU is cleaned up before the process ends.

@@ -6,6 +6,10 @@ use std::io::IsTerminal;
 use std::time::Duration;
 use tokio::sync::mpsc::UnboundedReceiver;
 use tokio::task::JoinHandle;
+use tokio::time::timeout;
+
+/// How long the last events may take to be told. All there is to do is to print some lines.
+const HANGING: Duration = Duration::from_secs(5);
 
 /// Ends with the job: [`Progress::finish`] waits until all that was told is printed.
 #[derive(Debug)]
@@ -18,9 +22,10 @@ impl Progress {
         (events, Self(tokio::spawn(tell(receiver, quiet))))
     }
 
-    /// Waits for the end of the events; every [`Events`] must have been dropped.
+    /// Waits for the end of the events; every [`Events`] must have been dropped. A task that hangs in an archive never
+    /// drops its own, and is not waited for.
     pub(super) async fn finish(self) {
-        let _ = self.0.await;
+        let _ = timeout(HANGING, self.0).await;
     }
 }
 

@@ -4,11 +4,12 @@
 use super::{Failure, Session};
 use crate::archive::{self, Archive, BackupId, Manifest, Namespace};
 use crate::config::{self, Vm};
-use crate::sandbox::Cache;
+use crate::sandbox::{Cache, MAX_COMPONENT};
 use anyhow::{Context, anyhow};
 use cap_std::ambient_authority;
 use cap_std::fs::{Dir, DirBuilder, DirBuilderExt};
-use std::io;
+use std::fs::File;
+use std::io::{self, Read};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
@@ -144,11 +145,22 @@ pub(super) fn cache(session: &Session) -> Result<Cache, Failure> {
     ))
 }
 
-/// Reads a file that the user named.
+/// Reads a file that the user named: none is larger than a component may be, and one that is another's work may have no
+/// end.
 pub(super) fn read(path: &Path, what: &str) -> Result<Vec<u8>, Failure> {
-    std::fs::read(path)
+    let most = MAX_COMPONENT;
+    let mut bytes = Vec::new();
+    File::open(path)
+        .and_then(|file| file.take(most.saturating_add(1)).read_to_end(&mut bytes))
         .with_context(|| format!("the {what} {} cannot be read", path.display()))
-        .map_err(Failure::Mistake)
+        .map_err(Failure::Mistake)?;
+    if bytes.len() as u64 > most {
+        return Err(Failure::Mistake(anyhow!(
+            "the {what} {} has more than the {most} bytes that are allowed",
+            path.display()
+        )));
+    }
+    Ok(bytes)
 }
 
 /// Reads a provider's settings.

@@ -14,7 +14,7 @@ use crate::job::base::{self, Choice, Owner};
 use crate::job::prove::ProofError;
 use crate::job::replay;
 use crate::job::transfer::Transfer;
-use crate::job::volume_run::{Covered, VolumeError, guest_limits};
+use crate::job::volume_run::{Covered, VolumeError, context_id, guest_limits};
 use crate::job::{Events, recover};
 use crate::qemu::snapshot::{Plan, Volume};
 use crate::sandbox::{Conversation, Fault, Program, Trace};
@@ -188,7 +188,7 @@ impl<'a> Stand<'a> {
             },
             Err(error) => Err(error),
         };
-        transfer.abandon();
+        transfer.abandon().await;
         if self.subject.cancel.is_cancelled() {
             return Err(KitError::Cancelled);
         }
@@ -291,7 +291,7 @@ impl<'a> Stand<'a> {
         let open = OpenImage {
             limits: provider.limits,
             context: Context {
-                id: manifest.backup.to_string(),
+                id: context_id(manifest.backup),
                 settings: provider.settings.clone(),
             },
             receipt: volume.map(|it| it.receipt.clone()).unwrap_or_default(),
@@ -378,7 +378,9 @@ impl Look<'_> {
             ProofError::Wrong { extent } => Some(*extent),
             ProofError::NotGivenBack { extent, .. } => Some(*extent),
             ProofError::Open(_) => None,
-            ProofError::Archive(_) | ProofError::Cancelled => return None,
+            ProofError::Archive(_) | ProofError::WallTime { .. } | ProofError::Cancelled => {
+                return None;
+            }
         };
         let trace = Trace::default();
         let program = self.subject.program.clone().traced(trace.clone());
@@ -405,7 +407,7 @@ impl Look<'_> {
         let open = OpenImage {
             limits: guest_limits(self.provider),
             context: Context {
-                id: self.id.to_string(),
+                id: context_id(self.id),
                 settings: self.provider.settings.to_string(),
             },
             receipt: covered.receipt.clone(),

@@ -11,12 +11,33 @@ use crate::job::Events;
 use crate::policy::Limits;
 use crate::sandbox::{self, Compiled, Process, Program};
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 use tokio::task::spawn_blocking;
 use tokio::time::timeout;
 
 /// Longest time for one call of `image`, waits included: one that gives nothing back for this long gives back nothing.
 const CALL_TIME: Duration = Duration::from_secs(300);
+
+/// Slowest that an image may be on the whole, in bytes per second, waits included: without it, one that takes its time
+/// for each call would take a year for a disk. No storage that backups are kept on is as slow.
+const SLOWEST: u64 = 256 << 10;
+
+/// How long an image may still take.
+#[derive(Debug, Default)]
+struct Pace {
+    spent: Duration,
+    given: u64,
+}
+
+impl Pace {
+    /// For the next call: what one may take, or less where the calls before took more than their bytes are worth.
+    fn left(&self) -> Duration {
+        let earned = Duration::from_secs(self.given / SLOWEST);
+        (CALL_TIME + earned)
+            .saturating_sub(self.spent)
+            .min(CALL_TIME)
+    }
+}
 
 /// Why an image does not give back its bytes.
 #[derive(Debug, thiserror::Error)]
@@ -25,7 +46,7 @@ pub enum ImageError {
     #[error("its sandbox: {0}")]
     Sandbox(#[from] sandbox::Error),
     /// The provider's code trapped or passed a limit.
-    #[error("it {0}")]
+    #[error("{0}")]
     Guest(Failure),
     /// The provider returned an error.
     #[error("it answered with the error '{0}'")]
@@ -41,6 +62,9 @@ pub enum ImageError {
     /// It answered something that its order does not end with.
     #[error("its sandbox broke the protocol: it answered with something else")]
     Protocol,
+    /// It takes too long on the whole.
+    #[error("it gives back less than {} KiB a second", SLOWEST >> 10)]
+    TooSlow,
     /// It took too long.
     #[error("it did not answer within {} s", CALL_TIME.as_secs())]
     TimedOut,
@@ -51,6 +75,7 @@ pub struct Image {
     process: Process,
     objects: Arc<StoredObjects>,
     log: ProviderLog,
+    pace: Pace,
 }
 
 impl Image {
@@ -71,6 +96,7 @@ impl Image {
             process,
             objects: Arc::new(objects),
             log,
+            pace: Pace::default(),
         };
         match image.outcome(None).await? {
             Outcome::Opened => Ok(image),
@@ -87,6 +113,7 @@ impl Image {
         };
         match self.outcome(Some(read)).await? {
             Outcome::Bytes { length } if u64::from(length) == extent.len() => {
+                self.pace.given += extent.len();
                 Ok(self.process.take_payload(length)?)
             }
             Outcome::Bytes { length } => Err(ImageError::Length {
@@ -104,6 +131,8 @@ impl Image {
 
     /// Asks for bytes, where they are wanted, and answers calls until the order is done.
     async fn outcome(&mut self, ask: Option<ImageRead>) -> Result<Outcome, ImageError> {
+        let left = self.pace.left();
+        let began = Instant::now();
         let serve = async {
             if let Some(read) = ask {
                 self.process.read_image(read).await?;
@@ -133,9 +162,12 @@ impl Image {
                 self.process.answer(&answer).await?;
             }
         };
-        timeout(CALL_TIME, serve)
-            .await
-            .unwrap_or(Err(ImageError::TimedOut))
+        let served = timeout(left, serve).await;
+        self.pace.spent += began.elapsed();
+        served.unwrap_or(Err(match left < CALL_TIME {
+            true => ImageError::TooSlow,
+            false => ImageError::TimedOut,
+        }))
     }
 
     async fn size(&self, name: String) -> Answer {
@@ -185,5 +217,24 @@ fn unexpected(outcome: Outcome) -> ImageError {
         Outcome::GuestError(code) => ImageError::Answered(code),
         Outcome::Failed(failure) => ImageError::Guest(failure),
         _ => ImageError::Protocol,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn time_is_earned_by_bytes_and_never_more_than_one_call_may_take() {
+        let mut pace = Pace::default();
+        assert_eq!(pace.left(), CALL_TIME);
+        pace.spent = CALL_TIME;
+        assert_eq!(pace.left(), Duration::ZERO);
+        pace.given = SLOWEST * 60;
+        assert_eq!(pace.left(), Duration::from_secs(60));
+        pace.given = SLOWEST * 10_000;
+        assert_eq!(pace.left(), CALL_TIME);
+        pace.spent = Duration::from_secs(u64::MAX);
+        assert_eq!(pace.left(), Duration::ZERO);
     }
 }

@@ -18,7 +18,10 @@ use crate::volume::plan::Cursor;
 use crate::volume::read_ahead::ReadAhead;
 use crate::volume::reader::PIECE;
 use std::collections::BTreeMap;
+use std::pin::pin;
 use std::sync::Arc;
+use std::time::Duration;
+use tokio::time::{Instant, timeout, timeout_at};
 use tokio_util::sync::CancellationToken;
 
 /// What a run may use.
@@ -87,8 +90,12 @@ pub enum RunError {
     Cancelled,
 }
 
-/// Serves `process` until it is done or has to be stopped; returns its receipt. Whatever happens, no task of the run is left when this
-/// returns, and the process is gone.
+/// How long a run that has failed waits for what is still being written. The VM's snapshot is there until then, and an
+/// archive that hangs must not keep it.
+const SETTLE_TIME: Duration = Duration::from_secs(5);
+
+/// Serves `process` until it is done or has to be stopped; returns its receipt. Whatever happens, the process is gone
+/// when this returns, and no task of the run is left, unless it hangs in an archive that does not answer.
 pub async fn run(
     mut process: Process,
     target: Arc<Target>,
@@ -98,19 +105,31 @@ pub async fn run(
     let wall = terms.limits.wall();
     let seconds = terms.limits.wall_seconds;
     let mut run = Run::new(Arc::clone(&target), terms);
-    let ended = tokio::select! {
-        ended = tokio::time::timeout(wall, run.serve(&mut process)) => {
-            ended.unwrap_or(Err(RunError::WallTime { seconds }))
-        }
-        () = cancel.cancelled() => Err(RunError::Cancelled),
-    };
+    let deadline = Instant::now() + wall;
+    let mut ended = within(deadline, seconds, cancel, run.serve(&mut process)).await;
     process.kill().await;
+    let mut settling = pin!(run.settle());
+    if ended.is_ok() {
+        // What is under way is a part of what the provider did.
+        let settled = async {
+            settling.as_mut().await;
+            Ok(())
+        };
+        if let Err(stopped) = within(deadline, seconds, cancel, settled).await {
+            ended = Err(stopped);
+        }
+    }
     let before = target.take_failure();
     if ended.is_err() {
         // Nothing more is wanted from the snapshot; a server that does not answer must not hold the end up.
         target.frozen.reader.disconnect().await;
+        if timeout(SETTLE_TIME, settling).await.is_err() {
+            target.events.warn(format!(
+                "{}: the archive does not answer; what was being written to it is given up",
+                target.volume
+            ));
+        }
     }
-    run.settle().await;
     // What failed before the end is its reason, what failed after it is its consequence.
     if let Some(failure) = before {
         return Err(failure.into());
@@ -129,6 +148,19 @@ pub async fn run(
     }
 }
 
+/// What `work` comes to, unless the job is told to stop or the run has had its time.
+async fn within<T>(
+    deadline: Instant,
+    seconds: u64,
+    cancel: &CancellationToken,
+    work: impl Future<Output = Result<T, RunError>>,
+) -> Result<T, RunError> {
+    tokio::select! {
+        done = timeout_at(deadline, work) => done.unwrap_or(Err(RunError::WallTime { seconds })),
+        () = cancel.cancelled() => Err(RunError::Cancelled),
+    }
+}
+
 struct Run {
     target: Arc<Target>,
     terms: Terms,
@@ -136,6 +168,10 @@ struct Run {
     log: ProviderLog,
     cursor: Cursor,
     read_ahead: ReadAhead,
+    /// Bytes that `read` gave to the provider.
+    read_given: u64,
+    /// Bytes that were charged for them.
+    read_charged: u64,
     streams: BTreeMap<u32, Stream>,
     next_stream: u32,
     buffer: Vec<u8>,
@@ -152,6 +188,8 @@ impl Run {
             ),
             cursor: Cursor::default(),
             read_ahead: ReadAhead::new(Arc::clone(&target.frozen)),
+            read_given: 0,
+            read_charged: 0,
             streams: BTreeMap::new(),
             next_stream: 0,
             buffer: Vec::new(),
@@ -258,13 +296,16 @@ impl Run {
         let extent = self.whole_blocks(range)?;
         put::ended(&self.target, extent).await;
         self.check_host()?;
-        self.target
+        let fresh = self
+            .target
             .books()
             .begin_discard(&self.target.frozen.plan, extent)
             .map_err(refused)?;
-        discard::trim(&self.target.frozen, self.target.canary, extent)
-            .await
-            .map_err(|error| self.failed(error.into()))?;
+        for part in fresh {
+            discard::trim(&self.target.frozen, self.target.canary, part)
+                .await
+                .map_err(|error| self.failed(error.into()))?;
+        }
         Ok(Answer::Unit)
     }
 
@@ -286,10 +327,21 @@ impl Run {
         if self.target.books().is_discarded(extent) {
             return Err(ErrorCode::Discarded);
         }
-        self.account.read(extent.len())?;
+        self.charge_read(extent.len())?;
         self.buffer.clear();
         let read = self.read_ahead.read(extent, &mut self.buffer).await;
         read.map_err(|error| self.failed(error.into()))
+    }
+
+    /// Charges a read of `length` bytes: in sum no less than was given, and no less than was fetched for it. A byte here
+    /// and a byte there cost the host a whole window each.
+    fn charge_read(&mut self, length: u64) -> Result<(), ErrorCode> {
+        let given = self.read_given.saturating_add(length);
+        let due = given.max(self.read_ahead.fetched());
+        self.account.read(due.saturating_sub(self.read_charged))?;
+        self.read_given = given;
+        self.read_charged = due.max(self.read_charged);
+        Ok(())
     }
 
     async fn put(&mut self, range: RawRange, encoding: Encoding) -> Result<Answer, ErrorCode> {

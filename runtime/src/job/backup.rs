@@ -519,7 +519,7 @@ impl Backup<'_> {
                     extra::detach_files(self.monitor, self.job, &self.request.extra).await;
                 let mut left: Vec<_> = detached.iter().map(ToString::to_string).collect();
                 left.extend(self.remove_fleecing());
-                left.extend(self.transfer.abandon());
+                left.extend(self.transfer.abandon().await);
                 if undone {
                     self.close_journal(&mut left);
                 }
@@ -543,7 +543,7 @@ impl Backup<'_> {
         };
         left.extend(self.settle_bitmaps(&point, &committed).await);
         if committed.is_err() {
-            left.extend(self.transfer.abandon());
+            left.extend(self.transfer.abandon().await);
         }
         self.close_journal(&mut left);
         let manifest = committed.inspect_err(|_| self.tell_left(&left))?;

@@ -36,6 +36,8 @@ impl ComponentError {
                     | CompileError::CoreModule
                     | CompileError::Refused(_)
                     | CompileError::TimedOut
+                    | CompileError::ProcessorTime
+                    | CompileError::Memory
             ),
         }
     }

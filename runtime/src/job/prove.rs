@@ -3,7 +3,7 @@
 
 use super::component::Component;
 use super::event::{Event, Events};
-use super::volume_run::{Covered, guest_limits};
+use super::volume_run::{Covered, context_id, guest_limits};
 use crate::archive::{self, BackupId, BackupWriter, Entry};
 use crate::channel::{Context, OpenImage};
 use crate::config::Provider;
@@ -14,6 +14,7 @@ use crate::grants::image::{Image, ImageError};
 use crate::sandbox::Program;
 use crate::volume::reader::PIECE;
 use std::sync::Arc;
+use tokio::time::timeout;
 use tokio_util::sync::CancellationToken;
 
 /// What a proof needs.
@@ -69,13 +70,29 @@ pub enum ProofError {
     /// The archive failed.
     #[error("the archive: {0}")]
     Archive(#[from] archive::Error),
+    /// `wall-seconds` passed.
+    #[error(
+        "the provider was stopped: reading back what it claims took longer than its limit of {seconds} s (wall-seconds)"
+    )]
+    WallTime {
+        /// The limit.
+        seconds: u64,
+    },
     /// The job was cancelled.
     #[error("cancelled")]
     Cancelled,
 }
 
-/// Proves one volume's claims.
+/// Proves one volume's claims, in as much time as a run may take.
 pub async fn prove(order: Order<'_>) -> Result<(), ProofError> {
+    let limits = &order.provider.limits;
+    let seconds = limits.wall_seconds;
+    timeout(limits.wall(), prove_all(&order))
+        .await
+        .unwrap_or(Err(ProofError::WallTime { seconds }))
+}
+
+async fn prove_all(order: &Order<'_>) -> Result<(), ProofError> {
     let claimed = &order.covered.claimed;
     if claimed.is_empty() {
         return Ok(());
@@ -86,7 +103,7 @@ pub async fn prove(order: Order<'_>) -> Result<(), ProofError> {
     let open = OpenImage {
         limits: guest_limits(order.provider),
         context: Context {
-            id: order.backup.to_string(),
+            id: context_id(order.backup),
             settings: order.provider.settings.to_string(),
         },
         receipt: order.covered.receipt.clone(),

@@ -5,6 +5,7 @@
 
 use super::component::{Component, ComponentError};
 use super::event::{Event, Events};
+use super::volume_run::context_id;
 use crate::archive::{
     self, BackupId, Manifest, Namespace, ObjectName, Run, RunContent, VolumeRecord,
 };
@@ -16,7 +17,7 @@ use crate::grants::image::{Image, ImageError};
 use crate::policy::Limits;
 use crate::sandbox::{Cache, Program};
 use crate::volume::reader::PIECE;
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, VecDeque};
 use std::fs::File;
 use std::io;
 use std::os::unix::fs::FileExt;
@@ -27,6 +28,13 @@ use tokio_util::sync::CancellationToken;
 
 /// Runs of the block table that wait to be read.
 const QUEUE: usize = 64;
+
+/// Blocks whose claims wait until so many are known: they are then asked for backup by backup, so that each provider is
+/// opened once for all of them. Their digests take 2 MiB.
+const WAITING: u64 = 1 << 16;
+
+/// Images open at once, each with a process and the memory that its provider may have.
+const IMAGES: usize = 4;
 
 /// Findings that are listed one by one; a backup with more is as lost as one with these.
 pub const FINDINGS: usize = 100;
@@ -136,7 +144,9 @@ pub async fn replay(order: Order<'_>) -> Result<Vec<Finding>, ReplayError> {
     let walk = spawn_blocking(move || walk(&namespace, root, &sender));
     let mut replay = Replay {
         order,
-        images: BTreeMap::new(),
+        images: VecDeque::new(),
+        claimed: BTreeMap::new(),
+        waiting: 0,
         findings: Vec::new(),
         placed: JoinSet::new(),
     };
@@ -194,7 +204,12 @@ fn walk(
 
 struct Replay<'a> {
     order: Order<'a>,
-    images: BTreeMap<BackupId, Image>,
+    /// The one that was used last comes last.
+    images: VecDeque<(BackupId, Image)>,
+    /// Runs that wait to be asked for, by where they were claimed.
+    claimed: BTreeMap<BackupId, Vec<Run>>,
+    /// Blocks in these.
+    waiting: u64,
     findings: Vec<Finding>,
     placed: JoinSet<Result<Result<u64, Finding>, io::Error>>,
 }
@@ -214,11 +229,12 @@ impl Replay<'_> {
                         self.next_placed().await?;
                     }
                 }
-                RunContent::Claimed {
-                    backup,
-                    ref digests,
-                } => {
-                    self.claimed(backup, self.extent(&run), digests).await?;
+                RunContent::Claimed { backup, .. } => {
+                    self.waiting += run.blocks.end - run.blocks.start;
+                    self.claimed.entry(backup).or_default().push(run);
+                    if self.waiting >= WAITING {
+                        self.ask_for_claims().await?;
+                    }
                 }
             }
             if self.enough() {
@@ -228,7 +244,54 @@ impl Replay<'_> {
         while !self.placed.is_empty() && !self.enough() {
             self.next_placed().await?;
         }
+        self.ask_for_claims().await
+    }
+
+    /// Asks for all claims that wait.
+    async fn ask_for_claims(&mut self) -> Result<(), ReplayError> {
+        self.waiting = 0;
+        for (backup, runs) in std::mem::take(&mut self.claimed) {
+            let mut image = match self.image(backup).await {
+                Ok(image) => image,
+                Err(source) => {
+                    self.findings.push(Finding::NoProvider { backup, source });
+                    continue;
+                }
+            };
+            let mut of_use = true;
+            for run in runs {
+                if self.order.cancel.is_cancelled() {
+                    return Err(ReplayError::Cancelled);
+                }
+                if self.enough() || !of_use {
+                    break;
+                }
+                of_use = self.ask_for(backup, &mut image, &run).await?;
+            }
+            // Whatever made it fail, such an instance is of no more use.
+            if of_use {
+                self.images.push_back((backup, image));
+            }
+            if self.enough() {
+                break;
+            }
+        }
         Ok(())
+    }
+
+    /// The opened image of a backup, taken from those that are kept.
+    async fn image(&mut self, backup: BackupId) -> Result<Image, ProviderError> {
+        if let Some(at) = self.images.iter().position(|(of, _)| *of == backup)
+            && let Some((_, image)) = self.images.remove(at)
+        {
+            return Ok(image);
+        }
+        while self.images.len() >= IMAGES
+            && let Some((_, image)) = self.images.pop_front()
+        {
+            image.close().await;
+        }
+        self.open(backup).await
     }
 
     fn enough(&self) -> bool {
@@ -291,28 +354,22 @@ impl Replay<'_> {
         Ok(())
     }
 
-    async fn claimed(
+    /// Asks for one run. Returns whether the image can be asked again.
+    async fn ask_for(
         &mut self,
         backup: BackupId,
-        extent: Extent,
-        digests: &[archive::Digest],
-    ) -> Result<(), ReplayError> {
-        if !self.images.contains_key(&backup) {
-            match self.open(backup).await {
-                Ok(image) => drop(self.images.insert(backup, image)),
-                Err(source) => {
-                    self.findings.push(Finding::NoProvider { backup, source });
-                    return Ok(());
-                }
-            }
-        }
-        let Some(image) = self.images.get_mut(&backup) else {
-            return Ok(());
+        image: &mut Image,
+        run: &Run,
+    ) -> Result<bool, ReplayError> {
+        let RunContent::Claimed { digests, .. } = &run.content else {
+            return Ok(true);
         };
+        let extent = self.extent(run);
         let block = self.order.volume.root.block_size();
         let per_piece = (PIECE / u64::from(block)) as usize;
         for (piece, digests) in extent.pieces(PIECE).zip(digests.chunks(per_piece)) {
-            let bytes = match image.read(piece).await {
+            let read = self.order.cancel.run_until_cancelled(image.read(piece));
+            let bytes = match read.await.ok_or(ReplayError::Cancelled)? {
                 Ok(bytes) => bytes,
                 Err(source) => {
                     self.findings.push(Finding::NotGivenBack {
@@ -320,9 +377,7 @@ impl Replay<'_> {
                         backup,
                         source,
                     });
-                    // Whatever made it fail, this instance is of no more use.
-                    self.images.remove(&backup);
-                    return Ok(());
+                    return Ok(false);
                 }
             };
             if let Some(extent) = first_wrong(&bytes, piece, block, digests) {
@@ -330,7 +385,7 @@ impl Replay<'_> {
                     extent,
                     origin: format!("the provider of backup {backup}"),
                 });
-                return Ok(());
+                return Ok(true);
             }
             if let Some(output) = self.order.output.clone() {
                 spawn_blocking(move || output.write_all_at(&bytes, piece.start())).await??;
@@ -339,7 +394,7 @@ impl Replay<'_> {
                 .events
                 .send(Event::Advance { bytes: piece.len() });
         }
-        Ok(())
+        Ok(true)
     }
 
     async fn open(&self, backup: BackupId) -> Result<Image, ProviderError> {
@@ -370,7 +425,7 @@ impl Replay<'_> {
         let open = OpenImage {
             limits: manifest.record.provider.limits,
             context: Context {
-                id: backup.to_string(),
+                id: context_id(backup),
                 settings: manifest.record.provider.settings.clone(),
             },
             receipt: volume.receipt.clone(),

@@ -17,13 +17,25 @@ use crate::qemu::snapshot::Volume;
 use crate::sandbox::Program;
 use bytes::Bytes;
 use std::collections::BTreeMap;
+use std::io;
 use std::path::Path;
 use std::sync::Arc;
+use std::time::Duration;
 use time::OffsetDateTime;
 use tokio::sync::Semaphore;
+use tokio::time::timeout;
 use tokio_util::sync::CancellationToken;
 
 use super::backup::BackupError;
+
+/// How long a job that is to end waits for the archive. What is then left is the next run's.
+const ARCHIVE_TIME: Duration = Duration::from_secs(10);
+
+/// When the job has been told to stop and the archive has had time for what was under way.
+async fn given_up(cancel: &CancellationToken) {
+    cancel.cancelled().await;
+    tokio::time::sleep(ARCHIVE_TIME).await;
+}
 
 /// The writer is there until the commit, and held by nobody else once all runs have ended.
 fn not_held() -> archive::Error {
@@ -157,12 +169,30 @@ impl Transfer<'_> {
             writer.keep_component(&component)?;
             writer.commit(record)
         });
-        Ok(committed.await.map_err(BackupError::Task)??)
+        tokio::select! {
+            done = committed => Ok(done.map_err(BackupError::Task)??),
+            () = given_up(self.cancel) => {
+                let source = io::Error::new(io::ErrorKind::TimedOut, "the archive does not answer");
+                Err(archive::Error::CommitUnknown { source }.into())
+            }
+        }
     }
 
     /// Removes what was stored; a writer that committed is gone already. Returns what could not be removed.
-    pub fn abandon(&mut self) -> Option<String> {
-        let error = Arc::into_inner(self.writer.take()?)?.abandon().err()?;
+    pub async fn abandon(&mut self) -> Option<String> {
+        let writer = self.writer.take()?;
+        let removed = async {
+            // Held by nobody else, unless by a task that hangs.
+            let writer = Arc::into_inner(writer)?;
+            let removed = tokio::task::spawn_blocking(move || writer.abandon());
+            timeout(ARCHIVE_TIME, removed).await.ok()
+        };
+        let error = match removed.await {
+            Some(Ok(Ok(()))) => return None,
+            Some(Ok(Err(error))) => error.to_string(),
+            Some(Err(error)) => error.to_string(),
+            None => "the archive does not answer".into(),
+        };
         Some(format!("what backup {} stored: {error}", self.id))
     }
 

@@ -131,15 +131,19 @@ pub async fn run(order: Order<'_>) -> Result<Covered, VolumeError> {
         bytes: frozen.plan.data_bytes(),
     });
 
-    let table = order
-        .writer
-        .block_table(disk.size, BLOCK_SIZE, opened.base)?;
-    if opened.base.is_some() {
-        for zero in frozen.plan.zero().iter() {
-            let block = u64::from(BLOCK_SIZE);
-            table.set_zero(zero.start() / block..zero.end().div_ceil(block))?;
+    let (writer, plan) = (Arc::clone(order.writer), Arc::clone(&frozen));
+    let (size, base) = (disk.size, opened.base);
+    let table = file_work(&order, move || {
+        let table = writer.block_table(size, BLOCK_SIZE, base)?;
+        if base.is_some() {
+            for zero in plan.plan.zero().iter() {
+                let block = u64::from(BLOCK_SIZE);
+                table.set_zero(zero.start() / block..zero.end().div_ceil(block))?;
+            }
         }
-    }
+        Ok(table)
+    })
+    .await?;
     let target = Arc::new(Target::new(
         disk.name.clone(),
         Arc::clone(&frozen),
@@ -160,7 +164,11 @@ pub async fn run(order: Order<'_>) -> Result<Covered, VolumeError> {
         attachments: Arc::clone(order.attachments),
     };
     let receipt = grants::run::run(process, Arc::clone(&target), terms, order.stop).await?;
-    if canary.read(&frozen.reader).await? != before {
+    let after = tokio::select! {
+        after = canary.read(&frozen.reader) => after?,
+        () = order.stop.cancelled() => return Err(RunError::Cancelled.into()),
+    };
+    if after != before {
         let block = before.map_or_else(|| disk_extent(disk.size), |(extent, _)| extent);
         return Err(VolumeError::SnapshotChanged { block });
     }
@@ -168,10 +176,7 @@ pub async fn run(order: Order<'_>) -> Result<Covered, VolumeError> {
     // Every task of the run has ended, so this is the last holder.
     let target = Arc::try_unwrap(target).map_err(|_| RunError::Protocol)?;
     let (_, table, books) = target.into_parts();
-    let root = tokio::task::spawn_blocking(move || table.finish())
-        .await
-        .map_err(HostFailure::from)
-        .map_err(RunError::from)??;
+    let root = file_work(&order, move || table.finish()).await?;
     let claimed = books
         .claimed()
         .iter()
@@ -193,6 +198,29 @@ pub async fn run(order: Order<'_>) -> Result<Covered, VolumeError> {
         dirty_bytes: frozen.plan.dirty().bytes(),
         zero_bytes: frozen.plan.zero().bytes(),
     })
+}
+
+/// Work on the archive's files, on a thread of its own. It is given up when the job is told to stop: an archive that
+/// hangs must not keep the VM's snapshot.
+async fn file_work<T: Send + 'static>(
+    order: &Order<'_>,
+    work: impl FnOnce() -> Result<T, archive::Error> + Send + 'static,
+) -> Result<T, VolumeError> {
+    tokio::select! {
+        done = tokio::task::spawn_blocking(work) => {
+            Ok(done.map_err(HostFailure::from).map_err(RunError::from)??)
+        }
+        () = order.stop.cancelled() => Err(RunError::Cancelled.into()),
+    }
+}
+
+/// `job.context.id`: as unique as the backup's own id, and without the time of day that this begins with.
+pub fn context_id(backup: BackupId) -> String {
+    let key = blake3::derive_key(
+        "fleecebox 2026 job.context.id",
+        backup.to_string().as_bytes(),
+    );
+    hex::encode(&key[..16])
 }
 
 struct Opened {
@@ -279,7 +307,7 @@ async fn start(order: &Order<'_>, mode: BitmapMode) -> Result<Process, VolumeErr
         world,
         limits: guest_limits(order.provider),
         context: Context {
-            id: order.backup.to_string(),
+            id: context_id(order.backup),
             settings: order.provider.settings.to_string(),
         },
         volume: VolumeInfo {

@@ -1,10 +1,13 @@
 //! From a component's bytes to machine code and the names of what it imports and exports.
 
 use super::cache::{Cache, CacheError, Key};
+use super::confine::{COMPILE_CPU_SECONDS, COMPILE_MEMORY};
 use super::spawn::{Error, Process, Program};
 use crate::channel::{Call, Failure, Gap, Interface, Order, Outcome, Payload};
 use bytes::Bytes;
+use rustix::process::Signal;
 use std::fs::File;
+use std::os::unix::process::ExitStatusExt;
 use std::time::Duration;
 use tokio::task::{JoinError, spawn_blocking};
 use tokio::time::timeout;
@@ -48,7 +51,18 @@ pub enum CompileError {
     /// It takes too long.
     #[error("the component was not compiled within {} s", COMPILE_TIME.as_secs())]
     TimedOut,
-    /// The sandbox process failed, in most cases because the component takes too much memory or time.
+    /// It takes too much of the processor.
+    #[error(
+        "the component takes more than {COMPILE_CPU_SECONDS} s of processor time to compile, which no honest one does"
+    )]
+    ProcessorTime,
+    /// It takes too much memory.
+    #[error(
+        "the component takes more than {} MiB of memory to compile, which no honest one does",
+        COMPILE_MEMORY >> 20
+    )]
+    Memory,
+    /// The sandbox process failed.
     #[error("the component could not be compiled")]
     Process(#[from] Error),
     /// The sandbox process answered with something else.
@@ -112,12 +126,29 @@ async fn in_a_sandbox(
     let length = payload.give(component).map_err(Error::Payload)?;
     let mut process = Process::begin(program, &Order::Compile { length }, payload, None).await?;
     missing.extend_from_slice(process.missing());
-    match process.next().await? {
+    match process.next().await.map_err(too_much)? {
         Call::Done(Outcome::Compiled { length, interface }) => Ok((
             interface,
             process.payload().take(length).map_err(Error::Payload)?,
         )),
         Call::Done(Outcome::Failed(failure)) => Err(failure.into()),
         _ => Err(CompileError::Unexpected),
+    }
+}
+
+/// What the end of a process says that is bounded by `confine`: the kernel's signal at the limit on processor time, and
+/// the abort of a program that gets no memory.
+fn too_much(error: Error) -> CompileError {
+    match &error {
+        Error::Died { status, words } => match status.signal() {
+            Some(signal) if signal == Signal::XCPU.as_raw() => CompileError::ProcessorTime,
+            Some(signal)
+                if signal == Signal::ABORT.as_raw() && words.contains("memory allocation") =>
+            {
+                CompileError::Memory
+            }
+            _ => error.into(),
+        },
+        _ => error.into(),
     }
 }

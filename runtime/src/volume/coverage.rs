@@ -114,16 +114,22 @@ impl Coverage {
         }
     }
 
-    /// Marks `extent` as given back to the fleecing image. All of it must be finished or zero.
-    pub fn begin_discard(&mut self, plan: &Plan, extent: Extent) -> Result<(), CoverageError> {
+    /// Marks `extent` as given back to the fleecing image. All of it must be finished or zero. Returns the parts that
+    /// were not given back before: to do it again would cost QEMU as much, and whoever asks could ask for ever.
+    pub fn begin_discard(
+        &mut self,
+        plan: &Plan,
+        extent: Extent,
+    ) -> Result<Vec<Extent>, CoverageError> {
         if !plan.dirty().contains(extent) {
             return Err(CoverageError::NotDirty(extent));
         }
         if !self.is_final(plan, extent) {
             return Err(CoverageError::Unfinished(extent));
         }
+        let fresh = self.discarded.gaps(extent).collect();
         self.discarded.insert(extent);
-        Ok(())
+        Ok(fresh)
     }
 
     /// Whether all of `extent` is final: covered and finished, or zero and not pending.
@@ -257,8 +263,14 @@ mod tests {
                             Block::Open => (4..8).contains(&b),
                             Block::Pending(..) => false,
                         });
-                        prop_assert_eq!(books.begin_discard(&plan, blocks(f, c)).is_ok(), done);
-                        if done { prop_assert!(books.is_discarded(blocks(f, 1))); }
+                        let before: Vec<_> = (f..f + c).filter(|&b| !books.is_discarded(blocks(b, 1))).collect();
+                        let fresh = books.begin_discard(&plan, blocks(f, c));
+                        prop_assert_eq!(fresh.is_ok(), done);
+                        if let Ok(fresh) = fresh {
+                            prop_assert!(books.is_discarded(blocks(f, 1)));
+                            let fresh: Vec<_> = fresh.iter().flat_map(|part| part.pieces(BLOCK)).map(|piece| piece.start() / BLOCK).collect();
+                            prop_assert_eq!(fresh, before);
+                        }
                     }
                 }
             }

@@ -43,9 +43,7 @@ pub fn ripe(books: &mut Coverage, plan: &Plan, done: Extent) -> Vec<Extent> {
         // All or nothing, so that the books are asked before any part is marked.
         if fresh && dirty.iter().all(|&part| books.is_final(plan, part)) {
             for part in dirty {
-                if books.begin_discard(plan, part).is_ok() {
-                    ripe.push(part);
-                }
+                ripe.extend(books.begin_discard(plan, part).unwrap_or_default());
             }
         }
     }

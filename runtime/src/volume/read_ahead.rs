@@ -10,13 +10,16 @@ use crate::extent::Extent;
 use crate::nbd;
 use std::collections::BTreeMap;
 use std::sync::Arc;
-use tokio::task::JoinHandle;
+use tokio_util::task::AbortOnDropHandle;
 
 /// Windows fetched ahead of a sequential reader: as many as four connections keep busy.
 const AHEAD: usize = 12;
 
 /// Windows kept behind, for readers that go back a little.
 const BEHIND: usize = 2;
+
+/// Windows kept at most, whatever the order of the reads: they hold a MiB each.
+const KEPT: usize = 2 * AHEAD;
 
 /// Digests kept for blocks that were read and not claimed yet: 4 GiB of 64 KiB blocks in 3 MiB of memory. A block
 /// whose digest was let go is read again when it is claimed.
@@ -30,8 +33,15 @@ struct Window {
 }
 
 #[derive(Debug)]
-enum Slot {
-    Loading(JoinHandle<Result<Arc<Window>, nbd::Error>>),
+struct Slot {
+    state: State,
+    /// The read that wanted it last.
+    turn: u64,
+}
+
+#[derive(Debug)]
+enum State {
+    Loading(AbortOnDropHandle<Result<Arc<Window>, nbd::Error>>),
     Ready(Arc<Window>),
 }
 
@@ -39,9 +49,11 @@ enum Slot {
 #[derive(Debug)]
 pub struct ReadAhead {
     frozen: Arc<Frozen>,
-    windows: BTreeMap<u64, (Extent, Slot)>,
+    windows: BTreeMap<u64, Slot>,
     digests: BTreeMap<u64, Digest>,
-    last: Option<u64>,
+    last: Option<Extent>,
+    turn: u64,
+    fetched: u64,
 }
 
 impl ReadAhead {
@@ -52,7 +64,14 @@ impl ReadAhead {
             windows: BTreeMap::new(),
             digests: BTreeMap::new(),
             last: None,
+            turn: 0,
+            fetched: 0,
         }
+    }
+
+    /// Bytes that were asked of the disk so far, ahead of reads and for them.
+    pub fn fetched(&self) -> u64 {
+        self.fetched
     }
 
     /// Appends the bytes of `extent` to `out`. All of it must be dirty and not discarded.
@@ -81,11 +100,16 @@ impl ReadAhead {
     async fn read_data(&mut self, rest: Extent, out: &mut Vec<u8>) -> Result<u64, nbd::Error> {
         let Some(window) = self.window_at(rest.start()) else {
             // Not reachable for a dirty range; reading it plainly is right in any case.
+            self.fetched += rest.len();
             out.extend_from_slice(&self.frozen.bytes(rest).await?.bytes);
             return Ok(rest.end());
         };
-        let sequential = self.last.is_none_or(|last| window.start() >= last);
-        self.last = Some(window.start());
+        self.turn += 1;
+        // A reader that jumps forward is not sequential: what lies behind its next window is not what it wants next.
+        let sequential = self
+            .last
+            .is_none_or(|last| last == window || self.window_from(last.end()) == Some(window));
+        self.last = Some(window);
         if sequential {
             self.fetch_from(window);
         } else {
@@ -95,6 +119,7 @@ impl ReadAhead {
         let Ok(loaded) = self.ready(window).await else {
             // A part of the window was given back meanwhile, which makes all of it unreadable at once.
             if let Some(wanted) = Extent::between(rest.start(), end) {
+                self.fetched += wanted.len();
                 out.extend_from_slice(&self.frozen.reader.read(wanted).await?);
             }
             return Ok(end);
@@ -146,24 +171,31 @@ impl ReadAhead {
     }
 
     fn fetch(&mut self, window: Extent) {
-        if self.windows.contains_key(&window.start()) {
+        let turn = self.turn;
+        if let Some(slot) = self.windows.get_mut(&window.start()) {
+            slot.turn = turn;
             return;
         }
-        while self.windows.len() >= 2 * AHEAD {
-            self.windows.pop_first();
+        while self.windows.len() >= KEPT {
+            // One read wants far fewer than are kept, so none of its own goes.
+            let oldest = self.windows.iter().min_by_key(|(_, slot)| slot.turn);
+            let Some((&oldest, _)) = oldest else { break };
+            self.windows.remove(&oldest);
         }
+        self.fetched += window.len();
         let frozen = Arc::clone(&self.frozen);
         let task = tokio::spawn(async move { load(&frozen, window).await });
-        self.windows
-            .insert(window.start(), (window, Slot::Loading(task)));
+        let state = State::Loading(AbortOnDropHandle::new(task));
+        self.windows.insert(window.start(), Slot { state, turn });
     }
 
     async fn ready(&mut self, window: Extent) -> Result<Arc<Window>, nbd::Error> {
-        let loaded = match self.windows.remove(&window.start()) {
-            Some((_, Slot::Ready(loaded))) => loaded,
+        let slot = self.windows.remove(&window.start());
+        let loaded = match slot.map(|slot| slot.state) {
+            Some(State::Ready(loaded)) => loaded,
             // `fetch` put it there just now.
             None => load(&self.frozen, window).await?,
-            Some((_, Slot::Loading(task))) => {
+            Some(State::Loading(task)) => {
                 let loaded = task.await.map_err(std::io::Error::other)??;
                 let first = window.start() / u64::from(self.frozen.plan.block());
                 self.digests
@@ -174,8 +206,11 @@ impl ReadAhead {
                 loaded
             }
         };
-        self.windows
-            .insert(window.start(), (window, Slot::Ready(Arc::clone(&loaded))));
+        let slot = Slot {
+            state: State::Ready(Arc::clone(&loaded)),
+            turn: self.turn,
+        };
+        self.windows.insert(window.start(), slot);
         Ok(loaded)
     }
 }
@@ -184,14 +219,4 @@ async fn load(frozen: &Frozen, window: Extent) -> Result<Arc<Window>, nbd::Error
     let bytes = frozen.reader.read(window).await?;
     let digests = digest::of_blocks(&bytes, frozen.plan.block());
     Ok(Arc::new(Window { bytes, digests }))
-}
-
-impl Drop for ReadAhead {
-    fn drop(&mut self) {
-        for (_, slot) in self.windows.values() {
-            if let Slot::Loading(task) = slot {
-                task.abort();
-            }
-        }
-    }
 }

@@ -21,7 +21,7 @@ mod user;
 
 use crate::channel::Gap;
 use filter::Stage;
-use rustix::process::{DumpableBehavior, Resource, Rlimit, Signal, setrlimit};
+use rustix::process::{DumpableBehavior, Resource, Rlimit, Signal, getrlimit, setrlimit};
 use rustix::time::{ClockId, clock_gettime};
 use std::io;
 use std::os::fd::{AsFd, OwnedFd, RawFd};
@@ -80,7 +80,8 @@ impl Confined {
 
     /// Bounds what compiling may take: a component can be written so that it takes forever.
     pub(super) fn compile(&self) -> Result<(), io::Error> {
-        limit(Resource::Cpu, COMPILE_CPU_SECONDS)?;
+        // One second later the kernel would end the process by another signal, which says less.
+        limit_softly(Resource::Cpu, COMPILE_CPU_SECONDS, COMPILE_CPU_SECONDS + 1)?;
         limit(Resource::Data, COMPILE_MEMORY)?;
         self.narrow(Stage::Compiling)
     }
@@ -111,18 +112,25 @@ impl Confined {
 const DESCRIPTORS: u64 = 1;
 
 /// Ten times what the largest known components need: a whole JavaScript engine takes 20 s.
-const COMPILE_CPU_SECONDS: u64 = 200;
+pub(super) const COMPILE_CPU_SECONDS: u64 = 200;
 
 /// In bytes. A whole JavaScript engine needs some 500 MiB.
-const COMPILE_MEMORY: u64 = 2 << 30;
+pub(super) const COMPILE_MEMORY: u64 = 2 << 30;
 
 /// In bytes: stacks, the allocator's own, and the copies of what is being transferred.
 const HOST_MEMORY: u64 = 256 << 20;
 
 fn limit(resource: Resource, most: u64) -> Result<(), io::Error> {
+    limit_softly(resource, most, most)
+}
+
+/// Sets both limits, and keeps those that whoever started us has set lower: they cannot be raised without privileges.
+fn limit_softly(resource: Resource, soft: u64, hard: u64) -> Result<(), io::Error> {
+    let inherited = getrlimit(resource);
+    let lower = |most: u64, inherited: Option<u64>| Some(most.min(inherited.unwrap_or(most)));
     let limit = Rlimit {
-        current: Some(most),
-        maximum: Some(most),
+        current: lower(soft, inherited.current),
+        maximum: lower(hard, inherited.maximum),
     };
     Ok(setrlimit(resource, limit)?)
 }
