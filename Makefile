@@ -23,12 +23,13 @@ WASM = $(CARGO_TARGET_DIR)/wasm32-unknown-unknown/release
 
 # One step after the other: cargo uses all processors by itself.
 .NOTPARALLEL:
-.PHONY: help setup demo demo-vm test bench bench-languages fuzz lint providers languages build clean
+.PHONY: help setup demo demo-vm test zoo bench bench-languages fuzz lint providers languages build clean
 
 help:
 	@echo "make demo       back up a live disk, restore it, and let hostile providers try; under a minute once built"
 	@echo "make demo-vm    the same on a Linux guest that boots under QEMU"
 	@echo "make test       all tests"
+	@echo "make zoo        only the hostile providers, with a table of what each came to; WORDS=… for some of them"
 	@echo "make bench      measure against nbdcopy and qemu-img"
 	@echo "make bench-languages  what a provider's language costs"
 	@echo "make fuzz       feed rubbish to all that reads bytes from outside, SECONDS=60 for each part; needs nightly"
@@ -56,6 +57,10 @@ demo-vm:
 test: setup
 	@$(MAKE) build providers languages
 	cargo test --release --locked --workspace
+
+zoo: setup
+	@$(MAKE) build providers
+	cargo test --release --locked -p fleecebox-tests --test zoo -- $(WORDS)
 
 bench:
 	@tests/setup/packages.sh bench

@@ -36,6 +36,7 @@ pub struct Fleecebox {
     folder: Option<PathBuf>,
     environment: Vec<(OsString, OsString)>,
     without_capabilities: Option<&'static str>,
+    processor_seconds: Option<u64>,
 }
 
 impl Fleecebox {
@@ -48,6 +49,7 @@ impl Fleecebox {
             folder: None,
             environment: Vec::new(),
             without_capabilities: None,
+            processor_seconds: None,
         }
     }
 
@@ -78,6 +80,13 @@ impl Fleecebox {
         if rustix::process::geteuid().is_root() {
             self.without_capabilities = Some("-dac_override,-dac_read_search");
         }
+        self
+    }
+
+    /// Each of its processes may use the processor for so many seconds (RLIMIT_CPU, getrlimit(2)).
+    #[must_use]
+    pub fn limited_to(mut self, processor_seconds: u64) -> Self {
+        self.processor_seconds = Some(processor_seconds);
         self
     }
 
@@ -113,6 +122,9 @@ impl Fleecebox {
         // Each of these becomes the next by an exec: the limit is in place before the product's first instruction.
         let mut command = Command::new("prlimit");
         command.arg(format!("--locks={0}:{0}", mark_number(run)));
+        if let Some(seconds) = self.processor_seconds {
+            command.arg(format!("--cpu={seconds}:{}", seconds + 1));
+        }
         if let Some(capabilities) = self.without_capabilities {
             command
                 .args(["setpriv", "--bounding-set"])

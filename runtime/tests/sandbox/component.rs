@@ -132,6 +132,18 @@ pub(crate) fn blind_provider(run: &str) -> Vec<u8> {
     component(&blind_core(run), "fleecebox:provider/blind-provider", "")
 }
 
+/// A blind provider with the given body of `run`, and more fields in its module.
+#[allow(dead_code)] // for tests elsewhere
+pub(crate) fn blind_provider_with_more(run: &str, fields: &str) -> Vec<u8> {
+    let core = blind_core(run);
+    let core = core.strip_suffix(')').unwrap_or_default();
+    component(
+        &format!("{core} {fields})"),
+        "fleecebox:provider/blind-provider",
+        "",
+    )
+}
+
 /// A blind provider that also imports a socket.
 pub(crate) fn provider_with_a_socket() -> Vec<u8> {
     let core = blind_core("(call $connect) (call $ok (i32.const 0) (i32.const 0))").replacen(

@@ -10,6 +10,34 @@ use fleecebox_guest::{
     OutputStream, Reader, Snapshot, StoredObject, Volume,
 };
 
+/// The setting `how`, by which one attack comes in several kinds.
+pub fn how(job: &Context) -> Result<String, Error> {
+    #[derive(serde::Deserialize)]
+    struct Settings {
+        how: String,
+    }
+    Ok(job.settings::<Settings>()?.how)
+}
+
+/// Where `pattern` lies in all of the instance's memory, but for `pattern` itself.
+#[cfg(target_arch = "wasm32")]
+pub fn in_memory(pattern: &[u8]) -> Option<usize> {
+    let end = core::arch::wasm32::memory_size::<0>() << 16;
+    let own = pattern.as_ptr() as usize;
+    (1..end.saturating_sub(pattern.len())).find(|&at| {
+        // SAFETY: All of a linear memory below its size can be read, and nothing else runs meanwhile.
+        let is =
+            |i: usize| unsafe { core::ptr::read_volatile((at + i) as *const u8) == pattern[i] };
+        at != own && (0..pattern.len()).all(is)
+    })
+}
+
+/// A native build has no linear memory.
+#[cfg(not(target_arch = "wasm32"))]
+pub fn in_memory(_pattern: &[u8]) -> Option<usize> {
+    None
+}
+
 /// A backup in the making: one object that holds, for each run of data, its offset, its length and its bytes.
 pub struct Copy {
     /// The volume.

@@ -1,0 +1,129 @@
+//! Attacks that take more than one job, or more than a provider.
+
+use crate::scene::Scene;
+use crate::stall::{Relay, frozen_archive};
+use crate::{Row, blind, check_told, row};
+use anyhow::{Context, Result, ensure};
+use fleecebox_tests::{Order, component};
+use std::time::{Duration, Instant};
+
+type Test = fn(&mut Scene) -> Result<Option<Row>>;
+
+/// By name.
+pub(super) fn all() -> Vec<(&'static str, Test)> {
+    vec![
+        ("blind-no-byte-is-seen", blind::no_byte_is_seen),
+        (
+            "blind-bytes-cannot-be-compared",
+            blind::bytes_cannot_be_compared,
+        ),
+        (
+            "tries-arguments-and-backs-up",
+            attempts_leave_the_books_right,
+        ),
+        ("replays-a-receipt", another_takes_the_place_of_the_base),
+        ("restores-as-proven", a_lie_after_the_proof_is_found),
+        ("stalled-server", a_server_stalls),
+        ("stalled-archive", frozen_archive),
+    ]
+}
+
+/// All that was refused has changed nothing: the same provider then makes a backup that is right.
+fn attempts_leave_the_books_right(scene: &mut Scene) -> Result<Option<Row>> {
+    let settings = "[provider.settings]\nhow = 'backs-up'\n";
+    scene.configure("hostile", &component("tries-arguments")?, settings)?;
+    scene.change()?;
+    scene.back_up(&scene.order("hostile"))?;
+    Ok(None)
+}
+
+/// A component that was put in the place of the one that made the base gets its receipt, and nothing by it. What the
+/// base claims is still asked of the component that claimed it, which the archive keeps.
+fn another_takes_the_place_of_the_base(scene: &mut Scene) -> Result<Option<Row>> {
+    scene.configure("honest", &component("image")?, "")?;
+    scene.change()?;
+    scene.back_up_honestly()?;
+    scene.configure("honest", &component("replays-a-receipt")?, "")?;
+    let began = Instant::now();
+    let attack = scene.attack(&scene.site.backup_command(&scene.honest))?;
+    let row = row("replays-a-receipt", &attack, began.elapsed());
+    check_told(&attack, 1, "the provider cannot open what it wrote")?;
+    scene.configure("hostile", &component("spins")?, "")?;
+    scene.back_up_honestly()?;
+    Ok(Some(row))
+}
+
+/// A provider that gives back the right bytes only as long as it is asked as the proof asks. Nothing can show that
+/// beforehand, but nobody gets wrong bytes: who verifies or restores is told which.
+fn a_lie_after_the_proof_is_found(scene: &mut Scene) -> Result<Option<Row>> {
+    let other = scene.site.path("another-archive");
+    std::fs::create_dir(&other)?;
+    let honest = Order {
+        archive: other.clone(),
+        ..scene.honest.clone()
+    };
+    let dishonest = Order {
+        provider: "hostile".into(),
+        ..honest.clone()
+    };
+    scene.configure("hostile", &component("restores-as-proven")?, "")?;
+    let base = scene.site.backup(&dishonest)?;
+    scene.site.verify(&other, &base.id)?;
+    scene.change()?;
+    let next = scene.site.backup(&honest)?;
+    scene.proxy.references()?;
+    next.assert_base("da", Some(&base));
+    let says = "the bytes are not those that were backed up (the provider of backup";
+    let verify = scene
+        .site
+        .command(&["verify", &next.id])
+        .arg("--archive")
+        .arg(&other);
+    let outcome = verify.run()?;
+    ensure!(outcome.code() == Some(1), "{}", outcome.stderr);
+    ensure!(outcome.stdout.contains(says), "{}", outcome.stdout);
+    let to = scene.site.path("restored-lies");
+    std::fs::create_dir(&to)?;
+    let restore = scene
+        .site
+        .command(&["restore", &next.id])
+        .arg("--archive")
+        .arg(&other);
+    let outcome = restore.arg("--to").arg(&to).run()?;
+    ensure!(outcome.code() == Some(1), "{}", outcome.stderr);
+    ensure!(outcome.stderr.contains(says), "{}", outcome.stderr);
+    scene.back_up_honestly()?;
+    Ok(None)
+}
+
+/// QEMU's NBD server stops answering in the middle of a read: the run ends when its time is up, and QEMU, whose monitor
+/// still answers, is cleaned up at once.
+fn a_server_stalls(scene: &mut Scene) -> Result<Option<Row>> {
+    let relay = Relay::start(
+        &scene.daemon.nbd_socket(),
+        &scene.site.path("relay.sock"),
+        1 << 20,
+    )?;
+    let policy = "[provider.limits]\nwall-seconds = 2\n";
+    scene.configure("hostile", &component("chunked")?, policy)?;
+    let order = Order {
+        nbd: Some(relay.socket.clone()),
+        full: true,
+        ..scene.order("hostile")
+    };
+    let began = Instant::now();
+    let attack = scene.attack(&scene.site.backup_command(&order))?;
+    let took = began.elapsed();
+    ensure!(relay.has_stalled(), "the server did not stall");
+    check_told(
+        &attack,
+        1,
+        "it ran for longer than its limit of 2 s (wall-seconds)",
+    )?;
+    ensure!(took < Duration::from_secs(20), "it took {took:?}");
+    drop(relay);
+    scene
+        .back_up_honestly()
+        .context("after the server stalled")?;
+    Ok(Some(row("stalled-server", &attack, took)))
+}
