@@ -14,4 +14,7 @@ pub mod replay;
 pub mod transfer;
 pub mod volume_run;
 
+#[cfg(test)]
+mod tests;
+
 pub use event::{Event, Events};

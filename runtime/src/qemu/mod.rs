@@ -35,7 +35,7 @@ mod socket;
 pub mod watchdog;
 
 #[cfg(test)]
-mod tests;
+pub(crate) mod tests;
 
 pub use agent::{Agent, AgentError};
 pub use bitmap::{BitmapName, BitmapPlan};

@@ -15,16 +15,16 @@ use std::process::{Child, Command, Output};
 use std::time::{Duration, Instant};
 use tempfile::TempDir;
 
-pub(super) const SIZE: u64 = 16 << 20;
-pub(super) const BLOCK: u32 = 65536;
+pub(crate) const SIZE: u64 = 16 << 20;
+pub(crate) const BLOCK: u32 = 65536;
 
-pub(super) struct Daemon {
+pub(crate) struct Daemon {
     process: Child,
-    pub(super) folder: TempDir,
+    pub(crate) folder: TempDir,
 }
 
 impl Daemon {
-    pub(super) async fn start() -> Self {
+    pub(crate) async fn start() -> Self {
         let folder = tempfile::tempdir().unwrap();
         let at = |name: &str| folder.path().join(name);
         File::create(at("raw0.img")).unwrap().set_len(SIZE).unwrap();
@@ -76,7 +76,7 @@ impl Daemon {
     }
 
     /// Lets it end as on a host's shutdown, and starts it again on the same disks.
-    pub(super) async fn restart(&mut self, monitor: Monitor) {
+    pub(crate) async fn restart(&mut self, monitor: Monitor) {
         monitor.execute_raw("quit", json!({})).await.unwrap();
         drop(monitor);
         self.process.wait().unwrap();
@@ -85,7 +85,7 @@ impl Daemon {
     }
 
     /// Kills it, and starts it again on the same disks.
-    pub(super) async fn crash(&mut self) {
+    pub(crate) async fn crash(&mut self) {
         self.process.kill().unwrap();
         self.process.wait().unwrap();
         std::fs::remove_file(self.at("qmp.sock")).unwrap();
@@ -93,17 +93,17 @@ impl Daemon {
         self.wait().await;
     }
 
-    pub(super) fn at(&self, name: &str) -> PathBuf {
+    pub(crate) fn at(&self, name: &str) -> PathBuf {
         self.folder.path().join(name)
     }
 
-    pub(super) async fn monitor(&self) -> Monitor {
+    pub(crate) async fn monitor(&self) -> Monitor {
         Monitor::connect(&self.at("qmp.sock")).await.unwrap()
     }
 
     /// A stranger's NBD server on `guest.sock` with one writable export per disk, named after it: the
     /// guest's way to its disks. It must be there before a filter is put above them.
-    pub(super) async fn plug_guest(&self, monitor: &Monitor) {
+    pub(crate) async fn plug_guest(&self, monitor: &Monitor) {
         let socket = self.at("guest.sock");
         let addr = json!({ "type": "unix", "data": { "path": socket } });
         let start = json!({ "addr": addr });
@@ -120,18 +120,18 @@ impl Daemon {
         }
     }
 
-    pub(super) fn shared(&self) -> NbdServer {
+    pub(crate) fn shared(&self) -> NbdServer {
         NbdServer::Shared(self.at("guest.sock"))
     }
 
     /// Writes as the guest.
-    pub(super) fn write(&self, disk: &str, pattern: u8, offset: u64, length: u64) {
+    pub(crate) fn write(&self, disk: &str, pattern: u8, offset: u64, length: u64) {
         let written = self.qemu_io(disk, &format!("write -P {pattern} {offset} {length}"));
         assert!(written.status.success(), "{written:?}");
     }
 
     /// Whether the range of an export on the guest's server reads as `pattern` throughout.
-    pub(super) fn reads(&self, export: &str, pattern: u8, offset: u64, length: u64) -> bool {
+    pub(crate) fn reads(&self, export: &str, pattern: u8, offset: u64, length: u64) -> bool {
         let read = self.qemu_io(export, &format!("read -P {pattern} {offset} {length}"));
         read.status.success()
     }
@@ -145,14 +145,14 @@ impl Daemon {
     }
 
     /// A fleecing image of the right size.
-    pub(super) fn fleecing(&self, name: &str) -> PathBuf {
+    pub(crate) fn fleecing(&self, name: &str) -> PathBuf {
         let path = self.at(name);
         File::create(&path).unwrap().set_len(SIZE).unwrap();
         path
     }
 
     /// A request for both disks with one bitmap plan.
-    pub(super) async fn request(
+    pub(crate) async fn request(
         &self,
         monitor: &Monitor,
         server: NbdServer,
@@ -178,7 +178,7 @@ impl Daemon {
         }
     }
 
-    pub(super) async fn take(
+    pub(crate) async fn take(
         &self,
         monitor: &Monitor,
         request: Request,
@@ -196,7 +196,7 @@ impl Drop for Daemon {
 }
 
 /// All that QEMU shows of its block layer, bitmaps apart: what must be the same after as before.
-pub(super) async fn state(monitor: &Monitor) -> Value {
+pub(crate) async fn state(monitor: &Monitor) -> Value {
     let mut nodes: Vec<Value> = monitor
         .query("query-named-block-nodes", json!({ "flat": true }))
         .await
@@ -218,20 +218,20 @@ pub(super) async fn state(monitor: &Monitor) -> Value {
     json!(all)
 }
 
-pub(super) async fn both(monitor: &Monitor) -> Vec<Disk> {
+pub(crate) async fn both(monitor: &Monitor) -> Vec<Disk> {
     let choice = Choice::Named(vec!["raw0".into(), "qcow0".into()]);
     machine::disks(monitor, &choice).await.unwrap().disks
 }
 
-pub(super) fn uri(export: &str, socket: &Path) -> String {
+pub(crate) fn uri(export: &str, socket: &Path) -> String {
     format!("nbd+unix:///{export}?socket={}", socket.display())
 }
 
-pub(super) fn name(backup: &str) -> BitmapName {
+pub(crate) fn name(backup: &str) -> BitmapName {
     BitmapName::new("archive", "tenant", "vm/disk", backup, None).unwrap()
 }
 
-pub(super) fn run(program: &str, arguments: &[&str]) {
+pub(crate) fn run(program: &str, arguments: &[&str]) {
     let output = Command::new(program).args(arguments).output().unwrap();
     assert!(
         output.status.success(),
@@ -239,6 +239,6 @@ pub(super) fn run(program: &str, arguments: &[&str]) {
     );
 }
 
-pub(super) fn path(path: &Path) -> &str {
+pub(crate) fn path(path: &Path) -> &str {
     path.to_str().unwrap()
 }

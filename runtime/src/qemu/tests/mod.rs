@@ -1,7 +1,7 @@
 //! Against a real `qemu-storage-daemon`, and against monitors and agents that are not what they seem.
 
 mod agent;
-mod daemon;
+pub(crate) mod daemon;
 mod devices;
 mod monitor;
 mod point_in_time;
