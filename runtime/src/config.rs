@@ -1,9 +1,11 @@
 //! The configuration: VMs, archives and providers by name, in one TOML file. Unknown keys are refused.
 //!
 //! Each can be given on the command line instead, so that one long command works without a file; both end up in
-//! the same types here.
+//! the same types here. A file with tenants is a policy besides: see [`crate::policy`].
 
-use crate::policy::{Grant, Limits};
+use crate::archive::ComponentId;
+use crate::policy::check::contradictions;
+use crate::policy::{Grant, Limits, Lines, Tenant, optional_pin};
 use crate::qemu::Form;
 use crate::qemu::snapshot::FleecingFormat;
 use serde::Deserialize;
@@ -28,6 +30,12 @@ pub struct Config {
     /// Providers.
     #[serde(default)]
     pub provider: BTreeMap<String, Provider>,
+    /// Tenants. With any of them, what they do not grant is denied.
+    #[serde(default)]
+    pub tenant: BTreeMap<String, Tenant>,
+    /// Where each key stands in the file.
+    #[serde(skip)]
+    pub lines: Lines,
 }
 
 /// One virtual machine.
@@ -84,6 +92,9 @@ pub struct Archive {
 pub struct Provider {
     /// The component's file.
     pub component: PathBuf,
+    /// The only bytes that may be run, by their digest.
+    #[serde(default, deserialize_with = "optional_pin")]
+    pub sha256: Option<ComponentId>,
     /// The provider's part of each archive. Default: the provider's name.
     pub namespace: Option<String>,
     /// Handed to the provider as TOML.
@@ -102,6 +113,7 @@ impl Provider {
     pub fn of(component: PathBuf) -> Self {
         Self {
             component,
+            sha256: None,
             namespace: None,
             settings: toml::Table::new(),
             limits: Limits::default(),
@@ -159,9 +171,26 @@ impl Config {
         }
     }
 
-    /// Parses the text of `path`, which is only named in errors.
+    /// Parses the text of `path`, which is only named in errors. One that contradicts itself is refused.
     pub fn parse(text: &str, path: &Path) -> Result<Self, ConfigError> {
-        toml::from_str(text).map_err(|error| {
+        let config = Self::parse_unchecked(text, path)?;
+        match contradictions(&config).into_iter().next() {
+            None => Ok(config),
+            Some(found) => Err(ConfigError::Parse {
+                path: path.to_owned(),
+                message: format!("{found} (`fleecebox policy check` lists all that is wrong)"),
+            }),
+        }
+    }
+
+    /// As [`Config::parse`], contradictions left for [`crate::policy::check`] to list.
+    pub fn parse_unchecked(text: &str, path: &Path) -> Result<Self, ConfigError> {
+        let parsed: Result<Self, toml::de::Error> = toml::from_str(text);
+        let parsed = parsed.map(|config| Self {
+            lines: Lines::of(text),
+            ..config
+        });
+        parsed.map_err(|error| {
             let line = error
                 .span()
                 .and_then(|span| text.get(..span.start))

@@ -301,13 +301,16 @@ fn a_place_that_cannot_take_what_is_restored() -> Result<()> {
 
 #[test]
 fn every_command_shows_an_example() -> Result<()> {
-    let commands: [&[&str]; 7] = [
+    let commands: [&[&str]; 10] = [
         &["backup"],
         &["restore"],
         &["verify"],
         &["list"],
         &["show"],
         &["provider", "inspect"],
+        &["policy", "check"],
+        &["policy", "explain"],
+        &["audit"],
         &["demo"],
     ];
     let overview = Fleecebox::new(["--help"]).run()?.assert_success().stdout;

@@ -63,7 +63,7 @@ fn a_backup_that_passes_a_limit_is_given_up_and_the_vm_writes_on() -> Result<()>
         ),
         (
             "snapshot-max-seconds = 2",
-            "more than the 2 s of `snapshot-max-seconds`",
+            "more seconds than the 2 of `snapshot-max-seconds`",
         ),
     ] {
         site.configure(&format!("[vm.web]\n{limit}\n"))?;

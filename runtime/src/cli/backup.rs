@@ -2,10 +2,14 @@
 
 use super::progress::Progress;
 use super::{Failure, Sandboxes, Session, installed, target, text};
-use crate::archive::NamespaceName;
+use crate::archive::ComponentId;
 use crate::grants::MAX_ATTACHMENT;
+use crate::grants::account::Account;
+use crate::job::audit::{Granted, Job, Record};
 use crate::job::backup::{self, Places, Request, Summary};
 use crate::job::extra::{Extra, Source};
+use crate::job::slots::Slot;
+use crate::policy::{self, Decision};
 use anyhow::{Context, anyhow};
 use clap::Args;
 use serde_json::json;
@@ -59,16 +63,13 @@ pub(super) struct Backup {
 
 impl Backup {
     pub(super) async fn run(self, session: &Session) -> Result<(), Failure> {
-        let (request, places) = self.prepare(session)?;
         let started = Instant::now();
-        let (events, progress) = Progress::start(session.quiet);
-        let made = backup::backup(request, places, &events, &session.cancel).await;
-        drop(events);
-        progress.finish().await;
-        let summary = made.map_err(|error| match error.is_mistake() {
-            true => Failure::Mistake(error.into()),
-            false => Failure::Failed(error.into()),
-        })?;
+        let mut record = Record::begin(Job::Backup, self.vm.clone());
+        let made = self.make(session, &mut record).await;
+        if let Ok(summary) = &made {
+            record.backup = Some(summary.manifest.backup.to_string());
+        }
+        let summary = target::audited(session, record, made)?;
         tell(session, &summary, started);
         match &summary.left[..] {
             [] => Ok(()),
@@ -80,7 +81,25 @@ impl Backup {
         }
     }
 
-    fn prepare(self, session: &Session) -> Result<(Request, Places), Failure> {
+    async fn make(self, session: &Session, record: &mut Record) -> Result<Summary, Failure> {
+        let (request, places, _slot) = self.prepare(session, record)?;
+        let account = Arc::clone(&request.account);
+        let (events, progress) = Progress::start(session.quiet);
+        let made = backup::backup(request, places, &events, &session.cancel).await;
+        drop(events);
+        progress.finish().await;
+        record.used = account.used();
+        made.map_err(|error| match error.is_mistake() {
+            true => Failure::Mistake(error.into()),
+            false => Failure::Failed(error.into()),
+        })
+    }
+
+    fn prepare(
+        self,
+        session: &Session,
+        record: &mut Record,
+    ) -> Result<(Request, Places, Option<Slot>), Failure> {
         let mut vm = target::vm(session, &self.vm, self.qmp.is_some())?;
         vm.qmp = self.qmp.or(vm.qmp);
         vm.agent = self.agent.or(vm.agent);
@@ -96,21 +115,31 @@ impl Backup {
         let wanted = self.provider.or_else(|| vm.provider.clone()).ok_or_else(|| {
             mistake("no provider: name one with --provider, or as `provider` of this VM in the configuration".into())
         })?;
-        let (provider_name, mut provider) = installed::provider(session, &wanted)?;
+        record.provider = Some(wanted.clone());
+        let decision = match session.config.tenant.is_empty() {
+            true => {
+                let (name, provider) = installed::provider(session, &wanted)?;
+                Decision::of_the_operator(&self.vm, name, provider)?
+            }
+            false => policy::decide(&session.config, &self.vm, &wanted)?,
+        };
+        record.tenant = decision.tenant.as_ref().map(|tenant| tenant.name.clone());
+        // What the provider may not ask for is not even read.
+        vm.attachments
+            .retain(|name, _| decision.attachments.covers(name));
+        record.granted = Some(Granted::new(&decision, vm.attachments.keys().cloned()));
+        vm.disks = decision.disks(vm.disks)?;
+        let component = target::component(&decision)?;
+        let digest = ComponentId::of(&component);
+        record.component_sha256 = Some(digest);
+        decision.check_digest(&session.config, digest)?;
+        let archive_name = self.archive.or_else(|| vm.archive.clone());
+        let archive_name = decision.archive(&session.config, archive_name)?;
+        let slot = target::slot(session, decision.tenant.as_ref())?;
+        let mut provider = decision.provider;
         if let Some(path) = &self.settings {
             provider.settings = target::settings(path)?;
         }
-        let namespace: NamespaceName = provider
-            .namespace
-            .as_deref()
-            .unwrap_or(&provider_name)
-            .parse()
-            .map_err(|error| {
-                mistake(format!(
-                    "provider '{provider_name}': its namespace: {error}"
-                ))
-            })?;
-        let component = target::read(&provider.component, "provider's component")?;
         let mut attachments = BTreeMap::new();
         for (name, path) in &vm.attachments {
             let bytes = target::read(path, "attachment")?;
@@ -123,9 +152,15 @@ impl Backup {
             }
             attachments.insert(name.clone(), bytes);
         }
+        let named = vm.extra.len();
+        vm.extra.retain(|name, _| decision.volumes.covers(name));
+        if vm.extra.len() < named && !session.quiet {
+            say!(
+                "warning: the policy does not grant all that is `extra` of the VM; it is left out"
+            );
+        }
         let extra = vm.extra.iter().map(|(name, what)| extra(name, what));
         let extra = extra.collect::<Result<_, _>>()?;
-        let archive_name = self.archive.or_else(|| vm.archive.clone());
         let archive = Arc::new(target::archive(session, archive_name.as_deref(), true)?);
         let fleecing = vm
             .fleecing
@@ -142,15 +177,16 @@ impl Backup {
             vm_name: self.vm,
             vm,
             qmp,
-            provider_name,
+            account: Arc::new(Account::new(provider.limits.clone())),
+            provider_name: decision.provider_name,
             provider,
             component: component.into(),
-            namespace,
+            namespace: decision.namespace,
             attachments,
             extra,
             full: self.full,
         };
-        Ok((request, places))
+        Ok((request, places, slot))
     }
 }
 

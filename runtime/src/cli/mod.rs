@@ -3,6 +3,7 @@
 #[macro_use]
 mod output;
 
+mod audit;
 mod backup;
 mod demo;
 mod inspect;
@@ -10,8 +11,10 @@ mod install;
 mod installed;
 mod list;
 mod new;
+mod policy;
 mod progress;
 mod providers;
+mod reading;
 mod remove;
 mod restore;
 mod show;
@@ -21,6 +24,7 @@ mod text;
 mod verify;
 
 use crate::config::{self, Config, ConfigError};
+use crate::policy::Denied;
 use crate::sandbox::Program;
 use clap::{Args, Parser, Subcommand};
 use std::path::PathBuf;
@@ -74,6 +78,11 @@ enum Command {
     /// Write, try, look at and install providers
     #[command(subcommand)]
     Provider(Provider),
+    /// Show what became of jobs, and what they used of what they were granted
+    Audit(audit::Audit),
+    /// Check and explain what tenants and their providers are granted
+    #[command(subcommand)]
+    Policy(Policy),
     /// Show the main job on a real storage daemon with a disk that is written all the while
     Demo(demo::Demo),
 }
@@ -92,6 +101,14 @@ enum Provider {
     List(providers::Providers),
     /// Remove an installed one; its backups stay
     Remove(remove::Remove),
+}
+
+#[derive(Debug, Subcommand)]
+enum Policy {
+    /// Find contradictions and dead rules in a configuration, each with its line
+    Check(policy::Check),
+    /// Say in plain words what a provider may do on a VM, and by which line
+    Explain(policy::Explain),
 }
 
 /// For the commands that run providers.
@@ -120,6 +137,8 @@ enum Failure {
     Failed(anyhow::Error),
     /// Exit status 1, after a result that says all of it: with `--json` there is one document and not two.
     Reported(anyhow::Error),
+    /// As [`Failure::Reported`], where the user can mend it: exit status 2.
+    Found(anyhow::Error),
 }
 
 /// What every command gets.
@@ -143,6 +162,7 @@ pub fn main() -> ExitCode {
                 Failure::Mistake(error) => (error, 2, false),
                 Failure::Failed(error) => (error, 1, false),
                 Failure::Reported(error) => (error, 1, true),
+                Failure::Found(error) => (error, 2, true),
             };
             let line = text::error(&error);
             say!("fleecebox: {line}");
@@ -158,7 +178,11 @@ pub fn main() -> ExitCode {
 }
 
 fn run(cli: Cli) -> Result<(), Failure> {
-    let config = Config::load(cli.common.config.as_deref())?;
+    let config = match &cli.command {
+        // The one that it is to check may be wrong, and is another one.
+        Command::Policy(Policy::Check(_)) => Config::default(),
+        _ => Config::load(cli.common.config.as_deref())?,
+    };
     let state = cli
         .common
         .state
@@ -190,6 +214,9 @@ fn run(cli: Cli) -> Result<(), Failure> {
             Command::Provider(Provider::Install(command)) => command.run(&session).await,
             Command::Provider(Provider::List(command)) => command.run(&session).await,
             Command::Provider(Provider::Remove(command)) => command.run(&session),
+            Command::Audit(command) => command.run(&session),
+            Command::Policy(Policy::Check(command)) => command.run(&session).await,
+            Command::Policy(Policy::Explain(command)) => command.run(&session),
             Command::Demo(command) => command.run(&session).await,
         }
     });
@@ -213,6 +240,12 @@ async fn cancel_on_signals(cancel: CancellationToken) {
     let waits = signals.iter_mut().map(|signal| Box::pin(signal.recv()));
     futures_util::future::select_all(waits).await;
     cancel.cancel();
+}
+
+impl From<Denied> for Failure {
+    fn from(error: Denied) -> Self {
+        Self::Mistake(error.into())
+    }
 }
 
 impl From<ConfigError> for Failure {

@@ -26,7 +26,10 @@ impl Providers {
                     .await
                     .map_err(|error| error.to_string()),
                 Err(
-                    Failure::Mistake(error) | Failure::Failed(error) | Failure::Reported(error),
+                    Failure::Mistake(error)
+                    | Failure::Failed(error)
+                    | Failure::Reported(error)
+                    | Failure::Found(error),
                 ) => Err(super::text::error(&error)),
             };
             // One that is broken must not hide the others.

@@ -1,9 +1,11 @@
 //! `fleecebox restore`.
 
 use super::progress::Progress;
+use super::reading::Reading;
 use super::{Failure, Sandboxes, Session, target, text};
-use crate::archive::{Manifest, VolumeRecord};
+use crate::archive::{Manifest, Namespace, VolumeRecord};
 use crate::job::Event;
+use crate::job::audit::Job;
 use crate::job::replay::{self, Order};
 use anyhow::{Context, anyhow};
 use clap::{Args, ValueEnum};
@@ -70,7 +72,20 @@ impl Restore {
     pub(super) async fn run(self, session: &Session) -> Result<(), Failure> {
         let archive = target::archive(session, self.archive.as_deref(), false)?;
         let (namespace, manifest) = target::backup(&archive, &self.backup)?;
-        let volumes = self.volumes(&manifest)?;
+        let reading = Reading::begin(session, Job::Restore, &manifest);
+        let ended = self.make(session, &namespace, &manifest, &reading).await;
+        reading.end(ended)
+    }
+
+    async fn make(
+        &self,
+        session: &Session,
+        namespace: &Arc<Namespace>,
+        manifest: &Arc<Manifest>,
+        reading: &Reading<'_>,
+    ) -> Result<(), Failure> {
+        let _slot = reading.slot()?;
+        let volumes = self.volumes(manifest)?;
         let places = self.places(&volumes)?;
         let cache = target::cache(session)?;
         let program = self.sandboxes.program();
@@ -85,10 +100,12 @@ impl Restore {
             let outcome = async {
                 let output = Output::open(&path, volume, self.format, self.force)?;
                 let order = Order {
-                    namespace: &namespace,
-                    manifest: &manifest,
+                    namespace,
+                    manifest,
                     volume,
                     output: Some(Arc::clone(&output.file)),
+                    restores: &reading.restores,
+                    account: &reading.account,
                     cache: &cache,
                     program: &program,
                     events: &events,

@@ -1,9 +1,12 @@
 //! From names and paths on the command line to open archives, folders and components. Ambient authority is used here
 //! and nowhere below.
 
-use super::{Failure, Session};
+use super::{Failure, Session, text};
 use crate::archive::{self, Archive, BackupId, Manifest, Namespace};
 use crate::config::{self, Vm};
+use crate::job::audit::{Audit, Outcome, Record};
+use crate::job::slots::{self, Slot};
+use crate::policy::{Decision, Denied, Tenancy};
 use crate::sandbox::{Cache, MAX_COMPONENT};
 use anyhow::{Context, anyhow};
 use cap_std::ambient_authority;
@@ -143,6 +146,64 @@ pub(super) fn cache(session: &Session) -> Result<Cache, Failure> {
         dir.open_dir("compiled")
             .map_err(|error| Failure::Failed(error.into()))?,
     ))
+}
+
+/// The provider's component, no longer than it may be.
+pub(super) fn component(decision: &Decision) -> Result<Vec<u8>, Failure> {
+    let path = &decision.provider.component;
+    let most = decision.provider.limits.component_bytes;
+    // One that is far too large is not even read.
+    match std::fs::metadata(path).map(|found| found.len()) {
+        Ok(size) if size > most => Err(Failure::Mistake(anyhow!(
+            "the component {} of the provider '{}' has {size} bytes, more than its limit of {most} (component-bytes)",
+            path.display(),
+            decision.provider_name,
+        ))),
+        _ => read(path, "provider's component"),
+    }
+}
+
+/// A place for one more job of the tenant.
+pub(super) fn slot(session: &Session, tenant: Option<&Tenancy>) -> Result<Option<Slot>, Failure> {
+    let Some(tenant) = tenant else {
+        return Ok(None);
+    };
+    let (dir, _) = folder(&session.state.join("tenants").join(&tenant.name))?;
+    slots::take(&dir, tenant).map_err(failed)
+}
+
+/// Writes down what became of a job, and gives that back.
+///
+/// A job of which nobody knows what it would have been granted has nothing to be audited.
+pub(super) fn audited<T>(
+    session: &Session,
+    mut record: Record,
+    ended: Result<T, Failure>,
+) -> Result<T, Failure> {
+    let denied = |error: &anyhow::Error| matches!(error.downcast_ref(), Some(denied) if !matches!(denied, Denied::Config(_)));
+    let (outcome, error) = match &ended {
+        Ok(_) => (Outcome::Done, None),
+        Err(Failure::Mistake(error)) if record.granted.is_none() && !denied(error) => return ended,
+        Err(Failure::Mistake(error)) => (Outcome::Refused, Some(text::error(error))),
+        Err(Failure::Failed(error)) if session.cancel.is_cancelled() => {
+            (Outcome::Cancelled, Some(text::error(error)))
+        }
+        Err(Failure::Failed(error) | Failure::Reported(error) | Failure::Found(error)) => {
+            (Outcome::Failed, Some(text::error(error)))
+        }
+    };
+    record.end(outcome, error);
+    let written = folder(&session.state).and_then(|(dir, _)| {
+        let written = Audit::open(&dir).and_then(|mut audit| audit.append(&record));
+        written
+            .context("the audit cannot be written")
+            .map_err(Failure::Failed)
+    });
+    match (ended, written) {
+        (Ok(_), Err(failure)) => Err(failure),
+        // The job's own failure is the worse news.
+        (ended, _) => ended,
+    }
 }
 
 /// Reads a file that the user named: none is larger than a component may be, and one that is another's work may have no

@@ -1,11 +1,15 @@
 //! `fleecebox verify`.
 
 use super::progress::Progress;
+use super::reading::Reading;
 use super::{Failure, Sandboxes, Session, target, text};
+use crate::archive::{Manifest, Namespace};
+use crate::job::audit::Job;
 use crate::job::replay::{self, Order};
 use anyhow::anyhow;
 use clap::Args;
 use serde_json::json;
+use std::sync::Arc;
 use std::time::Instant;
 
 /// Read a backup completely and compare each block with its digest.
@@ -34,6 +38,19 @@ impl Verify {
     pub(super) async fn run(self, session: &Session) -> Result<(), Failure> {
         let archive = target::archive(session, self.archive.as_deref(), false)?;
         let (namespace, manifest) = target::backup(&archive, &self.backup)?;
+        let reading = Reading::begin(session, Job::Verify, &manifest);
+        let ended = self.make(session, &namespace, &manifest, &reading).await;
+        reading.end(ended)
+    }
+
+    async fn make(
+        self,
+        session: &Session,
+        namespace: &Arc<Namespace>,
+        manifest: &Arc<Manifest>,
+        reading: &Reading<'_>,
+    ) -> Result<(), Failure> {
+        let _slot = reading.slot()?;
         let cache = target::cache(session)?;
         let program = self.sandboxes.program();
         let started = Instant::now();
@@ -42,10 +59,12 @@ impl Verify {
         let mut ended = Ok(());
         for volume in &manifest.record.volumes {
             let order = Order {
-                namespace: &namespace,
-                manifest: &manifest,
+                namespace,
+                manifest,
                 volume,
                 output: None,
+                restores: &reading.restores,
+                account: &reading.account,
                 cache: &cache,
                 program: &program,
                 events: &events,
@@ -65,7 +84,7 @@ impl Verify {
             }
         }
         if ended.is_ok() {
-            match replay::check_objects(&namespace, &manifest, &session.cancel).await {
+            match replay::check_objects(namespace, manifest, &session.cancel).await {
                 Ok(found) => findings.extend(found.into_iter().map(|(name, error)| Found {
                     kind: "object",
                     name: name.to_string(),

@@ -4,9 +4,10 @@ use super::diagnosis::{self, Mistake};
 use super::{KitError, Subject};
 use crate::archive::{Archive, BackupId, BackupWriter, Manifest, Namespace};
 use crate::channel::{Context, OpenImage};
-use crate::config::Provider;
+use crate::config::{Config, Provider};
 use crate::extent::Extent;
 use crate::grants::MAX_READ;
+use crate::grants::account::Account;
 use crate::grants::image::{Image, ImageError};
 use crate::grants::run::RunError;
 use crate::job::backup::{BLOCK_SIZE, BackupError};
@@ -16,6 +17,7 @@ use crate::job::replay;
 use crate::job::transfer::Transfer;
 use crate::job::volume_run::{Covered, VolumeError, context_id, guest_limits};
 use crate::job::{Events, recover};
+use crate::policy::{Limits, Restores};
 use crate::qemu::snapshot::{Plan, Volume};
 use crate::sandbox::{Conversation, Fault, Program, Trace};
 use crate::simulator::{Disk, Export, Server};
@@ -151,6 +153,7 @@ impl<'a> Stand<'a> {
             component: &self.subject.component,
             program: &program,
             attachments: &BTreeMap::new(),
+            account: &Arc::new(Account::new(attempt.provider.limits.clone())),
             namespace: Arc::clone(&self.namespace),
             writer: Some(Arc::new(self.namespace.begin(id)?)),
             id,
@@ -245,11 +248,14 @@ impl<'a> Stand<'a> {
         file.set_len(size).map_err(|error| error.to_string())?;
         let file = Arc::new(file);
         let (events, _) = Events::channel();
+        let config = Config::default();
         let order = replay::Order {
             namespace: &self.namespace,
             manifest,
             volume,
             output: Some(Arc::<File>::clone(&file)),
+            restores: &Restores::new(&config, ""),
+            account: &Arc::new(Account::new(Limits::default())),
             cache: &self.subject.cache,
             program: &self.subject.program,
             events: &events,
@@ -303,7 +309,7 @@ impl<'a> Stand<'a> {
             open,
             &self.subject.component.compiled,
             self.namespace.objects(manifest),
-            &self.subject.provider.limits,
+            &Arc::new(Account::new(self.subject.provider.limits.clone())),
             name,
             &events,
         )
@@ -377,10 +383,8 @@ impl Look<'_> {
         let extent = match error {
             ProofError::Wrong { extent } => Some(*extent),
             ProofError::NotGivenBack { extent, .. } => Some(*extent),
-            ProofError::Open(_) => None,
-            ProofError::Archive(_) | ProofError::WallTime { .. } | ProofError::Cancelled => {
-                return None;
-            }
+            ProofError::Open(_) | ProofError::WallTime { .. } => None,
+            ProofError::Archive(_) | ProofError::Cancelled => return None,
         };
         let trace = Trace::default();
         let program = self.subject.program.clone().traced(trace.clone());
@@ -405,7 +409,7 @@ impl Look<'_> {
         extent: Option<Extent>,
     ) -> Option<Vec<u8>> {
         let open = OpenImage {
-            limits: guest_limits(self.provider),
+            limits: guest_limits(&self.provider.limits),
             context: Context {
                 id: context_id(self.id),
                 settings: self.provider.settings.to_string(),
@@ -418,7 +422,7 @@ impl Look<'_> {
             open,
             &self.subject.component.compiled,
             self.writer.objects(),
-            &self.provider.limits,
+            &Arc::new(Account::new(self.provider.limits.clone())),
             &covered.name,
             self.events,
         )

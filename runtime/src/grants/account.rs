@@ -1,63 +1,158 @@
-//! What a run has used of its limits. Charging comes before acting, and what is refused is not charged.
+//! What a job has used of its limits and what it was refused. Charging comes before acting, and what is refused is not
+//! charged.
 
+use super::provider_log::LINE_COST;
 use crate::channel::{ErrorCode, Quota};
 use crate::policy::Limits;
+use crate::sandbox::Usage;
+use serde::Serialize;
+use std::collections::BTreeMap;
+use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
 
-/// The use of one run.
+/// The account of one job: all of its volumes and sandboxes charge the same.
 #[derive(Debug)]
-pub(super) struct Account {
+pub struct Account {
     limits: Limits,
-    output: u64,
-    read: u64,
-    objects: u32,
+    used: Mutex<Used>,
+}
+
+/// What was used, for the audit.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize)]
+pub struct Used {
+    /// Bytes stored, before encoding.
+    pub output_bytes: u64,
+    /// Bytes of volumes read.
+    pub read_bytes: u64,
+    /// Objects created.
+    pub objects: u32,
+    /// Bytes logged.
+    pub log_bytes: u64,
+    /// Lines of log that were dropped.
+    pub log_lines_dropped: u64,
+    /// The longest receipt, in bytes.
+    pub receipt_bytes: u64,
+    /// Most memory that one sandbox process had, its runtime and the component's machine code included, in bytes.
+    pub sandbox_peak_bytes: u64,
+    /// Processor time of all sandbox processes, in milliseconds.
+    pub sandbox_cpu_ms: u64,
+    /// Most bytes that the fleecing images took up.
+    pub fleecing_peak_bytes: u64,
+    /// How long the snapshot lived, in milliseconds.
+    pub snapshot_ms: u64,
+    /// How often a call was answered with each error.
+    pub refused: BTreeMap<String, u64>,
 }
 
 impl Account {
     /// Nothing is used yet.
-    pub(super) fn new(limits: Limits) -> Self {
+    pub fn new(limits: Limits) -> Self {
         Self {
             limits,
-            output: 0,
-            read: 0,
-            objects: 0,
+            used: Mutex::default(),
         }
+    }
+
+    /// The limits.
+    pub fn limits(&self) -> &Limits {
+        &self.limits
+    }
+
+    /// What was used so far.
+    pub fn used(&self) -> Used {
+        self.entries().clone()
     }
 
     /// Bytes to be stored, before encoding, whether or not they are known already: a blind provider must not learn
     /// which bytes are equal or how well they compress.
-    pub(super) fn output(&mut self, bytes: u64) -> Result<(), ErrorCode> {
-        charge(
-            &mut self.output,
-            bytes,
-            self.limits.output_bytes,
-            Quota::OutputBytes,
-        )
+    pub(super) fn output(&self, bytes: u64) -> Result<(), ErrorCode> {
+        let most = self.limits.output_bytes;
+        let used = &mut self.entries().output_bytes;
+        charge(used, bytes, most, Quota::OutputBytes)
     }
 
     /// Bytes read on behalf of the provider.
-    pub(super) fn read(&mut self, bytes: u64) -> Result<(), ErrorCode> {
+    pub(super) fn read(&self, bytes: u64) -> Result<(), ErrorCode> {
+        let most = self.limits.read_bytes;
         charge(
-            &mut self.read,
+            &mut self.entries().read_bytes,
             bytes,
-            self.limits.read_bytes,
+            most,
             Quota::ReadBytes,
         )
     }
 
     /// Bytes that the host copies from the volume to the archive: both read and stored, or neither.
-    pub(super) fn copy(&mut self, bytes: u64) -> Result<(), ErrorCode> {
-        let before = self.read;
-        self.read(bytes)?;
-        self.output(bytes).inspect_err(|_| self.read = before)
+    pub(super) fn copy(&self, bytes: u64) -> Result<(), ErrorCode> {
+        let limits = &self.limits;
+        let mut used = self.entries();
+        let before = used.read_bytes;
+        charge(
+            &mut used.read_bytes,
+            bytes,
+            limits.read_bytes,
+            Quota::ReadBytes,
+        )?;
+        let (output, most) = (&mut used.output_bytes, limits.output_bytes);
+        let charged = charge(output, bytes, most, Quota::OutputBytes);
+        charged.inspect_err(|_| used.read_bytes = before)
     }
 
     /// One more object.
-    pub(super) fn object(&mut self) -> Result<(), ErrorCode> {
-        if self.objects >= self.limits.objects {
+    pub(super) fn object(&self) -> Result<(), ErrorCode> {
+        let mut used = self.entries();
+        if used.objects >= self.limits.objects {
             return Err(ErrorCode::QuotaExceeded(Quota::Objects));
         }
-        self.objects += 1;
+        used.objects += 1;
         Ok(())
+    }
+
+    /// A line of log; whether it may be kept.
+    pub(super) fn log(&self, bytes: u64) -> bool {
+        let mut used = self.entries();
+        let sum = used.log_bytes.saturating_add(bytes.max(LINE_COST));
+        let fits = sum <= self.limits.log_bytes;
+        match fits {
+            true => used.log_bytes = sum,
+            false => used.log_lines_dropped += 1,
+        }
+        fits
+    }
+
+    /// A call was answered with `code`. What a provider says in its own words is its log's.
+    pub(super) fn refused(&self, code: &ErrorCode) {
+        let name = match code {
+            ErrorCode::Other(_) => "other".to_owned(),
+            code => code.to_string(),
+        };
+        *self.entries().refused.entry(name).or_default() += 1;
+    }
+
+    /// A receipt of that length came.
+    pub(super) fn receipt(&self, length: usize) {
+        let mut used = self.entries();
+        used.receipt_bytes = used.receipt_bytes.max(length as u64);
+    }
+
+    /// A sandbox process ended; nothing is known of one that the system does not show.
+    pub(super) fn sandbox(&self, usage: Option<Usage>) {
+        let usage = usage.unwrap_or_default();
+        let mut used = self.entries();
+        used.sandbox_peak_bytes = used.sandbox_peak_bytes.max(usage.peak_memory);
+        used.sandbox_cpu_ms += usage.cpu.as_millis() as u64;
+    }
+
+    /// The snapshot is gone.
+    pub(crate) fn snapshot(&self, lived: Duration, fleecing_peak: u64) {
+        let mut used = self.entries();
+        used.snapshot_ms = lived.as_millis() as u64;
+        used.fleecing_peak_bytes = fleecing_peak;
+    }
+
+    fn entries(&self) -> MutexGuard<'_, Used> {
+        // Nothing panics between the two halves of an entry.
+        self.used.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
@@ -83,29 +178,37 @@ mod tests {
             objects: 1,
             ..Limits::default()
         };
-        let mut account = Account::new(limits);
-        assert_eq!(
-            account.output(11),
-            Err(ErrorCode::QuotaExceeded(Quota::OutputBytes))
-        );
+        let account = Account::new(limits);
+        let output = Err(ErrorCode::QuotaExceeded(Quota::OutputBytes));
+        let read = Err(ErrorCode::QuotaExceeded(Quota::ReadBytes));
+        assert_eq!(account.output(11), output);
+        assert_eq!(account.copy(11), output);
+        assert_eq!(account.used(), Used::default());
         assert_eq!(account.output(10), Ok(()));
-        assert_eq!(
-            account.output(1),
-            Err(ErrorCode::QuotaExceeded(Quota::OutputBytes))
-        );
+        assert_eq!(account.output(1), output);
         assert_eq!(account.read(u64::MAX), Ok(()));
-        assert_eq!(
-            account.read(1),
-            Err(ErrorCode::QuotaExceeded(Quota::ReadBytes))
-        );
-        assert_eq!(
-            account.copy(1),
-            Err(ErrorCode::QuotaExceeded(Quota::ReadBytes))
-        );
+        assert_eq!(account.read(1), read);
+        assert_eq!(account.copy(1), read);
         assert_eq!(account.object(), Ok(()));
         assert_eq!(
             account.object(),
             Err(ErrorCode::QuotaExceeded(Quota::Objects))
         );
+    }
+
+    #[test]
+    fn refusals_are_counted_by_their_code_and_not_by_a_providers_words() {
+        let account = Account::new(Limits::default());
+        account.refused(&ErrorCode::NotDirty);
+        account.refused(&ErrorCode::NotDirty);
+        account.refused(&ErrorCode::Other(Some("a".into())));
+        account.refused(&ErrorCode::QuotaExceeded(Quota::Objects));
+        let expected = [
+            ("not-dirty", 2),
+            ("other", 1),
+            ("quota-exceeded(objects)", 1),
+        ];
+        let expected = expected.map(|(code, count)| (code.to_owned(), count));
+        assert_eq!(account.used().refused, expected.into());
     }
 }

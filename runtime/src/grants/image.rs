@@ -2,13 +2,13 @@
 //!
 //! What it gives back is a claim like any other; whoever reads here compares it with the digests.
 
+use super::account::Account;
 use super::provider_log::ProviderLog;
 use super::{MAX_READ, provider_log};
 use crate::archive::{self, ObjectName, StoredObjects};
 use crate::channel::{Answer, Call, ErrorCode, Failure, ImageRead, OpenImage, Order, Outcome};
 use crate::extent::Extent;
 use crate::job::Events;
-use crate::policy::Limits;
 use crate::sandbox::{self, Compiled, Process, Program};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -76,6 +76,7 @@ pub struct Image {
     objects: Arc<StoredObjects>,
     log: ProviderLog,
     pace: Pace,
+    account: Arc<Account>,
 }
 
 impl Image {
@@ -85,18 +86,19 @@ impl Image {
         order: OpenImage,
         compiled: &Compiled,
         objects: StoredObjects,
-        limits: &Limits,
+        account: &Arc<Account>,
         volume: &str,
         events: &Events,
     ) -> Result<Self, ImageError> {
         let process = Process::start(program, &Order::OpenImage(order), &compiled.file).await?;
         events.confinement(process.missing());
-        let log = ProviderLog::new(volume, events.clone(), limits.log_bytes);
+        let log = ProviderLog::new(volume, events.clone(), Arc::clone(account));
         let mut image = Self {
             process,
             objects: Arc::new(objects),
             log,
             pace: Pace::default(),
+            account: Arc::clone(account),
         };
         match image.outcome(None).await? {
             Outcome::Opened => Ok(image),
@@ -126,7 +128,7 @@ impl Image {
 
     /// Ends the sandbox process.
     pub async fn close(self) {
-        self.process.kill().await;
+        self.account.sandbox(self.process.kill().await);
     }
 
     /// Asks for bytes, where they are wanted, and answers calls until the order is done.
@@ -159,6 +161,9 @@ impl Image {
                     // No volume and no archive in this order.
                     _ => Answer::Error(ErrorCode::NotFound),
                 };
+                if let Answer::Error(code) = &answer {
+                    self.account.refused(code);
+                }
                 self.process.answer(&answer).await?;
             }
         };

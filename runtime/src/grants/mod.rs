@@ -4,13 +4,16 @@
 //! checked against the plan and the books, quotas are charged, and only then is anything read, stored or given back.
 //! [`run`] serves one run on one volume; [`image`] serves one opened image at read-back, verify and restore.
 
-mod account;
+pub mod account;
 pub mod image;
+mod pace;
 mod provider_log;
 mod put;
 pub mod run;
 mod stream;
 pub mod target;
+
+pub(crate) use provider_log::LINE_COST;
 
 /// Largest `content.reader.read` and `image.read`, in bytes: what the payload file of the channel holds.
 pub const MAX_READ: u32 = 4 << 20;

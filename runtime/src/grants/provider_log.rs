@@ -1,30 +1,32 @@
 //! `job.context.log`: a provider's lines, escaped, capped and counted before anybody sees them.
 
+use super::account::Account;
 use crate::channel::LogLevel;
 use crate::job::{Event, Events};
+use std::sync::Arc;
 
 /// Longest line that is kept, in bytes: more is no message but a dump.
 const LINE: usize = 1024;
 
 /// What a line costs at least, in bytes: an empty one takes as much to keep and show.
-const LINE_COST: u64 = 64;
+pub(crate) const LINE_COST: u64 = 64;
 
 /// The log of one run.
 #[derive(Debug)]
 pub(super) struct ProviderLog {
     volume: String,
     events: Events,
-    left: u64,
+    account: Arc<Account>,
     dropped: u64,
 }
 
 impl ProviderLog {
-    /// For the provider at work on `volume`, which may log `limit` bytes.
-    pub(super) fn new(volume: &str, events: Events, limit: u64) -> Self {
+    /// For the provider at work on `volume`, as long as `account` has bytes for it.
+    pub(super) fn new(volume: &str, events: Events, account: Arc<Account>) -> Self {
         Self {
             volume: volume.to_owned(),
             events,
-            left: limit,
+            account,
             dropped: 0,
         }
     }
@@ -32,9 +34,8 @@ impl ProviderLog {
     /// Keeps a line, as far as it is allowed.
     pub(super) fn line(&mut self, level: LogLevel, message: &str) {
         let text = harmless(message);
-        match self.left.checked_sub((text.len() as u64).max(LINE_COST)) {
-            Some(left) => {
-                self.left = left;
+        match self.account.log(text.len() as u64) {
+            true => {
                 let level = match level {
                     LogLevel::Debug => "debug",
                     LogLevel::Info => "info",
@@ -47,7 +48,7 @@ impl ProviderLog {
                     text,
                 });
             }
-            None => self.dropped += 1,
+            false => self.dropped += 1,
         }
     }
 }
@@ -87,6 +88,7 @@ pub(super) fn harmless(message: &str) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::policy::Limits;
     use proptest::prelude::*;
 
     proptest! {
@@ -101,7 +103,11 @@ mod tests {
     #[test]
     fn a_flood_is_dropped_and_counted() {
         let (events, mut received) = Events::channel();
-        let mut log = ProviderLog::new("scsi0", events, 100);
+        let limits = Limits {
+            log_bytes: 100,
+            ..Limits::default()
+        };
+        let mut log = ProviderLog::new("scsi0", events, Arc::new(Account::new(limits)));
         for _ in 0..10 {
             log.line(LogLevel::Info, "\u{1b}[2Jx");
         }

@@ -1,6 +1,7 @@
 //! One run of a provider on one volume: answers its calls until it returns, then looks at what it covered.
 
 use super::account::Account;
+use super::pace::{Pace, TooSlow};
 use super::provider_log::{ProviderLog, harmless};
 use super::put;
 use super::stream::{Failed, Stream};
@@ -10,7 +11,6 @@ use crate::archive::{self, ObjectName};
 use crate::channel::{Answer, Call, Encoding, ErrorCode, Outcome, RawRange, World};
 use crate::digest::{self, Digest};
 use crate::extent::Extent;
-use crate::policy::Limits;
 use crate::sandbox::{self, Process};
 use crate::volume::coverage::{Cover, CoverageError};
 use crate::volume::discard;
@@ -33,8 +33,8 @@ pub struct Terms {
     pub reader: bool,
     /// Whether `discarder` is granted.
     pub discarder: bool,
-    /// The provider's limits.
-    pub limits: Limits,
+    /// What the job has used of the provider's limits.
+    pub account: Arc<Account>,
     /// `job.context.attachment`.
     pub attachments: Arc<BTreeMap<String, Vec<u8>>>,
 }
@@ -64,6 +64,18 @@ pub enum RunError {
     WallTime {
         /// The limit.
         seconds: u64,
+    },
+    /// `progress-per-minute` was not kept.
+    #[error(
+        "the provider was stopped: it covered {covered} bytes in {seconds} s of its own time, less than its limit of {least} in a minute (progress-per-minute)"
+    )]
+    Trickles {
+        /// Bytes of the volume.
+        covered: u64,
+        /// Seconds that the host waited for the provider's calls.
+        seconds: u64,
+        /// The limit.
+        least: u64,
     },
     /// The receipt is longer than `receipt-bytes`.
     #[error(
@@ -102,12 +114,13 @@ pub async fn run(
     terms: Terms,
     cancel: &CancellationToken,
 ) -> Result<Vec<u8>, RunError> {
-    let wall = terms.limits.wall();
-    let seconds = terms.limits.wall_seconds;
+    let account = Arc::clone(&terms.account);
+    let wall = account.limits().wall();
+    let seconds = account.limits().wall_seconds;
     let mut run = Run::new(Arc::clone(&target), terms);
     let deadline = Instant::now() + wall;
     let mut ended = within(deadline, seconds, cancel, run.serve(&mut process)).await;
-    process.kill().await;
+    account.sandbox(process.kill().await);
     let mut settling = pin!(run.settle());
     if ended.is_ok() {
         // What is under way is a part of what the provider did.
@@ -164,7 +177,8 @@ async fn within<T>(
 struct Run {
     target: Arc<Target>,
     terms: Terms,
-    account: Account,
+    account: Arc<Account>,
+    pace: Option<Pace>,
     log: ProviderLog,
     cursor: Cursor,
     read_ahead: ReadAhead,
@@ -180,11 +194,12 @@ struct Run {
 impl Run {
     fn new(target: Arc<Target>, terms: Terms) -> Self {
         Self {
-            account: Account::new(terms.limits.clone()),
+            account: Arc::clone(&terms.account),
+            pace: terms.account.limits().progress_per_minute.map(Pace::new),
             log: ProviderLog::new(
                 &target.volume,
                 target.events.clone(),
-                terms.limits.log_bytes,
+                Arc::clone(&terms.account),
             ),
             cursor: Cursor::default(),
             read_ahead: ReadAhead::new(Arc::clone(&target.frozen)),
@@ -200,7 +215,7 @@ impl Run {
 
     async fn serve(&mut self, process: &mut Process) -> Result<Vec<u8>, RunError> {
         loop {
-            let call = match process.next().await? {
+            let call = match self.next(process).await? {
                 Call::Done(Outcome::Receipt(receipt)) => return self.check_receipt(receipt),
                 Call::Done(Outcome::GuestError(code)) => {
                     return Err(RunError::GaveUp(harmless(&code.to_string())));
@@ -213,14 +228,45 @@ impl Run {
             };
             let answer = match self.answer(call, process).await? {
                 Ok(answer) => answer,
-                Err(code) => Answer::Error(code),
+                Err(code) => {
+                    self.account.refused(&code);
+                    Answer::Error(code)
+                }
             };
             process.answer(&answer).await?;
         }
     }
 
+    /// The next call, from a provider that keeps its pace.
+    async fn next(&mut self, process: &mut Process) -> Result<Call, RunError> {
+        loop {
+            let Some(pace) = &mut self.pace else {
+                return Ok(process.next().await?);
+            };
+            let since = Instant::now();
+            let call = tokio::time::timeout(pace.patience(), process.next()).await;
+            let judged = pace.judge(since.elapsed(), self.target.covered_bytes());
+            if let Err(TooSlow { covered, seconds }) = judged {
+                let target = &self.target;
+                if !target.books().uncovered(&target.frozen.plan).is_empty() {
+                    return Err(RunError::Trickles {
+                        covered,
+                        seconds,
+                        least: self.account.limits().progress_per_minute.unwrap_or(0),
+                    });
+                }
+                // Nothing is left that it could be slow at.
+                self.pace = None;
+            }
+            if let Ok(call) = call {
+                return Ok(call?);
+            }
+        }
+    }
+
     fn check_receipt(&self, receipt: Vec<u8>) -> Result<Vec<u8>, RunError> {
-        let limit = self.terms.limits.receipt_bytes;
+        self.account.receipt(receipt.len());
+        let limit = self.account.limits().receipt_bytes;
         if receipt.len() > limit as usize {
             return Err(RunError::Receipt {
                 limit,

@@ -9,6 +9,7 @@ use crate::volume::canary::Canary;
 use crate::volume::coverage::Coverage;
 use crate::volume::discard;
 use crate::volume::frozen::Frozen;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use tokio::sync::{Notify, Semaphore};
 use tokio::task::JoinError;
@@ -53,6 +54,7 @@ pub struct Target {
     table: Mutex<BlockTableWriter>,
     books: Mutex<Coverage>,
     failure: Mutex<Option<HostFailure>>,
+    covered: AtomicU64,
 }
 
 impl Target {
@@ -83,6 +85,7 @@ impl Target {
             table: Mutex::new(table),
             books: Mutex::new(Coverage::default()),
             failure: Mutex::new(None),
+            covered: AtomicU64::new(0),
         }
     }
 
@@ -177,7 +180,13 @@ impl Target {
     /// Tells the progress: the data in `extent` has been dealt with.
     pub fn advance(&self, extent: Extent) {
         let bytes = self.frozen.plan.zero().gaps(extent).map(Extent::len).sum();
+        self.covered.fetch_add(bytes, Ordering::Relaxed);
         self.events.send(Event::Advance { bytes });
+    }
+
+    /// Bytes that were dealt with so far, zero ones left out.
+    pub fn covered_bytes(&self) -> u64 {
+        self.covered.load(Ordering::Relaxed)
     }
 
     /// Gives whole spans back around what has just become final.

@@ -19,6 +19,7 @@ use super::transfer::Transfer;
 use super::volume_run::{Covered, VolumeError};
 use crate::archive::{self, Archive, BackupId, Manifest, Namespace, NamespaceName};
 use crate::config::{Provider, Vm};
+use crate::grants::account::Account;
 use crate::qemu::bitmap::{self, Tracking};
 use crate::qemu::machine::{RunState, Standing};
 use crate::qemu::snapshot::{Broken, Cause, NbdServer, Request as PointRequest};
@@ -63,6 +64,8 @@ pub struct Request {
     pub attachments: BTreeMap<String, Vec<u8>>,
     /// Further volumes.
     pub extra: Vec<Extra>,
+    /// What the job uses of the provider's limits, for whoever wants to know whatever becomes of the job.
+    pub account: Arc<Account>,
     /// Read every disk in full.
     pub full: bool,
 }
@@ -409,6 +412,7 @@ impl Attempt<'_> {
             component: &component,
             program,
             attachments: &request.attachments,
+            account: &request.account,
             namespace,
             writer: Some(writer),
             id,
@@ -537,6 +541,7 @@ impl Backup<'_> {
         left.extend(self.resume().await);
         extra::warn_of_changes(&self.attached, self.events);
         let snapshot = since.elapsed();
+        self.request.account.snapshot(snapshot, fleecing_peak);
         let committed = match read {
             Ok(covered) => self.prove_and_commit(covered).await,
             Err(error) => Err(error),
@@ -653,10 +658,7 @@ impl Backup<'_> {
         let choices = self.disks.iter().map(|(_, choice)| choice);
         let volumes = point.volumes.iter().zip(choices);
         let runs = self.transfer.run(&point.socket, volumes, &stop);
-        let bounds = Bounds {
-            bytes: self.request.vm.fleecing_max_bytes,
-            seconds: self.request.vm.snapshot_max_seconds,
-        };
+        let bounds = Bounds::of(&self.request.vm, &self.request.provider.limits);
         let covered = 'runs: {
             tokio::pin!(runs);
             let failure: BackupError = tokio::select! {

@@ -3,9 +3,12 @@
 //! QEMU keeps the old data of overwritten blocks there. The job keeps a descriptor of each since its creation: QEMU's
 //! buffered writes report an error of the storage below only to those who ask with fsync.
 
+use crate::config::Vm;
+use crate::policy::Limits;
 use crate::qemu::JobId;
 use crate::qemu::snapshot::FleecingFormat;
 use cap_std::fs::{Dir, DirBuilder, DirBuilderExt, File, OpenOptions, OpenOptionsExt};
+use std::fmt;
 use std::io;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -82,31 +85,62 @@ pub enum GivenUp {
     },
     /// The images take up more than they may.
     #[error(
-        "the fleecing images take up {allocated} bytes, more than the {limit} of `fleecing-max-bytes`: the backup was given up"
+        "the fleecing images take up {allocated} bytes, more than the {limit}: the backup was given up"
     )]
     TooLarge {
         /// Bytes taken up.
         allocated: u64,
-        /// The limit in bytes.
-        limit: u64,
+        /// In bytes.
+        limit: Bound,
     },
     /// The snapshot is held for longer than it may be.
-    #[error(
-        "the snapshot was needed for more than the {limit} s of `snapshot-max-seconds`: the backup was given up"
-    )]
+    #[error("the snapshot was needed for more seconds than the {limit}: the backup was given up")]
     TooLong {
-        /// The limit in seconds.
-        limit: u64,
+        /// In seconds.
+        limit: Bound,
     },
 }
 
-/// What a VM's configuration allows its snapshots.
-#[derive(Debug, Clone, Copy, Default)]
+/// What the VM's configuration and the provider's limits allow a snapshot; the smaller one holds.
+#[derive(Debug, Clone, Copy)]
 pub struct Bounds {
     /// Most bytes that the images may take up together.
-    pub bytes: Option<u64>,
+    bytes: Option<Bound>,
     /// Most seconds that the snapshot may be held.
-    pub seconds: Option<u64>,
+    seconds: Option<Bound>,
+}
+
+/// A number and the key of the configuration that it comes from.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+pub struct Bound(u64, &'static str);
+
+impl fmt::Display for Bound {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{} of `{}`", self.0, self.1)
+    }
+}
+
+impl Bounds {
+    /// Those of a backup of `vm` by a provider with `limits`.
+    pub fn of(vm: &Vm, limits: &Limits) -> Self {
+        let smaller = |bounds: [Option<Bound>; 2]| bounds.into_iter().flatten().min();
+        Self {
+            bytes: smaller([
+                vm.fleecing_max_bytes
+                    .map(|bytes| Bound(bytes, "fleecing-max-bytes")),
+                limits
+                    .fleecing_bytes
+                    .map(|bytes| Bound(bytes, "fleecing-bytes")),
+            ]),
+            seconds: smaller([
+                vm.snapshot_max_seconds
+                    .map(|seconds| Bound(seconds, "snapshot-max-seconds")),
+                limits
+                    .snapshot_seconds
+                    .map(|seconds| Bound(seconds, "snapshot-seconds")),
+            ]),
+        }
+    }
 }
 
 impl Fleecing {
@@ -222,11 +256,11 @@ impl Fleecing {
         let since = Instant::now();
         loop {
             let allocated = self.allocated();
-            if let Some(limit) = bounds.bytes.filter(|&limit| allocated > limit) {
+            if let Some(limit) = bounds.bytes.filter(|limit| allocated > limit.0) {
                 return GivenUp::TooLarge { allocated, limit };
             }
             let held = since.elapsed().as_secs();
-            if let Some(limit) = bounds.seconds.filter(|&limit| held >= limit) {
+            if let Some(limit) = bounds.seconds.filter(|limit| held >= limit.0) {
                 return GivenUp::TooLong { limit };
             }
             if let Ok(available) = available(&self.parent)

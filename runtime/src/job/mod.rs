@@ -1,5 +1,6 @@
 //! Jobs, each one thing from start to end: [`backup`], and [`replay`] for restore and verify.
 
+pub mod audit;
 pub mod backup;
 pub mod base;
 pub mod component;
@@ -11,6 +12,7 @@ pub mod power;
 pub mod prove;
 pub mod recover;
 pub mod replay;
+pub mod slots;
 pub mod transfer;
 pub mod volume_run;
 

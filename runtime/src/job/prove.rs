@@ -10,11 +10,11 @@ use crate::config::Provider;
 use crate::digest;
 use crate::extent::Extent;
 use crate::grants::MAX_READ;
+use crate::grants::account::Account;
 use crate::grants::image::{Image, ImageError};
 use crate::sandbox::Program;
 use crate::volume::reader::PIECE;
 use std::sync::Arc;
-use tokio::time::timeout;
 use tokio_util::sync::CancellationToken;
 
 /// What a proof needs.
@@ -27,6 +27,8 @@ pub struct Order<'a> {
     pub program: &'a Program,
     /// Its settings and limits.
     pub provider: &'a Provider,
+    /// What the job uses of them.
+    pub account: &'a Arc<Account>,
     /// The backup that is being made.
     pub writer: &'a Arc<BackupWriter>,
     /// Its id.
@@ -67,9 +69,6 @@ pub enum ProofError {
         /// The first wrong block.
         extent: Extent,
     },
-    /// The archive failed.
-    #[error("the archive: {0}")]
-    Archive(#[from] archive::Error),
     /// `wall-seconds` passed.
     #[error(
         "the provider was stopped: reading back what it claims took longer than its limit of {seconds} s (wall-seconds)"
@@ -78,30 +77,33 @@ pub enum ProofError {
         /// The limit.
         seconds: u64,
     },
+    /// The archive failed.
+    #[error("the archive: {0}")]
+    Archive(#[from] archive::Error),
     /// The job was cancelled.
     #[error("cancelled")]
     Cancelled,
 }
 
-/// Proves one volume's claims, in as much time as a run may take.
+/// Proves one volume's claims. That is a run of the provider too, and may take no longer than one.
 pub async fn prove(order: Order<'_>) -> Result<(), ProofError> {
+    if order.covered.claimed.is_empty() {
+        return Ok(());
+    }
     let limits = &order.provider.limits;
     let seconds = limits.wall_seconds;
-    timeout(limits.wall(), prove_all(&order))
+    tokio::time::timeout(limits.wall(), read_back(order))
         .await
         .unwrap_or(Err(ProofError::WallTime { seconds }))
 }
 
-async fn prove_all(order: &Order<'_>) -> Result<(), ProofError> {
+async fn read_back(order: Order<'_>) -> Result<(), ProofError> {
     let claimed = &order.covered.claimed;
-    if claimed.is_empty() {
-        return Ok(());
-    }
     order.events.send(Event::Total {
         bytes: claimed.bytes(),
     });
     let open = OpenImage {
-        limits: guest_limits(order.provider),
+        limits: guest_limits(&order.provider.limits),
         context: Context {
             id: context_id(order.backup),
             settings: order.provider.settings.to_string(),
@@ -115,7 +117,7 @@ async fn prove_all(order: &Order<'_>) -> Result<(), ProofError> {
         open,
         &order.component.compiled,
         objects,
-        &order.provider.limits,
+        order.account,
         &order.covered.name,
         order.events,
     );

@@ -5,7 +5,7 @@
 
 use super::component::{Component, ComponentError};
 use super::event::{Event, Events};
-use super::volume_run::context_id;
+use super::volume_run::{context_id, guest_limits};
 use crate::archive::{
     self, BackupId, Manifest, Namespace, ObjectName, Run, RunContent, VolumeRecord,
 };
@@ -13,8 +13,9 @@ use crate::channel::{Context, OpenImage};
 use crate::digest;
 use crate::extent::Extent;
 use crate::grants::MAX_READ;
+use crate::grants::account::Account;
 use crate::grants::image::{Image, ImageError};
-use crate::policy::Limits;
+use crate::policy::{Denied, Restores};
 use crate::sandbox::{Cache, Program};
 use crate::volume::reader::PIECE;
 use std::collections::{BTreeMap, VecDeque};
@@ -49,6 +50,10 @@ pub struct Order<'a> {
     pub volume: &'a VolumeRecord,
     /// Where its bytes go; zero blocks are not written, so a file must be sparse and an image zeroed before.
     pub output: Option<Arc<File>>,
+    /// Which providers may be asked for what they claimed.
+    pub restores: &'a Restores<'a>,
+    /// What the providers use.
+    pub account: &'a Arc<Account>,
     /// Compiled components.
     pub cache: &'a Cache,
     /// What sandbox processes run.
@@ -111,6 +116,9 @@ pub enum ProviderError {
     /// Its manifest or component is not in the archive.
     #[error(transparent)]
     Archive(#[from] archive::Error),
+    /// The policy does not let it.
+    #[error(transparent)]
+    Denied(#[from] Denied),
     /// The component does not compile.
     #[error(transparent)]
     Component(#[from] ComponentError),
@@ -411,6 +419,11 @@ impl Replay<'_> {
             .iter()
             .find(|volume| volume.name == *name)
             .ok_or(ProviderError::NoVolume)?;
+        let provider = &manifest.record.provider;
+        let limits = self
+            .order
+            .restores
+            .limits(&manifest.record.vm, &provider.name)?;
         let bytes = self
             .order
             .namespace
@@ -423,7 +436,7 @@ impl Replay<'_> {
         )
         .await?;
         let open = OpenImage {
-            limits: manifest.record.provider.limits,
+            limits: limits.map_or(provider.limits, |limits| guest_limits(&limits)),
             context: Context {
                 id: context_id(backup),
                 settings: manifest.record.provider.settings.clone(),
@@ -437,7 +450,7 @@ impl Replay<'_> {
             open,
             &component.compiled,
             objects,
-            &Limits::default(),
+            self.order.account,
             name,
             self.order.events,
         )

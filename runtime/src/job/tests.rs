@@ -7,6 +7,7 @@ use super::volume_run::VolumeError;
 use super::{Event, Events};
 use crate::archive::Archive;
 use crate::config::{Provider, Vm};
+use crate::grants::account::Account;
 use crate::grants::run::RunError;
 use crate::qemu::tests::daemon::{Daemon, SIZE, state};
 use crate::sandbox::{self, Cache, Program};
@@ -78,6 +79,7 @@ impl Host {
             vm,
             qmp: self.daemon.at("qmp.sock"),
             provider_name: "escaped".into(),
+            account: Arc::new(Account::new(provider.limits.clone())),
             provider,
             component: b"\0asm\x0d\0\x01\0".to_vec().into(),
             namespace: "tenant".parse().unwrap(),

@@ -13,8 +13,10 @@ use crate::archive::{
     Proof, ProviderRecord, VolumeRecord,
 };
 use crate::config::Provider;
+use crate::grants::account::Account;
 use crate::qemu::snapshot::Volume;
 use crate::sandbox::Program;
+use crate::volume::bandwidth::Bandwidth;
 use bytes::Bytes;
 use std::collections::BTreeMap;
 use std::io;
@@ -60,6 +62,8 @@ pub struct Transfer<'a> {
     pub program: &'a Program,
     /// Handed to it.
     pub attachments: &'a BTreeMap<String, Vec<u8>>,
+    /// What the job uses of its limits.
+    pub account: &'a Arc<Account>,
     /// Its part of the archive.
     pub namespace: Arc<Namespace>,
     /// The backup in the making, until it commits.
@@ -84,6 +88,8 @@ impl Transfer<'_> {
             std::thread::available_parallelism().map_or(2, std::num::NonZero::get),
         ));
         let attachments = Arc::new(self.attachments.clone());
+        let bandwidth = self.provider.limits.bandwidth;
+        let bandwidth = bandwidth.map(|rate| Arc::new(Bandwidth::new(rate)));
         let writer = self.writer()?;
         let runs = volumes.map(|(volume, choice)| {
             let order = volume_run::Order {
@@ -98,6 +104,8 @@ impl Transfer<'_> {
                 writer,
                 backup: self.id,
                 attachments: &attachments,
+                account: self.account,
+                bandwidth: &bandwidth,
                 encoders: &encoders,
                 events: self.events,
                 stop,
@@ -132,6 +140,7 @@ impl Transfer<'_> {
                 component: self.component,
                 program: self.program,
                 provider: self.provider,
+                account: self.account,
                 writer,
                 backup: self.id,
                 events: self.events,
@@ -236,7 +245,7 @@ impl Transfer<'_> {
                 component,
                 world: self.component.world,
                 settings: self.provider.settings.to_string(),
-                limits: volume_run::guest_limits(self.provider),
+                limits: volume_run::guest_limits(&self.provider.limits),
             },
             host_version: env!("CARGO_PKG_VERSION").into(),
             volumes,

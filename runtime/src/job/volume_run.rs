@@ -10,12 +10,15 @@ use crate::channel::{
 use crate::config::Provider;
 use crate::digest::Digest;
 use crate::extent::{Extent, ExtentSet};
+use crate::grants::account::Account;
 use crate::grants::run::{RunError, Terms};
 use crate::grants::target::{HostFailure, Target};
 use crate::grants::{self, MAX_READ, MAX_WRITE};
 use crate::nbd;
+use crate::policy::Limits;
 use crate::qemu::snapshot::Volume;
 use crate::sandbox::{self, Process, Program};
+use crate::volume::bandwidth::Bandwidth;
 use crate::volume::canary::Canary;
 use crate::volume::frozen::Frozen;
 use crate::volume::{discard, open, sample};
@@ -51,6 +54,10 @@ pub struct Order<'a> {
     pub backup: BackupId,
     /// Handed to the provider.
     pub attachments: &'a Arc<BTreeMap<String, Vec<u8>>>,
+    /// What the job uses of the provider's limits.
+    pub account: &'a Arc<Account>,
+    /// How fast the job may read.
+    pub bandwidth: &'a Option<Arc<Bandwidth>>,
     /// Digesting and encoding at once in the whole job.
     pub encoders: &'a Arc<Semaphore>,
     /// Where the job tells what it does.
@@ -160,7 +167,7 @@ pub async fn run(order: Order<'_>) -> Result<Covered, VolumeError> {
         world: order.component.world,
         reader: order.provider.grant.read,
         discarder: order.provider.grant.discard,
-        limits: order.provider.limits.clone(),
+        account: Arc::clone(order.account),
         attachments: Arc::clone(order.attachments),
     };
     let receipt = grants::run::run(process, Arc::clone(&target), terms, order.stop).await?;
@@ -232,9 +239,18 @@ struct Opened {
 
 /// Opens the export; an incremental whose sample of clean blocks differs from its base becomes a full read.
 async fn open_volume(order: &Order<'_>) -> Result<Opened, VolumeError> {
-    let export = &order.volume.export;
+    let open = |context| {
+        let bandwidth = order.bandwidth.clone();
+        open::open(
+            order.socket,
+            &order.volume.export,
+            context,
+            BLOCK_SIZE,
+            bandwidth,
+        )
+    };
     if let (Some(base), Some(context)) = (&order.choice.base, &order.volume.dirty_context) {
-        let frozen = open::open(order.socket, export, Some(context), BLOCK_SIZE).await?;
+        let frozen = open(Some(context.as_str())).await?;
         match missed_change(order.namespace, base.volume.root, &frozen).await? {
             None => {
                 return Ok(Opened {
@@ -253,7 +269,7 @@ async fn open_volume(order: &Order<'_>) -> Result<Opened, VolumeError> {
                     "{}: {reason}; it is read in full",
                     order.volume.plan.disk.name
                 ));
-                let frozen = open::open(order.socket, export, None, BLOCK_SIZE).await?;
+                let frozen = open(None).await?;
                 return Ok(Opened {
                     frozen,
                     mode: BitmapMode::New,
@@ -263,7 +279,7 @@ async fn open_volume(order: &Order<'_>) -> Result<Opened, VolumeError> {
             }
         }
     }
-    let frozen = open::open(order.socket, export, None, BLOCK_SIZE).await?;
+    let frozen = open(None).await?;
     Ok(Opened {
         frozen,
         mode: BitmapMode::New,
@@ -305,7 +321,7 @@ async fn start(order: &Order<'_>, mode: BitmapMode) -> Result<Process, VolumeErr
     let world = order.component.world;
     let run = Run {
         world,
-        limits: guest_limits(order.provider),
+        limits: guest_limits(&order.provider.limits),
         context: Context {
             id: context_id(order.backup),
             settings: order.provider.settings.to_string(),
@@ -364,10 +380,10 @@ fn base_receipt(order: &Order<'_>, mode: BitmapMode) -> Option<Vec<u8>> {
 }
 
 /// What the sandbox process enforces by itself.
-pub fn guest_limits(provider: &Provider) -> GuestLimits {
+pub fn guest_limits(limits: &Limits) -> GuestLimits {
     GuestLimits {
-        memory: provider.limits.memory,
-        cpu_ms: provider.limits.cpu_seconds.saturating_mul(1000),
+        memory: limits.memory,
+        cpu_ms: limits.cpu_seconds.saturating_mul(1000),
     }
 }
 

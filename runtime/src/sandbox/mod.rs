@@ -25,6 +25,7 @@ mod compile;
 mod process;
 mod spawn;
 mod trace;
+mod usage;
 mod worlds;
 
 #[allow(missing_docs, unreachable_pub, clippy::all)] // generated
@@ -41,4 +42,5 @@ pub use compile::{CompileError, Compiled, MAX_COMPONENT, compile};
 pub use process::{ARGUMENT, serve};
 pub use spawn::{Error, Process, Program};
 pub use trace::{Conversation, Exchange, Fault, Trace};
+pub use usage::Usage;
 pub use worlds::{Refusal, world_of};

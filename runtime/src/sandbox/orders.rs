@@ -9,7 +9,7 @@ use super::limits::{Limits, OutOfTime};
 use super::stubs::{Host, Lost};
 use crate::channel::{
     Call, Failure, ImageRead, Interface, MAX_RECEIPT, OpenImage, Outcome, Payload, Run, Socket,
-    World,
+    SocketError, World,
 };
 use provider::exports::fleecebox::provider as provider_exports;
 use rustix::fs::fstat;
@@ -132,7 +132,16 @@ pub(super) fn run(
         }),
         Ok(Ok(Ok(receipt))) => Outcome::Receipt(receipt),
     };
-    store.data_mut().tell(&Call::Done(outcome))
+    store.data_mut().tell(&Call::Done(outcome))?;
+    linger(&mut store)
+}
+
+/// Waits for the end, so that the job process can look at what this one has used.
+fn linger(store: &mut Store<Host>) -> Result<(), Lost> {
+    match store.data_mut().hear::<()>() {
+        Err(Lost::Socket(SocketError::Closed)) => Ok(()),
+        other => other,
+    }
 }
 
 /// Opens an image and serves reads of it, until the job process closes the socket or the guest fails.
@@ -174,15 +183,23 @@ pub(super) fn open_image(
         Ok(image.map(|image| (instance, image)))
     });
     let (instance, image) = match opened {
-        Err(failure) => return store.data_mut().tell(&Call::Done(Outcome::Failed(failure))),
+        Err(failure) => {
+            store
+                .data_mut()
+                .tell(&Call::Done(Outcome::Failed(failure)))?;
+            return linger(&mut store);
+        }
         Ok(Err(stop)) => {
             let failure = Stop::failure(stop, &store)?;
-            return store.data_mut().tell(&Call::Done(Outcome::Failed(failure)));
+            store
+                .data_mut()
+                .tell(&Call::Done(Outcome::Failed(failure)))?;
+            return linger(&mut store);
         }
         Ok(Ok(Err(code))) => {
-            return store
-                .data_mut()
-                .tell(&Call::Done(Outcome::GuestError(code.into())));
+            let failed = Outcome::GuestError(code.into());
+            store.data_mut().tell(&Call::Done(failed))?;
+            return linger(&mut store);
         }
         Ok(Ok(Ok(opened))) => opened,
     };
@@ -198,7 +215,10 @@ pub(super) fn open_image(
             // An instance that did not return is never entered again.
             Err(error) => {
                 let failure = Stop::Trap(error).failure(&store)?;
-                return store.data_mut().tell(&Call::Done(Outcome::Failed(failure)));
+                store
+                    .data_mut()
+                    .tell(&Call::Done(Outcome::Failed(failure)))?;
+                return linger(&mut store);
             }
             Ok(Err(code)) => Outcome::GuestError(code.into()),
             Ok(Ok(bytes)) if bytes.len() > order.max_read as usize => {

@@ -2,6 +2,7 @@
 
 use super::process::ARGUMENT;
 use super::trace::{Listener, Trace};
+use super::usage::Usage;
 use crate::channel::{
     Answer, AsyncSocket, Bounds, Call, Confinement, Gap, ImageRead, Order, Payload, PayloadError,
     SocketError, Violation, hand_over, listed,
@@ -233,8 +234,14 @@ impl Process {
     }
 
     /// Kills it and waits until it is gone. Dropping it kills it as well, but does not wait.
-    pub async fn kill(mut self) {
+    ///
+    /// Returns what it has used, unless it had ended by itself or the system does not show it.
+    pub async fn kill(mut self) -> Option<Usage> {
+        let usage = Usage::of(self.pid);
+        // While it can be signalled nobody has waited for it, so that the number was its own until now.
+        let own = pidfd_send_signal(&self.handle, Signal::KILL).is_ok();
         self.gone().await;
+        usage.filter(|_| own)
     }
 
     /// In what it is less confined than it could be, on a system that offers everything.

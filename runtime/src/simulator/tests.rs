@@ -81,9 +81,15 @@ async fn a_real_job_opens_it_and_cannot_read_what_it_trimmed() {
     let folder = TempDir::new().unwrap();
     let export = export();
     let server = Server::start(folder.path().join("nbd"), vec![export.clone()]).unwrap();
-    let frozen = open::open(server.socket(), "scsi0", export.dirty_context(), 65536)
-        .await
-        .unwrap();
+    let frozen = open::open(
+        server.socket(),
+        "scsi0",
+        export.dirty_context(),
+        65536,
+        None,
+    )
+    .await
+    .unwrap();
     assert_eq!(frozen.plan.dirty(), &export.dirty());
     let hole = Extent::new(10 * CLUSTER, 3 * CLUSTER).unwrap();
     assert_eq!(frozen.plan.zero().iter().collect::<Vec<_>>(), [hole]);

@@ -1,13 +1,13 @@
 //! One frozen disk: what of it has to be backed up, how its bytes are read, and what has been covered so far.
 //!
 //! In the order of a backup: [`open`] asks the export what is dirty and zero and makes the [`plan`]; [`sample`]
-//! compares some clean blocks with the base; [`discard`] gives the clean ranges back; [`reader`] fetches bytes, with
-//! [`read_ahead`] for providers that read them themselves; [`coverage`] keeps the books; and
+//! compares some clean blocks with the base; [`discard`] gives the clean ranges back; [`reader`] fetches bytes, within the
+//! job's [`bandwidth`], with [`read_ahead`] for providers that read them themselves; [`coverage`] keeps the books; and
 //! [`canary`] shows at the end that the snapshot was intact.
 
+pub mod bandwidth;
 pub mod canary;
 pub mod coverage;
-
 pub mod discard;
 pub mod frozen;
 pub mod open;

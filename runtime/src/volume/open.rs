@@ -1,11 +1,13 @@
 //! From an NBD export to a frozen disk: asks what is dirty and what is zero, on a connection of its own each.
 
+use super::bandwidth::Bandwidth;
 use super::frozen::Frozen;
 use super::plan::Plan;
 use super::reader::{self, Reader};
 use crate::extent::Extent;
 use crate::nbd;
 use std::path::Path;
+use std::sync::Arc;
 
 /// Meta context of the protocol's own for holes and zeroes.
 const ALLOCATION: &str = "base:allocation";
@@ -26,8 +28,9 @@ pub async fn open(
     export: &str,
     dirty_context: Option<&str>,
     block: u32,
+    bandwidth: Option<Arc<Bandwidth>>,
 ) -> Result<Frozen, nbd::Error> {
-    let reader = Reader::connect(socket, export).await?;
+    let reader = Reader::connect(socket, export, bandwidth).await?;
     let Ok(all) = Extent::new(0, reader.size()) else {
         return Ok(Frozen {
             plan: Plan::new(0, block, [], []),

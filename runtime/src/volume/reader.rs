@@ -1,5 +1,6 @@
 //! Reads and trims of one frozen disk, spread over several NBD connections.
 
+use super::bandwidth::Bandwidth;
 use crate::extent::Extent;
 use crate::nbd::{self, Connection};
 use futures_util::future::try_join_all;
@@ -35,11 +36,16 @@ pub struct Reader {
     connections: Vec<Connection>,
     next: AtomicUsize,
     in_flight: Arc<Semaphore>,
+    bandwidth: Option<Arc<Bandwidth>>,
 }
 
 impl Reader {
-    /// Connects to `export` of the NBD server on the unix socket `socket`.
-    pub async fn connect(socket: &Path, export: &str) -> Result<Self, nbd::Error> {
+    /// Connects to `export` of the NBD server on the unix socket `socket`. Bytes are read within `bandwidth`.
+    pub async fn connect(
+        socket: &Path,
+        export: &str,
+        bandwidth: Option<Arc<Bandwidth>>,
+    ) -> Result<Self, nbd::Error> {
         let first = connect(socket, export, None).await?;
         // Without multi-conn a flush or trim on one connection says nothing about the others.
         let wanted = if first.info().can_multi_conn {
@@ -55,6 +61,7 @@ impl Reader {
             connections,
             next: AtomicUsize::new(0),
             in_flight: Arc::new(Semaphore::new(IN_FLIGHT)),
+            bandwidth,
         })
     }
 
@@ -82,12 +89,20 @@ impl Reader {
     }
 
     async fn read_piece(&self, extent: Extent) -> Result<Vec<u8>, nbd::Error> {
-        in_time(self.connection().read(extent, Vec::new())).await
+        self.read_from(self.connection(), extent).await
     }
 
     /// Reads on the connection that was made first: the one whose life proves that the snapshot was never replaced.
     pub async fn read_on_first(&self, extent: Extent) -> Result<Vec<u8>, nbd::Error> {
-        in_time(self.connections[0].read(extent, Vec::new())).await
+        self.read_from(&self.connections[0], extent).await
+    }
+
+    /// The one place where bytes of a volume come in.
+    async fn read_from(&self, from: &Connection, extent: Extent) -> Result<Vec<u8>, nbd::Error> {
+        if let Some(bandwidth) = &self.bandwidth {
+            bandwidth.take(extent.len()).await;
+        }
+        in_time(from.read(extent, Vec::new())).await
     }
 
     /// Gives `extent` of the fleecing image back. All reads of it must have ended: a trim that overtakes a read

@@ -15,6 +15,7 @@ use fleecebox::channel::{
     Payload, RawRange, Run, Socket, VolumeInfo, World, take_over,
 };
 use fleecebox::extent::Extent;
+use fleecebox::grants::account::Account;
 use fleecebox::grants::run::{Terms, run};
 use fleecebox::grants::target::Target;
 use fleecebox::grants::{MAX_READ, MAX_WRITE};
@@ -192,7 +193,7 @@ async fn back_up(case: &Case) {
 
     let frozen = Arc::new(Frozen {
         plan: case.plan(),
-        reader: Reader::connect(&socket, "disk")
+        reader: Reader::connect(&socket, "disk", None)
             .await
             .expect("the server is honest"),
     });
@@ -354,7 +355,7 @@ impl Case {
             },
             reader: self.reader,
             discarder: self.discarder,
-            limits,
+            account: Arc::new(Account::new(limits)),
             attachments: Arc::new([("a".to_owned(), vec![1, 2, 3])].into()),
         }
     }

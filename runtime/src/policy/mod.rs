@@ -1,10 +1,34 @@
-//! What a provider is granted and how much of it: values that, once they exist, are valid.
+//! What a provider is granted and how much of it.
+//!
+//! Without tenants the configuration's `[provider.NAME.limits]` and `[provider.NAME.grant]` say it, and what they leave
+//! out has defaults for one operator who trusts what he starts. With a `[tenant.NAME]` part everything that no rule
+//! grants is denied:
+//! - [`Tenant`], as it stands in the file
+//! - [`decide`] and [`Restores`]: from the file to what one job may do
+//! - [`check`](mod@check): contradictions, which keep a file from being used, and dead rules
+//! - [`explain`](mod@explain): a decision in plain words, each with its line
 
+pub mod check;
+mod decision;
+pub mod explain;
+mod lines;
+mod tenant;
+#[cfg(test)]
+mod tests;
+
+pub use decision::{Decision, Denied, Restores, Tenancy, decide};
+pub use lines::Lines;
+pub(crate) use tenant::optional_pin;
+pub use tenant::{Names, Rule, Tenant, TenantProvider};
+
+use crate::sandbox::MAX_COMPONENT;
 use serde::{Deserialize, Serialize};
+use std::num::NonZeroU64;
 use std::time::Duration;
 
-/// Limits on one run of a provider. Each has a default that suits an honest provider; the configuration's
-/// `[provider.NAME.limits]` overrides them.
+/// Limits on a provider. Each has a default that suits an honest one.
+///
+/// Those on memory and time hold for each run, which is one volume of one backup; all others for the backup as a whole.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields, rename_all = "kebab-case", default)]
 pub struct Limits {
@@ -14,16 +38,26 @@ pub struct Limits {
     pub cpu_seconds: u64,
     /// Time from start to end of one run, waits included, in seconds.
     pub wall_seconds: u64,
-    /// Bytes stored per volume, counted before encoding so that it does not tell how well they compress.
+    /// Bytes stored, counted before encoding so that it does not tell how well they compress.
     pub output_bytes: u64,
-    /// Bytes brought into the provider's memory per volume.
+    /// Bytes of volumes read on the provider's behalf, the host's own copies included.
     pub read_bytes: u64,
-    /// Objects created per volume.
+    /// Objects created.
     pub objects: u32,
-    /// Bytes logged per volume; what is beyond is dropped and counted.
+    /// Bytes logged; what is beyond is dropped and counted.
     pub log_bytes: u64,
-    /// Length of what `run` returns, in bytes.
+    /// Length of what one `run` returns, in bytes.
     pub receipt_bytes: u32,
+    /// Length of the component, in bytes.
+    pub component_bytes: u64,
+    /// Bytes of volumes read in a second, over all volumes together. None: as fast as it goes.
+    pub bandwidth: Option<NonZeroU64>,
+    /// Bytes that the fleecing images may take up together. Beyond it the job is given up and the guest goes on.
+    pub fleecing_bytes: Option<u64>,
+    /// How long the snapshot may live, in seconds. After it the job is given up and the guest goes on.
+    pub snapshot_seconds: Option<u64>,
+    /// Bytes of its volume that a run must cover in a minute of its own time, until nothing is left to be covered.
+    pub progress_per_minute: Option<u64>,
 }
 
 impl Default for Limits {
@@ -42,6 +76,11 @@ impl Default for Limits {
             log_bytes: 1 << 20,
             // It is kept in the manifest.
             receipt_bytes: 64 << 10,
+            component_bytes: MAX_COMPONENT,
+            bandwidth: None,
+            fleecing_bytes: None,
+            snapshot_seconds: None,
+            progress_per_minute: None,
         }
     }
 }

@@ -1,0 +1,67 @@
+//! `fleecebox audit`.
+
+use super::{Failure, Session, target, text};
+use crate::job::audit::FILE;
+use anyhow::Context;
+use clap::Args;
+use serde_json::{Value, json};
+
+/// Show what became of jobs, and what they used of what they were granted.
+#[derive(Debug, Args)]
+#[command(after_help = "Example:\n  fleecebox audit acme --json")]
+pub(super) struct Audit {
+    /// Only jobs of this tenant
+    tenant: Option<String>,
+}
+
+impl Audit {
+    pub(super) fn run(self, session: &Session) -> Result<(), Failure> {
+        let (state, path) = target::folder(&session.state)?;
+        let text = match state.read(FILE) {
+            Ok(bytes) => String::from_utf8_lossy(&bytes).into_owned(),
+            Err(error) if error.kind() == std::io::ErrorKind::NotFound => String::new(),
+            Err(error) => Err(error)
+                .with_context(|| format!("{} cannot be read", path.join(FILE).display()))
+                .map_err(Failure::Failed)?,
+        };
+        let mut records = Vec::new();
+        for (number, line) in (1..).zip(text.lines()) {
+            match serde_json::from_str::<Value>(line) {
+                Ok(record) => records.push(record),
+                Err(_) => say!("warning: line {number} of {FILE} was torn by a crash"),
+            }
+        }
+        if let Some(tenant) = &self.tenant {
+            records.retain(|record| record["tenant"] == *tenant);
+        }
+        if session.json {
+            show!("{:#}", json!(records));
+            return Ok(());
+        }
+        for record in &records {
+            let field = |key: &str| text::one_line(record[key].as_str().unwrap_or("-"));
+            let calls: u64 = record["used"]["refused"]
+                .as_object()
+                .map_or(0, |codes| codes.values().filter_map(Value::as_u64).sum());
+            show!(
+                "{}  {:<7} {:<9} {} {} {} {}{}{}",
+                field("time"),
+                field("job"),
+                field("outcome"),
+                field("tenant"),
+                field("vm"),
+                field("provider"),
+                field("backup"),
+                match calls {
+                    0 => String::new(),
+                    calls => format!("  {calls} calls refused"),
+                },
+                match record["error"].as_str() {
+                    None => String::new(),
+                    Some(error) => format!("  {}", text::one_line(error)),
+                },
+            );
+        }
+        Ok(())
+    }
+}
