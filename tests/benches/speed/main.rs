@@ -4,6 +4,7 @@
 //! bytes and not a disk. Times of the product are its own, per step, and begin with the export being up, as the peers'
 //! do.
 
+mod neighbour;
 mod peer;
 mod product;
 mod table;
@@ -12,7 +13,7 @@ use std::path::PathBuf;
 
 use anyhow::{Context, Result, bail};
 use fleecebox_tests::{Disk, MIB, Random, StorageDaemon};
-use peer::{Export, Peer};
+use peer::{Export, Peer, fill};
 use product::{Backup, Mode, Provider};
 use serde_json::{Value, json};
 use table::Row;
@@ -116,6 +117,12 @@ fn main() -> Result<()> {
     if wanted("incremental") {
         times.push(scattered_incremental()?);
     }
+    for (name, provider) in [("put", PUT_ZSTD), ("through memory", IMAGE)] {
+        let name = format!("neighbour: {name}, time beside a spinning provider");
+        if wanted(&name) {
+            times.push(neighbour::cost(&name, provider)?);
+        }
+    }
 
     let report = report_path()?;
     let all = json!({"rows": speeds, "times": times});
@@ -150,7 +157,7 @@ fn dense_disk(wanted: &impl Fn(&str) -> bool) -> Result<Vec<Value>> {
         return Ok(Vec::new());
     }
     let daemon = StorageDaemon::start_with_writer_exports(&[Disk::raw(NODE, SIZE)])?;
-    peer::fill(&daemon.disks()[0].path, SIZE)?;
+    fill(&daemon.disks()[0].path, SIZE)?;
 
     let mut ours: Vec<Row> = Vec::new();
     for way in &ways {

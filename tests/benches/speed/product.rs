@@ -73,7 +73,8 @@ impl Provider {
         Ok(memory)
     }
 
-    fn command(self, daemon: &StorageDaemon, mode: Mode) -> Result<Fleecebox> {
+    /// The command line of a backup of all disks.
+    pub(crate) fn command(self, daemon: &StorageDaemon, mode: Mode) -> Result<Fleecebox> {
         let folder = daemon.folder();
         let archive = folder.join(archive_name(mode));
         fs::create_dir_all(&archive)?;

@@ -130,3 +130,11 @@ fn median(values: &[f64]) -> f64 {
     sorted.sort_by(f64::total_cmp);
     sorted.get(sorted.len() / 2).copied().unwrap_or(f64::NAN)
 }
+
+/// Prints ratios of times, which have a goal, and gives them as JSON.
+pub(crate) fn ratio(name: &str, ratios: &[f64], goal: f64) -> Value {
+    let (least, most) = bounds(ratios);
+    let middle = median(ratios);
+    println!("{name}: {middle:.2} x that alone ({least:.2} to {most:.2}), goal {goal:.2}");
+    json!({"name": name, "ratios": ratios, "median": middle, "goal": goal})
+}
