@@ -191,7 +191,6 @@ async fn an_escaped_sandbox_that_says_what_no_sandbox_says_is_ended_and_gains_no
 }
 
 #[tokio::test(flavor = "multi_thread")]
-#[ignore = "not settled: the stand-in must wait by a call that its filter allows"]
 async fn an_escaped_sandbox_cannot_hold_a_job_up_for_longer_than_its_time() {
     let host = Host::new().await;
     for escape in ["says half a word", "never listens", "talks without end"] {

@@ -8,7 +8,7 @@ use crate::channel::{
 };
 use nix::libc;
 use std::ffi::CString;
-use std::io::{self, Write};
+use std::io::{self, Read, Write};
 use std::net::{TcpListener, TcpStream};
 use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 use std::os::linux::net::SocketAddrExt;
@@ -479,8 +479,8 @@ fn misbehave(
         "says half a word" => {
             let half = (MAX_MESSAGE as u32).to_le_bytes();
             raw.write_all(&half).ok()?;
-            // For ever, as far as the job goes.
-            std::thread::sleep(std::time::Duration::from_secs(600));
+            // The job waits for the rest and never says a word.
+            let _ = raw.read(&mut [0]);
         }
         "never listens" => loop {
             socket.send(&Call::NextRegions { limit: 4096 }).ok()?;
