@@ -98,20 +98,23 @@ fn nobody_reading_its_output_harms_no_backup() -> Result<()> {
 }
 
 #[test]
-fn a_monitor_that_is_lost_is_said_and_the_next_run_cleans_up() -> Result<()> {
+fn a_job_that_loses_its_monitor_cleans_up_over_a_new_connection() -> Result<()> {
     let mut site = Site::new(Server::Shared)?;
-    for (command, stage) in [
-        ("query-named-block-nodes", Stage::BeforeQemu),
-        ("blockdev-add", Stage::BeforeAnswer),
-        ("transaction", Stage::BeforeQemu),
-        ("transaction", Stage::BeforeAnswer),
-        ("block-export-add", Stage::BeforeAnswer),
-        ("query-block-jobs", Stage::BeforeQemu),
-        ("block-export-del", Stage::BeforeAnswer),
-        ("job-dismiss", Stage::BeforeQemu),
-        ("block-dirty-bitmap-remove", Stage::BeforeQemu),
-        ("block-dirty-bitmap-remove", Stage::BeforeAnswer),
+    // Once all is read and the snapshot was found intact, the backup does not need QEMU any more.
+    let [before, after] = [false, true];
+    for (command, stage, committed) in [
+        ("query-named-block-nodes", Stage::BeforeQemu, before),
+        ("blockdev-add", Stage::BeforeAnswer, before),
+        ("transaction", Stage::BeforeQemu, before),
+        ("transaction", Stage::BeforeAnswer, before),
+        ("block-export-add", Stage::BeforeAnswer, before),
+        ("query-block-jobs", Stage::BeforeQemu, before),
+        ("block-export-del", Stage::BeforeAnswer, after),
+        ("job-dismiss", Stage::BeforeQemu, after),
+        ("block-dirty-bitmap-remove", Stage::BeforeQemu, after),
+        ("block-dirty-bitmap-remove", Stage::BeforeAnswer, after),
     ] {
+        let tracking = bitmaps(&site)?;
         site.renew_proxy()?;
         site.proxy.inject(Fault {
             at: At::Named(command, 1),
@@ -119,10 +122,19 @@ fn a_monitor_that_is_lost_is_said_and_the_next_run_cleans_up() -> Result<()> {
             what: What::Cut,
         });
         let outcome = site.backup().run()?;
-        assert_failed(&outcome, "the connection to the monitor was lost");
+        let lost = || format!("lost at {command}, {stage:?}: {}", outcome.stderr);
+        let references = site.proxy.references()?;
+        if committed {
+            ensure!(outcome.code() == Some(0), "{}", lost());
+            site.base = site.prove(&outcome, &references).with_context(lost)?;
+        } else {
+            assert_failed(&outcome, "the connection to the monitor was lost");
+            assert_eq!(bitmaps(&site)?, tracking, "{}", lost());
+        }
         let dead = site.attempt()?;
-        site.recover_from(&dead)
-            .with_context(|| format!("lost at {command}, {stage:?}"))?;
+        assert_eq!(dead.journal, None, "{}", lost());
+        site.assert_clean().with_context(lost)?;
+        site.recover_from(&dead).with_context(lost)?;
     }
     Ok(())
 }

@@ -236,20 +236,44 @@ pub async fn backup(
     };
     // First the lock: QEMU would let a second job wait for the monitor without a word.
     let mut journal = Journal::open(places.vm_state.0, places.vm_state.1)?;
-    let reached = power::reach(&request.qmp, &request.vm.start, &journal, events, cancel).await?;
+    let mut reached =
+        power::reach(&request.qmp, &request.vm.start, &journal, events, cancel).await?;
     let attempt = Attempt {
         request: &request,
         archive: &places.archive,
         fleecing: (&places.fleecing.0, &places.fleecing.1),
         program,
-        namespace,
-        owner,
+        namespace: Arc::clone(&namespace),
+        owner: owner.clone(),
         component,
         monitor: &reached.monitor,
         events,
         cancel,
     };
-    let made = attempt.make(&mut journal).await;
+    let mut made = attempt.make(&mut journal).await;
+    if reached.monitor.is_lost()
+        && let Ok(monitor) = Monitor::connect(&request.qmp).await
+    {
+        // QEMU runs on, with all in it that the job could not take down.
+        events.note("the monitor was lost and answers again; cleaning up over a new connection");
+        let traces = Traces {
+            monitor: &monitor,
+            fleecing: &places.fleecing.0,
+            own_server: request.vm.nbd.is_none(),
+            archive: &places.archive,
+            namespace: &namespace,
+            owner: &owner,
+        };
+        match (
+            recover::clean_up(&traces, &mut journal, events).await,
+            &mut made,
+        ) {
+            (Ok(()), Ok(summary)) => summary.left.clear(),
+            (Ok(()), Err(_)) => {}
+            (Err(error), _) => events.warn(error.to_string()),
+        }
+        reached.monitor = monitor;
+    }
     let put_back = reached.put_back(&journal, events).await;
     match (made, put_back) {
         (Ok(mut summary), Err(left)) => {

@@ -58,8 +58,7 @@ pub async fn recover(
     journal: &mut Journal,
     events: &Events,
 ) -> Result<(), RecoverError> {
-    let dead = journal.record().cloned();
-    if let Some(dead) = &dead {
+    if let Some(dead) = journal.record() {
         events.warn(format!(
             "the last job on this VM ({}, backup {}) died at step '{}'; cleaning up after it",
             dead.job,
@@ -67,6 +66,16 @@ pub async fn recover(
             dead.step.name()
         ));
     }
+    clean_up(traces, journal, events).await
+}
+
+/// The same without a word on whose traces they are: a job that lost its monitor does it for itself.
+pub async fn clean_up(
+    traces: &Traces<'_>,
+    journal: &mut Journal,
+    events: &Events,
+) -> Result<(), RecoverError> {
+    let dead = journal.record().cloned();
     let mut folders: BTreeSet<String> = dead.iter().map(|dead| dead.fleecing.clone()).collect();
     // Without nodes and exports the server may still be there: it is what a job stops last.
     let mut server_started = dead.as_ref().is_some_and(|dead| dead.nbd_server);

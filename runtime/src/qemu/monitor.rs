@@ -397,6 +397,11 @@ impl Monitor {
             .await
     }
 
+    /// Whether the connection is gone, so that no command can succeed on it.
+    pub fn is_lost(&self) -> bool {
+        self.events.upgrade().is_none()
+    }
+
     /// Waits until the connection is gone: QEMU ended, or let go of it. Says how.
     pub async fn lost(&self) -> MonitorError {
         let mut events = self.events();

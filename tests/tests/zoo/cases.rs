@@ -286,7 +286,7 @@ pub(super) fn cases() -> Vec<Case> {
         refused(
             "half-a-gigabyte",
             files::half_a_gigabyte,
-            "has more than the 67108864 bytes that are allowed",
+            "more than its limit of 67108864 (component-bytes)",
         ),
         refused(
             "endless-file",
