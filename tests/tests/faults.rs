@@ -70,6 +70,21 @@ fn a_signal_ends_a_backup_as_if_it_had_not_been_tried() -> Result<()> {
 }
 
 #[test]
+fn a_backup_is_not_suspended() -> Result<()> {
+    let mut site = Site::new(Server::Shared)?;
+    let tracking = bitmaps(&site)?;
+    let running = site.stalled_backup()?;
+    send(running.process().pid, Signal::TSTP)?;
+    running.wait_for_line(SOON, |line| {
+        line.starts_with("a backup cannot be suspended")
+    })?;
+    site.write_some()?;
+    send(running.process().pid, Signal::INT)?;
+    assert_failed(&running.finish()?, "cancelled");
+    nothing_happened(&mut site, &tracking)
+}
+
+#[test]
 fn a_sandbox_that_does_not_move_does_not_hold_up_a_cancel() -> Result<()> {
     let mut site = Site::new(Server::Shared)?;
     let tracking = bitmaps(&site)?;

@@ -64,6 +64,7 @@ pub(super) struct Backup {
 impl Backup {
     pub(super) async fn run(self, session: &Session) -> Result<(), Failure> {
         let started = Instant::now();
+        super::refuse_suspension();
         let mut record = Record::begin(Job::Backup, self.vm.clone());
         let made = self.make(session, &mut record).await;
         if let Ok(summary) = &made {

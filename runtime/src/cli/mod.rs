@@ -226,6 +226,21 @@ fn run(cli: Cli) -> Result<(), Failure> {
 }
 
 /// Each of these ends the job in order: QEMU is cleaned up before the process ends.
+/// ^Z would leave replies unread, and QEMU's main loop waits for them when it next drains a disk: the VM would stand
+/// still together with the backup.
+fn refuse_suspension() {
+    use tokio::signal::unix::{SignalKind, signal};
+    let stop = SignalKind::from_raw(rustix::process::Signal::TSTP.as_raw());
+    let Ok(mut stops) = signal(stop) else { return };
+    tokio::spawn(async move {
+        while stops.recv().await.is_some() {
+            say!(
+                "a backup cannot be suspended, because its VM would stand still with it; ^C ends it"
+            );
+        }
+    });
+}
+
 async fn cancel_on_signals(cancel: CancellationToken) {
     use tokio::signal::unix::{SignalKind, signal};
     let kinds = [
