@@ -243,8 +243,8 @@ pub async fn backup(
         archive: &places.archive,
         fleecing: (&places.fleecing.0, &places.fleecing.1),
         program,
-        namespace: Arc::clone(&namespace),
-        owner: owner.clone(),
+        namespace,
+        owner,
         component,
         monitor: &reached.monitor,
         events,
@@ -256,14 +256,7 @@ pub async fn backup(
     {
         // QEMU runs on, with all in it that the job could not take down.
         events.note("the monitor was lost and answers again; cleaning up over a new connection");
-        let traces = Traces {
-            monitor: &monitor,
-            fleecing: &places.fleecing.0,
-            own_server: request.vm.nbd.is_none(),
-            archive: &places.archive,
-            namespace: &namespace,
-            owner: &owner,
-        };
+        let traces = attempt.traces(&monitor);
         match (
             recover::clean_up(&traces, &mut journal, events).await,
             &mut made,
@@ -304,68 +297,19 @@ struct Attempt<'a> {
 }
 
 impl Attempt<'_> {
-    async fn make(self, journal: &mut Journal) -> Result<Summary, BackupError> {
-        let Self {
+    async fn make(&self, journal: &mut Journal) -> Result<Summary, BackupError> {
+        let &Self {
             request,
             archive,
             fleecing: (fleecing_folder, fleecing_path),
-            program,
-            namespace,
-            owner,
-            component,
             monitor,
             events,
-            cancel,
+            ..
         } = self;
-        let traces = Traces {
-            monitor,
-            fleecing: fleecing_folder,
-            own_server: request.vm.nbd.is_none(),
-            archive,
-            namespace: &namespace,
-            owner: &owner,
-        };
-        recover::recover(&traces, journal, events).await?;
+        recover::recover(&self.traces(monitor), journal, events).await?;
         let standing = standing(monitor, request, events).await?;
-
-        let choice = match &request.vm.disks[..] {
-            [] => machine::Choice::All,
-            names => machine::Choice::Named(names.to_vec()),
-        };
-        let mut found = machine::disks(monitor, &choice).await?;
-        extra::add_nodes(monitor, &request.extra, &mut found).await?;
-        for skipped in &found.skipped {
-            events.note(format!("{} is skipped: {}", skipped.name, skipped.reason));
-        }
         let id = BackupId::random(OffsetDateTime::now_utc())?;
-        let mut disks = Vec::new();
-        for disk in found.disks {
-            let mut known = BTreeMap::new();
-            if disk.read_only {
-                let choice = Choice::untracked("it is read-only and has no bitmap");
-                tell_choice(events, &disk, &choice);
-                disks.push((disk, choice));
-                continue;
-            }
-            let choice = base::choose(&owner, &disk, id, BLOCK_SIZE, |id| {
-                if let Some(known) = known.get(&id) {
-                    return Ok(Recorded::clone(known));
-                }
-                let found = recover::recorded(&namespace, id)?;
-                known.insert(id, found.clone());
-                Ok(found)
-            })?;
-            let choice = if request.full {
-                choice
-                    .in_full(&owner, &disk, id)
-                    .map_err(ChoiceError::from)?
-            } else {
-                choice
-            };
-            tell_choice(events, &disk, &choice);
-            disks.push((disk, choice));
-        }
-        tell_missing(events, &disks);
+        let mut disks = self.disks(id).await?;
 
         let parent = fleecing_folder
             .try_clone()
@@ -389,12 +333,7 @@ impl Attempt<'_> {
                 attached
             }
             Err(error) => {
-                if extra::detach_files(monitor, job, &request.extra)
-                    .await
-                    .is_empty()
-                {
-                    let _ = journal.clear();
-                }
+                self.unprepare(job, None, journal).await;
                 return Err(error.into());
             }
         };
@@ -408,23 +347,14 @@ impl Attempt<'_> {
         ) {
             Ok(fleecing) => fleecing,
             Err(error) => {
-                // Where this fails, the next run finds a journal and nothing else.
-                if extra::detach_files(monitor, job, &request.extra)
-                    .await
-                    .is_empty()
-                {
-                    let _ = journal.clear();
-                }
+                self.unprepare(job, None, journal).await;
                 return Err(error.into());
             }
         };
-        let writer = match namespace.begin(id) {
+        let writer = match self.namespace.begin(id) {
             Ok(writer) => Arc::new(writer),
             Err(error) => {
-                let detached = extra::detach_files(monitor, job, &request.extra).await;
-                if fleecing.remove().is_ok() && detached.is_empty() {
-                    let _ = journal.clear();
-                }
+                self.unprepare(job, Some(&fleecing), journal).await;
                 return Err(error.into());
             }
         };
@@ -433,15 +363,15 @@ impl Attempt<'_> {
             provider_name: &request.provider_name,
             provider: &request.provider,
             bytes: request.component.clone(),
-            component: &component,
-            program,
+            component: &self.component,
+            program: self.program,
             attachments: &request.attachments,
             account: &request.account,
-            namespace,
+            namespace: Arc::clone(&self.namespace),
             writer: Some(writer),
             id,
             events,
-            cancel,
+            cancel: self.cancel,
         };
         Backup {
             request,
@@ -455,10 +385,74 @@ impl Attempt<'_> {
             disks,
             reached: Vec::new(),
             events,
-            cancel,
+            cancel: self.cancel,
         }
         .make()
         .await
+    }
+
+    /// Where jobs on this VM leave what is to be cleaned up, seen over `monitor`.
+    fn traces<'b>(&'b self, monitor: &'b Monitor) -> Traces<'b> {
+        Traces {
+            monitor,
+            fleecing: self.fleecing.0,
+            own_server: self.request.vm.nbd.is_none(),
+            archive: self.archive,
+            namespace: &self.namespace,
+            owner: &self.owner,
+        }
+    }
+
+    /// The disks to back up, each with what it builds on.
+    async fn disks(&self, id: BackupId) -> Result<Vec<(qemu::Disk, Choice)>, BackupError> {
+        let (request, events) = (self.request, self.events);
+        let choice = match &request.vm.disks[..] {
+            [] => machine::Choice::All,
+            names => machine::Choice::Named(names.to_vec()),
+        };
+        let mut found = machine::disks(self.monitor, &choice).await?;
+        extra::add_nodes(self.monitor, &request.extra, &mut found).await?;
+        for skipped in &found.skipped {
+            events.note(format!("{} is skipped: {}", skipped.name, skipped.reason));
+        }
+        // The disks of one backup mostly share their base.
+        let mut known = BTreeMap::new();
+        let mut disks = Vec::new();
+        for disk in found.disks {
+            let choice = if disk.read_only {
+                Choice::untracked("it is read-only and has no bitmap")
+            } else {
+                let choice = base::choose(&self.owner, &disk, id, BLOCK_SIZE, |id| {
+                    if let Some(known) = known.get(&id) {
+                        return Ok(Recorded::clone(known));
+                    }
+                    let found = recover::recorded(&self.namespace, id)?;
+                    known.insert(id, found.clone());
+                    Ok(found)
+                })?;
+                if request.full {
+                    choice
+                        .in_full(&self.owner, &disk, id)
+                        .map_err(ChoiceError::from)?
+                } else {
+                    choice
+                }
+            };
+            tell_choice(events, &disk, &choice);
+            disks.push((disk, choice));
+        }
+        tell_missing(events, &disks);
+        Ok(disks)
+    }
+
+    /// Takes back what was prepared before there is anything to tear down. Where that fails, the journal stays, and the
+    /// next run does it.
+    async fn unprepare(&self, job: JobId, fleecing: Option<&Fleecing>, journal: &mut Journal) {
+        let detached = extra::detach_files(self.monitor, job, &self.request.extra).await;
+        let removed = fleecing.is_none_or(|fleecing| fleecing.remove().is_ok());
+        if removed && detached.is_empty() {
+            let _ = journal.clear();
+        }
     }
 }
 
