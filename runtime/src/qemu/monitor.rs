@@ -399,7 +399,8 @@ impl Monitor {
 
     /// Whether the connection is gone, so that no command can succeed on it.
     pub fn is_lost(&self) -> bool {
-        self.events.upgrade().is_none()
+        // Not by the events: they end a moment after the first caller was told.
+        matches!(*lock(&self.waiting), Waiting::Lost { .. })
     }
 
     /// Waits until the connection is gone: QEMU ended, or let go of it. Says how.
@@ -630,6 +631,26 @@ fn lock(waiting: &Mutex<Waiting>) -> MutexGuard<'_, Waiting> {
 mod tests {
     use super::*;
     use proptest::prelude::*;
+    use tokio::io::AsyncBufReadExt;
+
+    /// Connections that QEMU closes on a command: enough to meet each order of our two tasks and the caller.
+    const CLOSED: usize = 2000;
+
+    #[tokio::test(flavor = "multi_thread", worker_threads = 4)]
+    async fn who_is_told_of_the_loss_sees_it() {
+        for _ in 0..CLOSED {
+            let (ours, qemu) = UnixStream::pair().unwrap();
+            let (reader, writer) = ours.into_split();
+            let monitor = Monitor::start(BufReader::new(reader), writer);
+            let closing = tokio::spawn(async move {
+                let mut line = Vec::new();
+                BufReader::new(qemu).read_until(b'\n', &mut line).await
+            });
+            let error = monitor.execute_raw("stop", json!({})).await.unwrap_err();
+            assert!(error.is_lost() && monitor.is_lost(), "{error}");
+            closing.await.unwrap().unwrap();
+        }
+    }
 
     proptest! {
         #[test]
