@@ -6,8 +6,9 @@ mod crash;
 use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};
-use crash::{Attempt, Server, Site};
-use fleecebox_tests::{At, Fault, Running, Stage, What, eventually};
+use crash::{Attempt, Server, Site, result};
+use fleecebox_tests::{At, Fault, Fleecebox, QemuState, Running, Stage, What, eventually};
+use serde_json::json;
 
 /// As they stand in the journal, in their order.
 const STEPS: [&str; 8] = [
@@ -170,5 +171,97 @@ fn a_sandbox_and_then_its_job_killed_in_the_middle_of_a_run_are_cleaned_up_by_th
     let dead = site.attempt()?;
     assert_eq!(dead.step(), Some("running"));
     site.recover_from(&dead)?;
+    Ok(())
+}
+
+fn recover(site: &Site) -> Fleecebox {
+    site.fleecebox(&["recover", "box", "--archive", "here", "--qmp"])
+        .arg(site.proxy.socket())
+}
+
+#[test]
+fn recover_does_what_the_next_backup_would_do_first() -> Result<()> {
+    let mut site = Site::new(Server::Shared)?;
+    for (step, journal_stays) in [
+        ("snapshot", true),
+        ("running", true),
+        ("running", false),
+        ("committed", true),
+    ] {
+        let told = || format!("killed at {step}, its journal stays: {journal_stays}");
+        let dead = kill_at_step(&site, step)?;
+        let journal = dead.journal.as_ref().context("no journal")?;
+        if !journal_stays {
+            std::fs::remove_file(site.path("state/vms/box/journal.json"))?;
+        }
+        let outcome = recover(&site).run()?.assert_success();
+        assert_eq!(result(&outcome)?, json!([{"vm": "box", "found": true}]));
+        let job = journal["job"].as_str().context("no job")?;
+        ensure!(outcome.stderr.contains(job), "{}", outcome.stderr);
+        if !journal_stays {
+            // Only the journal knew of it.
+            let id = journal["backup"].as_str().context("no backup")?;
+            let unfinished = site.path("archive/namespaces/chunked/backups").join(id);
+            std::fs::remove_dir_all(unfinished)?;
+        }
+        site.assert_clean().with_context(told)?;
+        if step == "committed" {
+            site.base = journal["backup"].as_str().context("no backup")?.into();
+        }
+        let again = recover(&site).run()?.assert_success();
+        assert_eq!(result(&again)?, json!([{"vm": "box", "found": false}]));
+        let next = site.backup().run()?.assert_success();
+        ensure!(!next.stderr.contains("died"), "{}", next.stderr);
+        let base = std::mem::take(&mut site.base);
+        for volume in result(&next)?["volumes"].as_array().context("no volumes")? {
+            assert_eq!(volume["base"], base.as_str(), "{}", told());
+        }
+        let references = site.proxy.references()?;
+        site.base = site.prove(&next, &references).with_context(told)?;
+        site.write_some()?;
+    }
+    Ok(())
+}
+
+#[test]
+fn recover_leaves_a_live_job_alone() -> Result<()> {
+    let mut site = Site::new(Server::Shared)?;
+    let running = site.stalled_backup()?;
+    let before = QemuState::read(site.daemon.monitors())?;
+    let outcome = recover(&site).run()?;
+    outcome.assert_refused(1, "another job is running on this VM");
+    QemuState::read(site.daemon.monitors())?.assert_restored(&before, |_| false);
+    running.kill()?;
+    site.attempt()?;
+    recover(&site).run()?.assert_success();
+    site.assert_clean()?;
+    site.write_some()
+}
+
+#[test]
+fn recover_removes_the_files_of_a_vm_that_is_gone() -> Result<()> {
+    let mut site = Site::new(Server::Shared)?;
+    let running = site.stalled_backup()?;
+    running.kill()?;
+    site.writers.clear();
+    site.daemon.kill()?;
+    let socket = &site.daemon.monitors().product;
+    let recover = site.fleecebox(&["recover", "box", "--archive", "here", "--qmp"]);
+    let outcome = recover.arg(socket).run()?.assert_success();
+    let said = outcome.stderr.contains("the VM does not run");
+    ensure!(said, "{}", outcome.stderr);
+    assert_eq!(std::fs::read_dir(site.path("fleecing"))?.count(), 0);
+    assert_eq!(site.listed()?.len(), 1);
+    Ok(())
+}
+
+#[test]
+fn recover_without_a_name_goes_through_the_configuration() -> Result<()> {
+    let site = Site::new(Server::Shared)?;
+    let outcome = site.fleecebox(&["recover"]).run()?;
+    assert_eq!(outcome.code(), Some(1), "{outcome:?}");
+    let rows = result(&outcome)?;
+    let error = rows[0]["error"].as_str().context("no error")?;
+    ensure!(error.contains("VM 'box' has no monitor"), "{rows}");
     Ok(())
 }

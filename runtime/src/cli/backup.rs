@@ -3,6 +3,7 @@
 use super::progress::Progress;
 use super::{Failure, Sandboxes, Session, installed, target, text};
 use crate::archive::ComponentId;
+use crate::config::Vm;
 use crate::grants::MAX_ATTACHMENT;
 use crate::grants::account::Account;
 use crate::job::audit::{Granted, Job, Record};
@@ -110,9 +111,7 @@ impl Backup {
             vm.disks = self.disks;
         }
         check_vm_name(&self.vm)?;
-        let qmp = vm.qmp.clone().ok_or_else(|| {
-            mistake(format!("VM '{}' has no monitor: give its QMP socket with --qmp or as `qmp` in the configuration", self.vm))
-        })?;
+        let qmp = monitor_of(&self.vm, &vm)?;
         let wanted = self.provider.or_else(|| vm.provider.clone()).ok_or_else(|| {
             mistake("no provider: name one with --provider, or as `provider` of this VM in the configuration".into())
         })?;
@@ -191,8 +190,17 @@ impl Backup {
     }
 }
 
+/// The socket of its monitor.
+pub(super) fn monitor_of(name: &str, vm: &Vm) -> Result<PathBuf, Failure> {
+    vm.qmp.clone().ok_or_else(|| {
+        mistake(format!(
+            "VM '{name}' has no monitor: give its QMP socket with --qmp or as `qmp` in the configuration"
+        ))
+    })
+}
+
 /// It becomes a folder's name and part of each bitmap's name.
-fn check_vm_name(name: &str) -> Result<(), Failure> {
+pub(super) fn check_vm_name(name: &str) -> Result<(), Failure> {
     let plain = name
         .bytes()
         .all(|b| b.is_ascii_alphanumeric() || b"-_.".contains(&b));

@@ -15,6 +15,7 @@ mod policy;
 mod progress;
 mod providers;
 mod reading;
+mod recover;
 mod remove;
 mod restore;
 mod show;
@@ -67,6 +68,8 @@ struct Common {
 enum Command {
     /// Back up the disks of a running VM
     Backup(backup::Backup),
+    /// Remove what a job that died left in a VM, and settle its bitmaps
+    Recover(recover::Recover),
     /// Write a backup's volumes to files or block devices
     Restore(restore::Restore),
     /// Read a backup completely and compare each block with its digest
@@ -141,6 +144,18 @@ enum Failure {
     Found(anyhow::Error),
 }
 
+impl Failure {
+    /// For the operator.
+    fn line(&self) -> String {
+        match self {
+            Self::Mistake(error)
+            | Self::Failed(error)
+            | Self::Reported(error)
+            | Self::Found(error) => text::error(error),
+        }
+    }
+}
+
 /// What every command gets.
 #[derive(Debug)]
 struct Session {
@@ -158,13 +173,13 @@ pub fn main() -> ExitCode {
     match run(cli) {
         Ok(()) => ExitCode::SUCCESS,
         Err(failure) => {
-            let (error, status, reported) = match failure {
-                Failure::Mistake(error) => (error, 2, false),
-                Failure::Failed(error) => (error, 1, false),
-                Failure::Reported(error) => (error, 1, true),
-                Failure::Found(error) => (error, 2, true),
+            let (status, reported) = match &failure {
+                Failure::Mistake(_) => (2, false),
+                Failure::Failed(_) => (1, false),
+                Failure::Reported(_) => (1, true),
+                Failure::Found(_) => (2, true),
             };
-            let line = text::error(&error);
+            let line = failure.line();
             say!("fleecebox: {line}");
             if json && !reported {
                 show!(
@@ -204,6 +219,7 @@ fn run(cli: Cli) -> Result<(), Failure> {
         tokio::spawn(cancel_on_signals(cancel));
         match cli.command {
             Command::Backup(command) => command.run(&session).await,
+            Command::Recover(command) => command.run(&session).await,
             Command::Restore(command) => command.run(&session).await,
             Command::Verify(command) => command.run(&session).await,
             Command::List(command) => command.run(&session),
@@ -225,7 +241,6 @@ fn run(cli: Cli) -> Result<(), Failure> {
     ended
 }
 
-/// Each of these ends the job in order: QEMU is cleaned up before the process ends.
 /// ^Z would leave replies unread, and QEMU's main loop waits for them when it next drains a disk: the VM would stand
 /// still together with the backup.
 fn refuse_suspension() {
@@ -241,6 +256,7 @@ fn refuse_suspension() {
     });
 }
 
+/// Each of these ends the job in order: QEMU is cleaned up before the process ends.
 async fn cancel_on_signals(cancel: CancellationToken) {
     use tokio::signal::unix::{SignalKind, signal};
     let kinds = [

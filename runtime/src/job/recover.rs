@@ -6,7 +6,8 @@ use super::base::{self, Owner, Recorded, Remedy};
 use super::event::Events;
 use super::fleecing::Fleecing;
 use super::journal::{Journal, JournalError, Record};
-use crate::archive::{self, Archive, BackupId, Namespace};
+use super::power::{self, PowerError};
+use crate::archive::{self, Archive, BackupId, Namespace, NamespaceName};
 use crate::qemu::bitmap::{self, BitmapPlan, Tracking};
 use crate::qemu::machine::{self, RunState};
 use crate::qemu::removal::{self, RemovalError, ServerFate};
@@ -14,7 +15,9 @@ use crate::qemu::{Monitor, MonitorError, leftovers};
 use cap_std::fs::Dir;
 use std::collections::BTreeSet;
 use std::io;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
+use tokio_util::sync::CancellationToken;
 
 /// Why the rest of a dead run could not be cleaned up.
 #[derive(Debug, thiserror::Error)]
@@ -31,9 +34,22 @@ pub enum RecoverError {
     /// A fleecing image of the dead run cannot be removed.
     #[error("a fleecing image of a job that died cannot be removed: {0}")]
     Files(io::Error),
-    /// The journal cannot be kept.
+    /// The journal cannot be kept, or a live job has it.
     #[error(transparent)]
     Journal(#[from] JournalError),
+    /// The VM cannot be reached.
+    #[error(transparent)]
+    Power(#[from] PowerError),
+    /// A VM that a dead run started paused still runs.
+    #[error("{0}")]
+    StillRuns(String),
+}
+
+impl RecoverError {
+    /// Whether the user can mend it.
+    pub fn is_mistake(&self) -> bool {
+        matches!(self, Self::Power(error) if error.is_mistake())
+    }
 }
 
 /// Where a dead run may have left something.
@@ -59,12 +75,7 @@ pub async fn recover(
     events: &Events,
 ) -> Result<(), RecoverError> {
     if let Some(dead) = journal.record() {
-        events.warn(format!(
-            "the last job on this VM ({}, backup {}) died at step '{}'; cleaning up after it",
-            dead.job,
-            dead.backup,
-            dead.step.name()
-        ));
+        warn_of(dead, events);
     }
     clean_up(traces, journal, events).await
 }
@@ -76,50 +87,12 @@ pub async fn clean_up(
     events: &Events,
 ) -> Result<(), RecoverError> {
     let dead = journal.record().cloned();
-    let mut folders: BTreeSet<String> = dead.iter().map(|dead| dead.fleecing.clone()).collect();
-    // Without nodes and exports the server may still be there: it is what a job stops last.
-    let mut server_started = dead.as_ref().is_some_and(|dead| dead.nbd_server);
-    let found = leftovers::find(traces.monitor).await?;
-    // A fleecing image that nobody watched any more may have filled up and failed the guest's writes.
-    let stopped = !found.is_empty()
-        && machine::run_state(traces.monitor)
-            .await?
-            .as_ref()
-            .is_some_and(RunState::is_io_error);
-    for (job, leftover) in found {
-        let recorded = dead
-            .as_ref()
-            .is_some_and(|dead| dead.job == job.to_string());
-        if recorded {
-            events.note(format!("removing what job {job} left in QEMU"));
-        } else {
-            events.warn(format!(
-                "a job that no journal tells of ({job}) left something in QEMU; removing it"
-            ));
-            folders.insert(Fleecing::name(job));
-            server_started |= traces.own_server;
-        }
-        let errors = leftovers::remove(traces.monitor, &leftover, ServerFate::Keep).await;
-        if let Some(error) = errors.into_iter().next() {
-            return Err(error.into());
-        }
-    }
-    if stopped {
-        events.warn(
-            "an I/O error stopped the VM while a dead job's snapshot was in it; it is continued",
-        );
-        traces.monitor.execute(qapi::qmp::cont {}).await?;
-    }
-    if server_started {
-        removal::stop_unused_server(traces.monitor).await?;
-    }
-    for folder in folders {
-        match traces.fleecing.remove_dir_all(&folder) {
-            Ok(()) => events.note("removed its fleecing images"),
-            Err(error) if error.kind() == io::ErrorKind::NotFound => {}
-            Err(error) => return Err(RecoverError::Files(error)),
-        }
-    }
+    let qemu = InQemu {
+        monitor: traces.monitor,
+        fleecing: traces.fleecing,
+        own_server: traces.own_server,
+    };
+    qemu.remove(dead.as_ref(), events).await?;
     settle_bitmaps(
         traces.monitor,
         traces.namespace,
@@ -129,8 +102,157 @@ pub async fn clean_up(
     )
     .await?;
     if let Some(dead) = dead {
-        discard_backup(traces, &dead, events)?;
+        discard_backup(traces.archive, &dead, events)?;
         journal.clear()?;
+    }
+    Ok(())
+}
+
+/// A VM that is to be cleaned up and not backed up.
+pub struct Patient<'a> {
+    /// Its name.
+    pub vm: &'a str,
+    /// Its monitor.
+    pub qmp: &'a Path,
+    /// Where its journal is, and the path of that.
+    pub state: (Dir, PathBuf),
+    /// As in [`Traces`].
+    pub fleecing: &'a Dir,
+    /// As in [`Traces`].
+    pub own_server: bool,
+    /// The archive whose bitmaps are settled, those of all its namespaces.
+    pub archive: &'a Archive,
+}
+
+/// `fleecebox recover`: returns whether there was anything of a dead run.
+///
+/// # Errors
+/// Any [`RecoverError`]; what is not cleaned up then is left to the next try.
+pub async fn recover_vm(
+    patient: Patient<'_>,
+    events: &Events,
+    cancel: &CancellationToken,
+) -> Result<bool, RecoverError> {
+    let Patient {
+        vm,
+        qmp,
+        state: (state, path),
+        fleecing,
+        own_server,
+        archive,
+    } = patient;
+    let mut journal = Journal::open(state, path)?;
+    let dead = journal.record().cloned();
+    if let Some(dead) = &dead {
+        warn_of(dead, events);
+    }
+    let reached = match power::reach(qmp, &[], &journal, events, cancel).await {
+        Err(PowerError::Stopped(_)) => {
+            if let Some(dead) = &dead {
+                remove_folder(fleecing, &dead.fleecing, events)?;
+                discard_backup(archive, dead, events)?;
+                // The journal stays until the disks' bitmaps can be seen.
+                events.note("the VM does not run; its next backup settles its bitmaps");
+            }
+            return Ok(dead.is_some());
+        }
+        reached => reached?,
+    };
+    let monitor = &reached.monitor;
+    let qemu = InQemu {
+        monitor,
+        fleecing,
+        own_server,
+    };
+    let found = qemu.remove(dead.as_ref(), events).await?;
+    for name in archive.namespaces()? {
+        let namespace = Arc::new(archive.namespace(&name)?);
+        let owner = owner(archive, name, vm);
+        settle_bitmaps(monitor, &namespace, &owner, dead.as_ref(), events).await?;
+    }
+    if let Some(dead) = &dead {
+        discard_backup(archive, dead, events)?;
+        journal.clear()?;
+    }
+    let put_back = reached.put_back(&journal, events).await;
+    put_back.map_err(RecoverError::StillRuns)?;
+    Ok(found || dead.is_some())
+}
+
+fn owner(archive: &Archive, namespace: NamespaceName, vm: &str) -> Owner {
+    Owner {
+        archive: archive.id(),
+        namespace,
+        vm: vm.into(),
+    }
+}
+
+fn warn_of(dead: &Record, events: &Events) {
+    events.warn(format!(
+        "the last job on this VM ({}, backup {}) died at step '{}'; cleaning up after it",
+        dead.job,
+        dead.backup,
+        dead.step.name()
+    ));
+}
+
+/// What jobs make inside QEMU and for it.
+struct InQemu<'a> {
+    monitor: &'a Monitor,
+    fleecing: &'a Dir,
+    own_server: bool,
+}
+
+impl InQemu<'_> {
+    /// Removes what the dead run and others left. Returns whether QEMU showed anything.
+    async fn remove(&self, dead: Option<&Record>, events: &Events) -> Result<bool, RecoverError> {
+        let mut folders: BTreeSet<String> = dead.iter().map(|dead| dead.fleecing.clone()).collect();
+        // Without nodes and exports the server may still be there: it is what a job stops last.
+        let mut server_started = dead.is_some_and(|dead| dead.nbd_server);
+        let found = leftovers::find(self.monitor).await?;
+        let any = !found.is_empty();
+        // A fleecing image that nobody watched any more may have filled up and failed the guest's writes.
+        let stopped = any
+            && machine::run_state(self.monitor)
+                .await?
+                .as_ref()
+                .is_some_and(RunState::is_io_error);
+        for (job, leftover) in found {
+            if dead.is_some_and(|dead| dead.job == job.to_string()) {
+                events.note(format!("removing what job {job} left in QEMU"));
+            } else {
+                events.warn(format!(
+                    "a job that no journal tells of ({job}) left something in QEMU; removing it"
+                ));
+                folders.insert(Fleecing::name(job));
+                server_started |= self.own_server;
+            }
+            let errors = leftovers::remove(self.monitor, &leftover, ServerFate::Keep).await;
+            if let Some(error) = errors.into_iter().next() {
+                return Err(error.into());
+            }
+        }
+        if stopped {
+            events.warn(
+                "an I/O error stopped the VM while a dead job's snapshot was in it; it is continued",
+            );
+            self.monitor.execute(qapi::qmp::cont {}).await?;
+        }
+        if server_started {
+            removal::stop_unused_server(self.monitor).await?;
+        }
+        for folder in folders {
+            remove_folder(self.fleecing, &folder, events)?;
+        }
+        Ok(any)
+    }
+}
+
+fn remove_folder(fleecing: &Dir, folder: &str, events: &Events) -> Result<(), RecoverError> {
+    match fleecing.remove_dir_all(folder) {
+        Ok(()) => events.note("removed its fleecing images"),
+        Err(error) if error.kind() == io::ErrorKind::NotFound => {}
+        Err(error) => return Err(RecoverError::Files(error)),
     }
     Ok(())
 }
@@ -175,18 +297,18 @@ async fn settle_bitmaps(
     Ok(())
 }
 
-fn discard_backup(traces: &Traces<'_>, dead: &Record, events: &Events) -> Result<(), RecoverError> {
+fn discard_backup(archive: &Archive, dead: &Record, events: &Events) -> Result<(), RecoverError> {
     let (Ok(id), Ok(name)) = (dead.backup.parse(), dead.namespace.parse()) else {
         return Ok(());
     };
-    if dead.archive != traces.archive.id().to_string() {
+    if dead.archive != archive.id().to_string() {
         events.warn(format!(
             "backup {id} was for another archive ({}); if it did not commit, what it stored there stays",
             dead.archive
         ));
         return Ok(());
     }
-    let namespace = match traces.archive.namespace(&name) {
+    let namespace = match archive.namespace(&name) {
         Err(archive::Error::NotFound { .. }) => return Ok(()),
         namespace => namespace?,
     };

@@ -1,0 +1,129 @@
+//! `fleecebox recover`.
+
+use super::progress::Progress;
+use super::{Failure, Session, backup, target};
+use crate::config::Vm;
+use crate::job::recover::{self, Patient};
+use anyhow::anyhow;
+use clap::Args;
+use serde_json::json;
+use std::path::PathBuf;
+
+/// Remove what a job that died left in a VM, and settle its bitmaps.
+#[derive(Debug, Args)]
+#[command(after_help = "\
+Examples:
+  fleecebox recover
+  fleecebox recover web --qmp /run/web.qmp --archive /srv/backups
+
+A backup does this by itself first. What a live job owns is never touched: a VM that is backed up just now is left alone \
+and said.")]
+pub(super) struct Recover {
+    /// The VM, by its name in the configuration, or any name along with --qmp [default: all of the configuration]
+    vm: Option<String>,
+    /// QEMU's QMP socket
+    #[arg(long, value_name = "SOCKET", requires = "vm")]
+    qmp: Option<PathBuf>,
+    /// Folder of the fleecing images [default: in the state folder]
+    #[arg(long, value_name = "FOLDER", requires = "vm")]
+    fleecing: Option<PathBuf>,
+    /// Socket of the NBD server that this QEMU runs by itself: it is not stopped
+    #[arg(long, value_name = "SOCKET", requires = "vm")]
+    nbd: Option<PathBuf>,
+    /// The archive, by name or folder, whose bitmaps are settled
+    #[arg(long, value_name = "NAME|FOLDER", requires = "vm")]
+    archive: Option<String>,
+}
+
+impl Recover {
+    pub(super) async fn run(self, session: &Session) -> Result<(), Failure> {
+        let Some(name) = &self.vm else {
+            return all(session).await;
+        };
+        let mut vm = target::vm(session, name, self.qmp.is_some())?;
+        vm.qmp = self.qmp.or(vm.qmp);
+        vm.fleecing = self.fleecing.or(vm.fleecing);
+        vm.nbd = self.nbd.or(vm.nbd);
+        vm.archive = self.archive.or(vm.archive);
+        let found = one(session, name, vm).await?;
+        tell(session, &[(name.clone(), Ok(found))]);
+        Ok(())
+    }
+}
+
+/// One that fails does not keep the others from being cleaned up.
+async fn all(session: &Session) -> Result<(), Failure> {
+    let mut results = Vec::new();
+    for (name, vm) in &session.config.vm {
+        let result = one(session, name, vm.clone()).await;
+        results.push((name.clone(), result));
+    }
+    if results.is_empty() {
+        return Err(Failure::Mistake(anyhow!(
+            "the configuration has no VM: name one, with its monitor as --qmp and its archive as --archive"
+        )));
+    }
+    tell(session, &results);
+    let failed = results.iter().filter(|(_, result)| result.is_err()).count();
+    match failed {
+        0 => Ok(()),
+        _ => Err(Failure::Reported(anyhow!(
+            "{failed} of {} VMs could not be cleaned up",
+            results.len()
+        ))),
+    }
+}
+
+/// Returns whether there was anything.
+async fn one(session: &Session, name: &str, vm: Vm) -> Result<bool, Failure> {
+    backup::check_vm_name(name)?;
+    let qmp = backup::monitor_of(name, &vm)?;
+    let archive = target::archive(session, vm.archive.as_deref(), false)?;
+    let fleecing = vm
+        .fleecing
+        .unwrap_or_else(|| session.state.join("fleecing"));
+    let (fleecing, _) = target::folder(&fleecing)?;
+    let patient = Patient {
+        vm: name,
+        qmp: &qmp,
+        state: target::vm_state(session, name)?,
+        fleecing: &fleecing,
+        own_server: vm.nbd.is_none(),
+        archive: &archive,
+    };
+    let (events, progress) = Progress::start(session.quiet);
+    let found = recover::recover_vm(patient, &events, &session.cancel).await;
+    drop(events);
+    progress.finish().await;
+    found.map_err(|error| match error.is_mistake() {
+        true => Failure::Mistake(error.into()),
+        false => Failure::Failed(error.into()),
+    })
+}
+
+fn tell(session: &Session, results: &[(String, Result<bool, Failure>)]) {
+    let mut rows = Vec::new();
+    for (vm, result) in results {
+        match result {
+            Ok(found) => {
+                if !session.quiet {
+                    let what = if *found {
+                        "cleaned up"
+                    } else {
+                        "nothing of a dead job is left"
+                    };
+                    say!("{vm}: {what}");
+                }
+                rows.push(json!({ "vm": vm, "found": found }));
+            }
+            Err(failure) => {
+                let error = failure.line();
+                say!("{vm}: {error}");
+                rows.push(json!({ "vm": vm, "error": error }));
+            }
+        }
+    }
+    if session.json {
+        show!("{:#}", json!(rows));
+    }
+}
