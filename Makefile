@@ -23,13 +23,14 @@ WASM = $(CARGO_TARGET_DIR)/wasm32-unknown-unknown/release
 
 # One step after the other: cargo uses all processors by itself.
 .NOTPARALLEL:
-.PHONY: help setup demo demo-vm test zoo bench bench-languages fuzz lint providers languages build clean
+.PHONY: help setup demo demo-vm test zoo soak bench bench-languages fuzz lint providers languages build clean
 
 help:
 	@echo "make demo       back up a live disk, restore it, and let hostile providers try; under a minute once built"
 	@echo "make demo-vm    the same on a Linux guest that boots under QEMU"
 	@echo "make test       all tests"
 	@echo "make zoo        only the hostile providers, with a table of what each came to; WORDS=… for some of them"
+	@echo "make soak       random writes, backups, kills, restarts, restores, for SECONDS=60 and with SEED=… if given"
 	@echo "make bench      measure against nbdcopy and qemu-img"
 	@echo "make bench-languages  what a provider's language costs"
 	@echo "make fuzz       feed rubbish to all that reads bytes from outside, SECONDS=60 for each part; needs nightly"
@@ -62,6 +63,11 @@ zoo: setup
 	@$(MAKE) build providers
 	cargo test --release --locked -p fleecebox-tests --test zoo -- $(WORDS)
 
+SECONDS ?= 60
+soak: setup
+	@$(MAKE) build providers
+	cargo test --release --locked -p fleecebox-tests --test soak -- --seconds $(SECONDS) $(SEED:%=--seed %)
+
 bench:
 	@tests/setup/packages.sh bench
 	@$(MAKE) build providers
@@ -72,7 +78,6 @@ bench-languages:
 	@$(MAKE) build providers languages
 	TMPDIR=$${FLEECEBOX_BENCH_FOLDER:-/dev/shm} cargo bench --locked -p fleecebox-tests --bench languages
 
-SECONDS ?= 60
 fuzz:
 	@tests/fuzz/fuzz.sh $(SECONDS)
 
