@@ -107,6 +107,9 @@ impl World {
             random,
         };
         world.start_writers()?;
+        for track in TRACKS {
+            world.back_up_to(track, false)?;
+        }
         Ok(world)
     }
 
@@ -139,8 +142,12 @@ impl World {
 
     /// An order of one of the tracks, with a fresh proxy.
     fn order(&mut self) -> Result<Order> {
+        let track = TRACKS[self.random.below(TRACKS.len() as u64) as usize];
+        self.order_to(track)
+    }
+
+    fn order_to(&mut self, (provider, archive): (&str, &str)) -> Result<Order> {
         self.proxy = Proxy::start(self.daemon.monitors())?;
-        let (provider, archive) = TRACKS[self.random.below(TRACKS.len() as u64) as usize];
         let order = self.site.order(&self.daemon, provider)?;
         Ok(Order {
             archive: self.site.path(archive),
@@ -150,9 +157,14 @@ impl World {
 
     /// A backup that nobody disturbs must go through.
     pub(crate) fn back_up(&mut self, full: bool) -> Result<()> {
+        let track = TRACKS[self.random.below(TRACKS.len() as u64) as usize];
+        self.back_up_to(track, full)
+    }
+
+    fn back_up_to(&mut self, track: (&str, &str), full: bool) -> Result<()> {
         let order = Order {
             full,
-            ..self.order()?
+            ..self.order_to(track)?
         };
         let backup = self.site.backup(&order)?;
         self.commands = self.proxy.commands().len() as u64;
