@@ -8,6 +8,7 @@ mod event;
 pub mod extra;
 pub mod fleecing;
 pub mod journal;
+pub mod point_in_time;
 pub mod power;
 pub mod prove;
 pub mod recover;

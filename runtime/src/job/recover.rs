@@ -53,6 +53,7 @@ impl RecoverError {
 }
 
 /// Where a dead run may have left something.
+#[derive(Clone, Copy)]
 pub struct Traces<'a> {
     /// The VM's monitor.
     pub monitor: &'a Monitor,

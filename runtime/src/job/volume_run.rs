@@ -28,7 +28,7 @@ use std::sync::Arc;
 use tokio::sync::Semaphore;
 use tokio_util::sync::CancellationToken;
 
-use super::backup::BLOCK_SIZE;
+use super::point_in_time::BLOCK_SIZE;
 
 /// What one volume's run needs.
 pub struct Order<'a> {

@@ -18,7 +18,7 @@ use std::fmt;
 const LEAST_MEMORY: u64 = 17 << 16;
 
 /// The unit of everything that is stored, in bytes.
-const BLOCK: u64 = crate::job::backup::BLOCK_SIZE as u64;
+const BLOCK: u64 = crate::job::point_in_time::BLOCK_SIZE as u64;
 
 /// A line of a provider's log costs at least this, in bytes.
 const LINE_COST: u64 = crate::grants::LINE_COST;

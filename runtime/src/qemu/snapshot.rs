@@ -61,10 +61,22 @@ pub struct Request {
     pub plans: Vec<Plan>,
     /// Where the exports go.
     pub server: NbdServer,
+    /// What may be asked of the exports.
+    pub readers: Readers,
     /// How old data is kept.
     pub form: Form,
     /// What the fleecing files are.
     pub format: FleecingFormat,
+}
+
+/// What may be asked of an export.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Readers {
+    /// Reads, and giving back what has been read (NBD `TRIM`), which needs an export that calls itself writable;
+    /// writes are refused by the node itself.
+    Discard,
+    /// Reads only. QEMU's FUSE exports share a node with no export that calls itself writable.
+    ReadOnly,
 }
 
 /// One disk of a point in time.
@@ -475,7 +487,7 @@ async fn make(
         *server = ServerFate::StopIfUnused;
     }
     for (index, plan) in (0..).zip(&request.plans) {
-        add_export(monitor, request.job, index, plan)
+        add_export(monitor, request, index, plan)
             .await
             .map_err(|source| Cause::Export {
                 disk: plan.disk.name.clone(),
@@ -716,21 +728,20 @@ async fn start_server(monitor: &Monitor, path: &Path) -> Result<(), Cause> {
     }
 }
 
-/// Writable, because only such an export of a snapshot-access node takes TRIM; writes are refused by
-/// the node itself. Never with an `iothread`: a later `blockdev-backup` of that node would abort QEMU.
+/// Never with an `iothread`: a later `blockdev-backup` of that node would abort QEMU.
 async fn add_export(
     monitor: &Monitor,
-    job: JobId,
+    request: &Request,
     index: u16,
     plan: &Plan,
 ) -> Result<(), MonitorError> {
-    let export = id(job, Role::Export, index);
+    let export = id(request.job, Role::Export, index);
     let mut arguments = json!({
         "type": "nbd",
         "id": export,
-        "node-name": id(job, Role::Access, index),
+        "node-name": id(request.job, Role::Access, index),
         "name": export,
-        "writable": true,
+        "writable": request.readers == Readers::Discard,
     });
     if let Some(old) = plan.bitmap.old() {
         arguments["bitmaps"] = json!([{ "node": plan.disk.node, "name": old.to_string() }]);

@@ -11,8 +11,8 @@ use fleecebox::archive::{
     ProviderRecord, Stats, VolumeRecord,
 };
 use fleecebox::channel::{BitmapMode, World};
-use fleecebox::job::backup::BLOCK_SIZE;
 use fleecebox::job::base::{self, Owner, Recorded};
+use fleecebox::job::point_in_time::BLOCK_SIZE;
 use fleecebox::qemu::bitmap::Own;
 use fleecebox::qemu::{self as product, Disk};
 use serde_json::json;

@@ -6,7 +6,7 @@ use crate::qemu::machine::{self, Choice, Disk};
 use crate::qemu::monitor::Monitor;
 use crate::qemu::schema::Schema;
 use crate::qemu::snapshot::{
-    FleecingFormat, Form, NbdServer, Plan, PointInTime, Request, SnapshotError, take,
+    FleecingFormat, Form, NbdServer, Plan, PointInTime, Readers, Request, SnapshotError, take,
 };
 use serde_json::{Value, json};
 use std::fs::File;
@@ -173,6 +173,7 @@ impl Daemon {
             block_size: BLOCK,
             plans: plans.collect(),
             server,
+            readers: Readers::Discard,
             form: Form::Job,
             format: FleecingFormat::Raw,
         }

@@ -7,7 +7,7 @@ use crate::qemu::ids::JobId;
 use crate::qemu::machine::{self, Choice, Disk, MachineError, SkipReason};
 use crate::qemu::monitor::Monitor;
 use crate::qemu::schema::Schema;
-use crate::qemu::snapshot::{FleecingFormat, Form, NbdServer, Plan, Request, take};
+use crate::qemu::snapshot::{FleecingFormat, Form, NbdServer, Plan, Readers, Request, take};
 use serde_json::{Value, json};
 use std::fs::File;
 use std::time::Duration;
@@ -224,6 +224,7 @@ async fn a_real_emulators_devices_are_found_frozen_in_time_and_left_as_they_were
         block_size: BLOCK,
         plans: plans.collect(),
         server: NbdServer::Start(at("nbd.sock")),
+        readers: Readers::Discard,
         form: Form::Job,
         format: FleecingFormat::Raw,
     };

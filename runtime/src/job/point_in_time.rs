@@ -1,0 +1,556 @@
+//! The point in time of a VM's disks as a job has it: what is prepared before it, how long it is held, and its end on
+//! every way out.
+//!
+//! [`choose`] → [`Prepared::new`] → [`Prepared::take`] → read, while [`Prepared::watch`] looks after the guest →
+//! [`Prepared::release`] → [`Prepared::settle`] the bitmaps → [`Prepared::close`].
+//!
+//! A backup and an export differ only in who reads, and in what says that the reading came to something.
+
+use super::base::{self, Choice, ChoiceError, Recorded};
+use super::event::{Event, Events};
+use super::extra::{self, Attached, Extra, ExtraError};
+use super::fleecing::{Bounds, Fleecing, FleecingError, GivenUp};
+use super::journal::{Journal, JournalError, Record, Step};
+use super::power::PowerError;
+use super::recover::{self, RecoverError, Traces};
+use crate::archive::BackupId;
+use crate::config::Vm;
+use crate::qemu::bitmap::{self, Tracking};
+use crate::qemu::machine::{RunState, Standing};
+use crate::qemu::snapshot::{Broken, Cause, NbdServer, Readers, Request as PointRequest};
+use crate::qemu::{
+    self, Agent, Form, JobId, MachineError, Monitor, MonitorError, Plan, PointInTime, Schema,
+    SnapshotError, Watchdog, machine,
+};
+use std::collections::BTreeMap;
+use std::io;
+use std::os::fd::AsFd;
+use std::path::Path;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+/// Unit of digests and of dirty tracking, in bytes: QEMU's copy-before-write cluster, so that an incremental reads no
+/// more than changed.
+pub const BLOCK_SIZE: u32 = 64 << 10;
+
+/// Why there is no point in time, or none any more.
+#[derive(Debug, thiserror::Error)]
+pub enum PointError {
+    /// The VM cannot be reached or started.
+    #[error(transparent)]
+    Power(#[from] PowerError),
+    /// The monitor failed.
+    #[error(transparent)]
+    Monitor(#[from] MonitorError),
+    /// An extra volume cannot join.
+    #[error(transparent)]
+    Extra(#[from] ExtraError),
+    /// The agent cannot be reached.
+    #[error("the guest agent: {0}")]
+    Agent(#[from] qemu::AgentError),
+    /// The watchdog cannot be started.
+    #[error("the watchdog: {0}")]
+    Watchdog(#[from] qemu::WatchdogError),
+    /// The disks are not there or cannot be backed up.
+    #[error(transparent)]
+    Machine(#[from] MachineError),
+    /// What an earlier run left could not be cleaned up.
+    #[error(transparent)]
+    Recover(#[from] RecoverError),
+    /// No base can be chosen.
+    #[error(transparent)]
+    Choice(#[from] ChoiceError),
+    /// The journal cannot be kept, or another job runs.
+    #[error(transparent)]
+    Journal(#[from] JournalError),
+    /// There are no fleecing images.
+    #[error(transparent)]
+    Fleecing(#[from] FleecingError),
+    /// There is no point in time.
+    #[error(transparent)]
+    Snapshot(#[from] SnapshotError),
+    /// The guest needs the fleecing folder's last room, or the snapshot passed a bound.
+    #[error(transparent)]
+    GivenUp(#[from] GivenUp),
+    /// The snapshot did not hold to the end.
+    #[error("{0}; nothing read from it can be trusted")]
+    Broken(#[from] Broken),
+    /// What QEMU kept in the fleecing images may have been lost.
+    #[error("the storage below the fleecing folder failed: {0}")]
+    FleecingLost(io::Error),
+    /// The system gives no random bytes.
+    #[error("no random bytes: {0}")]
+    Random(#[from] getrandom::Error),
+}
+
+impl PointError {
+    /// Whether all that was made on the way to a point in time was taken back.
+    pub fn is_undone(&self) -> bool {
+        !matches!(self, Self::Snapshot(error) if !error.is_undone())
+    }
+
+    /// Whether the user can mend it: exit status 2.
+    pub fn is_mistake(&self) -> bool {
+        match self {
+            Self::Power(error) => error.is_mistake(),
+            Self::Extra(error) => error.is_mistake(),
+            Self::Machine(error) => !matches!(error, MachineError::Monitor(_)),
+            Self::Agent(error) => matches!(error, qemu::AgentError::Connect { .. }),
+            Self::Snapshot(error) => match &error.cause {
+                Cause::Fleecing { .. } | Cause::ServerRunning | Cause::ExportOnIothread { .. } => {
+                    true
+                }
+                Cause::Filter(error) => error.is_mistake(),
+                _ => false,
+            },
+            Self::Choice(ChoiceError::Name(_))
+            | Self::Fleecing(FleecingError::TooSmall { .. } | FleecingError::PathTooLong { .. }) => {
+                true
+            }
+            _ => false,
+        }
+    }
+}
+
+/// The VM that a point in time is of.
+#[derive(Clone, Copy)]
+pub struct Subject<'a> {
+    /// Its sockets and disks.
+    pub vm: &'a Vm,
+    /// QEMU's QMP socket.
+    pub qmp: &'a Path,
+    /// Further volumes.
+    pub extra: &'a [Extra],
+    /// Its monitor, where earlier jobs left their traces, and whose bitmaps are looked at.
+    pub traces: Traces<'a>,
+    /// The path of the folder for fleecing images.
+    pub fleecing_path: &'a Path,
+    /// Read every disk in full.
+    pub full: bool,
+    /// Where the job tells what it does.
+    pub events: &'a Events,
+}
+
+/// Whether the guest runs; a storage daemon, which has none, never stands still.
+pub async fn standing(subject: &Subject<'_>) -> Result<Standing, PointError> {
+    let Some(state) = machine::run_state(subject.traces.monitor).await? else {
+        return Ok(Standing::Runs);
+    };
+    let standing = state.standing()?;
+    if standing == Standing::Still {
+        let agent = match &subject.vm.agent {
+            Some(_) => ", without asking its agent",
+            None => "",
+        };
+        subject.events.note(format!(
+            "the VM does not run (it is {}); its disks are taken as they are{agent}",
+            state.status
+        ));
+    }
+    Ok(standing)
+}
+
+/// The disks of the VM and those that it has but that are left out.
+pub async fn find_disks(subject: &Subject<'_>) -> Result<machine::Disks, PointError> {
+    let choice = match &subject.vm.disks[..] {
+        [] => machine::Choice::All,
+        names => machine::Choice::Named(names.to_vec()),
+    };
+    let mut found = machine::disks(subject.traces.monitor, &choice).await?;
+    extra::add_nodes(subject.traces.monitor, subject.extra, &mut found).await?;
+    for skipped in &found.skipped {
+        let note = format!("{} is skipped: {}", skipped.name, skipped.reason);
+        subject.events.note(note);
+    }
+    Ok(found)
+}
+
+/// What each disk builds on, in a backup or export `id`.
+pub fn choose(
+    subject: &Subject<'_>,
+    found: Vec<qemu::Disk>,
+    id: BackupId,
+) -> Result<Vec<(qemu::Disk, Choice)>, PointError> {
+    let Traces {
+        namespace, owner, ..
+    } = subject.traces;
+    // The disks of one backup mostly share their base.
+    let mut known = BTreeMap::new();
+    let mut disks = Vec::new();
+    for disk in found {
+        let choice = if disk.read_only {
+            Choice::untracked("it is read-only and has no bitmap")
+        } else {
+            let choice = base::choose(owner, &disk, id, BLOCK_SIZE, |id| {
+                if let Some(known) = known.get(&id) {
+                    return Ok(Recorded::clone(known));
+                }
+                let found = recover::recorded(namespace, id)?;
+                known.insert(id, found.clone());
+                Ok(found)
+            })?;
+            if subject.full {
+                choice
+                    .in_full(owner, &disk, id)
+                    .map_err(ChoiceError::from)?
+            } else {
+                choice
+            }
+        };
+        tell_choice(subject.events, &disk, &choice);
+        disks.push((disk, choice));
+    }
+    tell_missing(subject.events, &disks);
+    Ok(disks)
+}
+
+fn tell_choice(events: &Events, disk: &qemu::Disk, choice: &Choice) {
+    events.note(format!(
+        "{} ({}, {} bytes): {}",
+        disk.name,
+        disk.format,
+        disk.size,
+        in_words(disk, choice)
+    ));
+}
+
+/// What was chosen for `disk`, and why.
+fn in_words(disk: &qemu::Disk, choice: &Choice) -> String {
+    match (&choice.base, &choice.reason) {
+        (Some(base), _) => format!("incremental since {}", base.manifest.backup),
+        (None, Some(reason)) => format!("read in full: {reason}"),
+        (None, None) if disk.can_persist => {
+            "read in full: it has no bitmap of this archive (it is new here, or QEMU ended without storing it)".into()
+        }
+        (None, None) => {
+            "read in full: it has no bitmap of this archive (its image keeps none when QEMU ends)"
+                .into()
+        }
+    }
+}
+
+/// Says which volumes of the bases are no more: removed from the VM, or not chosen this time.
+fn tell_missing(events: &Events, disks: &[(qemu::Disk, Choice)]) {
+    let mut missing = BTreeMap::new();
+    for base in disks.iter().filter_map(|(_, choice)| choice.base.as_ref()) {
+        for volume in &base.manifest.record.volumes {
+            if !disks.iter().any(|(disk, _)| disk.name == volume.name) {
+                missing.insert(&volume.name, base.manifest.backup);
+            }
+        }
+    }
+    for (volume, base) in missing {
+        events.note(format!("{volume} was in {base} and is not in this backup"));
+    }
+}
+
+/// All that a point in time needs, in a journal that says so; then the point in time itself.
+pub struct Prepared<'a> {
+    subject: Subject<'a>,
+    journal: &'a mut Journal,
+    /// Whether the guest ran at the beginning.
+    standing: Standing,
+    attached: Vec<Attached<'a>>,
+    fleecing: Fleecing,
+    job: JobId,
+    disks: Vec<(qemu::Disk, Choice)>,
+    reached: Vec<(Step, Instant)>,
+}
+
+impl<'a> Prepared<'a> {
+    /// Attaches the extra files and makes the fleecing images. Where it fails, all is as it was, or the journal stays
+    /// and the next run does it.
+    pub async fn new(
+        subject: Subject<'a>,
+        journal: &'a mut Journal,
+        standing: Standing,
+        mut disks: Vec<(qemu::Disk, Choice)>,
+        id: BackupId,
+    ) -> Result<Self, PointError> {
+        let Traces { monitor, owner, .. } = subject.traces;
+        let parent = subject.traces.fleecing;
+        let parent = parent.try_clone().map_err(PointError::FleecingLost)?;
+        let job = JobId::random()?;
+        let name = Fleecing::name(job);
+        journal.write(Record {
+            job: job.to_string(),
+            archive: owner.archive.to_string(),
+            namespace: owner.namespace.to_string(),
+            backup: id.to_string(),
+            step: Step::Preparing,
+            fleecing: name.clone(),
+            nbd_server: subject.vm.nbd.is_none(),
+        })?;
+        let attached = match extra::attach_files(monitor, job, subject.extra, &mut disks).await {
+            Ok(attached) => {
+                for (disk, choice) in disks.iter().rev().take(attached.len()).rev() {
+                    tell_choice(subject.events, disk, choice);
+                }
+                attached
+            }
+            Err(error) => {
+                unprepare(&subject, job, None, journal).await;
+                return Err(error.into());
+            }
+        };
+        let sizes: Vec<u64> = disks.iter().map(|(disk, _)| disk.size).collect();
+        let format = subject.vm.fleecing_format;
+        let made = Fleecing::create(parent, subject.fleecing_path, &name, &sizes, format);
+        let fleecing = match made {
+            Ok(fleecing) => fleecing,
+            Err(error) => {
+                unprepare(&subject, job, None, journal).await;
+                return Err(error.into());
+            }
+        };
+        Ok(Self {
+            subject,
+            journal,
+            standing,
+            attached,
+            fleecing,
+            job,
+            disks,
+            reached: Vec::new(),
+        })
+    }
+
+    /// Takes back what was prepared before there is anything to tear down.
+    pub async fn give_up(self) {
+        unprepare(&self.subject, self.job, Some(&self.fleecing), self.journal).await;
+    }
+
+    /// The disks, each with what it builds on.
+    pub fn disks(&self) -> &[(qemu::Disk, Choice)] {
+        &self.disks
+    }
+
+    /// Most bytes that the fleecing images took up.
+    pub fn fleecing_peak(&self) -> u64 {
+        self.fleecing.peak()
+    }
+
+    /// How long each step that was reached took; the last one is over now.
+    pub fn steps(&self) -> Vec<(Step, Duration)> {
+        let ends = self.reached.iter().skip(1).map(|&(_, at)| at);
+        self.reached
+            .iter()
+            .zip(ends.chain([Instant::now()]))
+            .map(|(&(step, from), to)| (step, to - from))
+            .collect()
+    }
+
+    /// Tells and records that `step` begins.
+    pub fn step(&mut self, step: Step) -> Result<(), JournalError> {
+        self.subject.events.send(Event::Step { step: step.name() });
+        self.reached.push((step, Instant::now()));
+        self.journal.reach(step)
+    }
+
+    /// Takes the point in time. Where it fails, QEMU and the fleecing folder are as they were, but for what is
+    /// returned besides: all of it has been told, and is the next run's.
+    pub async fn take(
+        &mut self,
+        readers: Readers,
+    ) -> Result<PointInTime, (PointError, Vec<String>)> {
+        let error = match self.try_take(readers).await {
+            Ok(point) => return Ok(point),
+            Err(error) => error,
+        };
+        let Subject { traces, extra, .. } = &self.subject;
+        let detached = extra::detach_files(traces.monitor, self.job, extra).await;
+        let mut left: Vec<_> = detached.iter().map(ToString::to_string).collect();
+        left.extend(self.remove_fleecing());
+        Err((error, left))
+    }
+
+    async fn try_take(&mut self, readers: Readers) -> Result<PointInTime, PointError> {
+        let Subject {
+            vm, qmp, traces, ..
+        } = self.subject;
+        let schema = Schema::probe(traces.monitor).await?;
+        // No agent answers in a guest that stands still; its file systems cannot be frozen, and nothing writes to them.
+        let agent_socket = vm.agent.as_ref();
+        let agent_socket = agent_socket.filter(|_| self.standing == Standing::Runs);
+        let mut agent = match agent_socket {
+            Some(path) => Some(Agent::connect(path, qemu::agent::Limits::default()).await?),
+            None => None,
+        };
+        let form = vm.point_in_time;
+        let stops = form == Form::Filter && self.standing == Standing::Runs;
+        let qmp = stops.then_some(qmp);
+        let mut watchdog = match (agent_socket, qmp) {
+            (None, None) => None,
+            (agent, qmp) => Some(Watchdog::spawn(agent.map(AsRef::as_ref), qmp).await?),
+        };
+        self.step(Step::Snapshot)?;
+        if let Some(watchdog) = &mut watchdog {
+            if agent.is_some() {
+                watchdog.arm_thaw().await?;
+            }
+            if stops {
+                watchdog.arm_cont().await?;
+            }
+        }
+        let server = match &vm.nbd {
+            Some(socket) => NbdServer::Shared(socket.clone()),
+            None => NbdServer::Start(self.fleecing.socket()),
+        };
+        let mut plans = Vec::new();
+        for ((disk, choice), (path, file)) in self.disks.iter().zip(self.fleecing.images()) {
+            let descriptor = file.as_fd().try_clone_to_owned();
+            plans.push(Plan {
+                disk: disk.clone(),
+                fleecing: path.to_owned(),
+                descriptor: Some(Arc::new(descriptor.map_err(PointError::FleecingLost)?)),
+                bitmap: choice.bitmap.clone(),
+            });
+        }
+        let request = PointRequest {
+            job: self.job,
+            block_size: BLOCK_SIZE,
+            plans,
+            server,
+            readers,
+            form,
+            format: vm.fleecing_format,
+        };
+        let taken = qemu::snapshot::take(traces.monitor, &schema, request, agent.as_mut()).await;
+        let stuck = matches!(&taken, Err(error) if error.is_stuck());
+        // The agent takes one client at a time: ours goes before the watchdog may need it.
+        drop(agent);
+        if let Some(watchdog) = watchdog
+            && !stuck
+            && let Err(error) = watchdog.disarm().await
+        {
+            // It may thaw the guest once more, which does no harm. The point in time is there and stays.
+            self.subject.events.warn(error.to_string());
+        }
+        Ok(taken?)
+    }
+
+    /// Waits until the snapshot has to be given up: for the guest's sake, by a bound, or because QEMU is gone.
+    pub async fn watch(&self, bounds: Bounds) -> PointError {
+        tokio::select! {
+            full = self.fleecing.given_up(bounds) => full.into(),
+            // Most likely QEMU ended. If not, nothing can be said of the snapshot any more all the same.
+            lost = self.subject.traces.monitor.lost() => lost.into(),
+        }
+    }
+
+    /// After the last read: whether the snapshot held to the end, as far as QEMU and the storage can say.
+    pub async fn check_intact(&self, point: &PointInTime) -> Result<(), PointError> {
+        point.check_alive(self.subject.traces.monitor).await?;
+        self.fleecing.sync().map_err(PointError::FleecingLost)
+    }
+
+    /// Takes all of it down but the bitmaps: the VM first, whatever became of the reading and whether the journal can
+    /// be kept. Returns what is left; the next run removes it.
+    pub async fn release(&mut self, point: &PointInTime) -> Vec<String> {
+        let mut left = Vec::new();
+        left.extend(self.step(Step::Releasing).err().map(|e| e.to_string()));
+        let errors = point.teardown(self.subject.traces.monitor).await;
+        if errors.is_empty() {
+            self.journal.server_stopped();
+        }
+        left.extend(errors.iter().map(ToString::to_string));
+        // QEMU may still hold a file that could not be taken from it; deleting it harms neither side.
+        left.extend(self.remove_fleecing());
+        left.extend(self.resume().await);
+        extra::warn_of_changes(&self.attached, self.subject.events);
+        left
+    }
+
+    /// A guest whose writes a full fleecing image failed was stopped by QEMU: with the image gone they succeed.
+    async fn resume(&self) -> Option<String> {
+        let monitor = self.subject.traces.monitor;
+        let stopped = self.standing == Standing::Runs
+            && machine::run_state(monitor)
+                .await
+                .is_ok_and(|state| state.as_ref().is_some_and(RunState::is_io_error));
+        if !stopped {
+            return None;
+        }
+        self.subject.events.warn(
+            "an I/O error stopped the VM during the backup; it is continued now that nothing of the backup is left in it",
+        );
+        let continued = monitor.execute(qapi::qmp::cont {}).await;
+        let error = continued.err()?;
+        Some(format!("the VM is stopped by an I/O error: {error}"))
+    }
+
+    fn remove_fleecing(&self) -> Option<String> {
+        let error = self.fleecing.remove().err()?;
+        Some(format!(
+            "the fleecing images in {}: {error}",
+            self.fleecing.folder().display()
+        ))
+    }
+
+    /// The bitmaps: switched to the new ones where it is `committed`, else as if nothing had been tried. Returns what
+    /// could not be settled; the next run does it.
+    pub async fn settle(&mut self, point: &PointInTime, committed: bool) -> Vec<String> {
+        let mut left = Vec::new();
+        if let Err(error) = self.step(Step::SwitchingBitmaps) {
+            left.push(error.to_string());
+        }
+        let monitor = self.subject.traces.monitor;
+        for (volume, (disk, choice)) in point.volumes.iter().zip(&self.disks) {
+            let node = &disk.node;
+            let settled = if committed {
+                accept(monitor, node, choice).await
+            } else {
+                bitmap::back_out(monitor, node, &volume.plan.bitmap).await
+            };
+            match settled {
+                Ok(Tracking::Restored) => {}
+                Ok(Tracking::Lost) => self.subject.events.warn(format!(
+                    "{}: its bitmap could not be made whole; the next backup reads it in full",
+                    disk.name
+                )),
+                Err(error) => left.push(format!("the bitmaps of {}: {error}", disk.name)),
+            }
+        }
+        left
+    }
+
+    /// While anything is left, the journal stays for the next run.
+    pub fn close(&mut self, left: &mut Vec<String>) {
+        if left.is_empty()
+            && let Err(error) = self.journal.clear()
+        {
+            left.push(error.to_string());
+        }
+    }
+
+    /// Warns of each thing that is left.
+    pub fn tell_left(&self, left: &[String]) {
+        for left in left {
+            self.subject.events.warn(format!(
+                "clean-up is incomplete, the next run does the rest: {left}"
+            ));
+        }
+    }
+}
+
+async fn accept(monitor: &Monitor, node: &str, choice: &Choice) -> Result<Tracking, MonitorError> {
+    bitmap::accept(monitor, node, &choice.bitmap).await?;
+    for stale in &choice.stale {
+        bitmap::remove(monitor, node, stale).await?;
+    }
+    Ok(Tracking::Restored)
+}
+
+/// Where it fails, the journal stays, and the next run does it.
+async fn unprepare(
+    subject: &Subject<'_>,
+    job: JobId,
+    fleecing: Option<&Fleecing>,
+    journal: &mut Journal,
+) {
+    let detached = extra::detach_files(subject.traces.monitor, job, subject.extra).await;
+    let removed = fleecing.is_none_or(|fleecing| fleecing.remove().is_ok());
+    if removed && detached.is_empty() {
+        let _ = journal.clear();
+    }
+}
