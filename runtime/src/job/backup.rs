@@ -12,13 +12,13 @@ use super::event::Events;
 use super::extra::Extra;
 use super::fleecing::Bounds;
 use super::journal::{Journal, JournalError, Step};
-use super::point_in_time::{self, PointError, Prepared, Subject};
-use super::power::{self, PowerError};
+use super::point_in_time::{PointError, Prepared};
 use super::prove::ProofError;
-use super::recover::{self, RecoverError, Traces};
+use super::recover::{self, RecoverError};
+use super::subject::{self, Subject};
 use super::transfer::Transfer;
 use super::volume_run::{Covered, VolumeError};
-use crate::archive::{self, Archive, BackupId, Manifest, Namespace, NamespaceName};
+use crate::archive::{self, Archive, BackupId, Manifest, NamespaceName};
 use crate::config::{Provider, Vm};
 use crate::grants::account::Account;
 use crate::qemu::snapshot::Readers;
@@ -27,7 +27,7 @@ use crate::sandbox::{Cache, Program};
 use bytes::Bytes;
 use cap_std::fs::Dir;
 use std::collections::BTreeMap;
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 use time::OffsetDateTime;
@@ -152,12 +152,6 @@ impl From<JournalError> for BackupError {
     }
 }
 
-impl From<PowerError> for BackupError {
-    fn from(error: PowerError) -> Self {
-        Self::Point(error.into())
-    }
-}
-
 impl From<RecoverError> for BackupError {
     fn from(error: RecoverError) -> Self {
         Self::Point(error.into())
@@ -188,91 +182,55 @@ pub async fn backup(
     };
     // First the lock: QEMU would let a second job wait for the monitor without a word.
     let mut journal = Journal::open(places.vm_state.0, places.vm_state.1)?;
-    let mut reached =
-        power::reach(&request.qmp, &request.vm.start, &journal, events, cancel).await?;
+    let subject = Subject {
+        vm: &request.vm,
+        qmp: &request.qmp,
+        extra: &request.extra,
+        fleecing: (&places.fleecing.0, &places.fleecing.1),
+        archive: &places.archive,
+        namespace: &namespace,
+        owner: &owner,
+        full: request.full,
+        events,
+    };
     let attempt = Attempt {
         request: &request,
-        archive: &places.archive,
-        fleecing: (&places.fleecing.0, &places.fleecing.1),
+        subject: &subject,
         program,
-        namespace,
-        owner,
         component,
-        monitor: &reached.monitor,
-        events,
         cancel,
     };
-    let mut made = attempt.make(&mut journal).await;
-    if reached.monitor.is_lost()
-        && let Ok(monitor) = Monitor::connect(&request.qmp).await
-    {
-        // QEMU runs on, with all in it that the job could not take down.
-        events.note("the monitor was lost and answers again; cleaning up over a new connection");
-        let traces = attempt.traces(&monitor);
-        match (
-            recover::clean_up(&traces, &mut journal, events).await,
-            &mut made,
-        ) {
-            (Ok(()), Ok(summary)) => summary.left.clear(),
-            (Ok(()), Err(_)) => {}
-            (Err(error), _) => events.warn(error.to_string()),
-        }
-        reached.monitor = monitor;
-    }
-    let put_back = reached.put_back(&journal, events).await;
-    match (made, put_back) {
-        (Ok(mut summary), Err(left)) => {
-            summary.left.push(left);
-            Ok(summary)
-        }
-        (Err(error), Err(left)) => {
-            events.warn(left);
-            Err(error)
-        }
-        (made, Ok(())) => made,
-    }
+    let job = async |monitor: &Monitor, journal: &mut Journal| attempt.make(monitor, journal).await;
+    let (summary, left) = subject::on_vm(&subject, &mut journal, cancel, job).await?;
+    Ok(Summary { left, ..summary })
 }
 
-/// A backup of a VM that has a monitor.
+/// A backup of a VM that can be reached.
 struct Attempt<'a> {
     request: &'a Request,
-    archive: &'a Archive,
-    /// The folder for fleecing images, and its path.
-    fleecing: (&'a Dir, &'a Path),
+    subject: &'a Subject<'a>,
     program: &'a Program,
-    namespace: Arc<Namespace>,
-    owner: Owner,
     component: Component,
-    monitor: &'a Monitor,
-    events: &'a Events,
     cancel: &'a CancellationToken,
 }
 
 impl Attempt<'_> {
-    async fn make(&self, journal: &mut Journal) -> Result<Summary, BackupError> {
+    async fn make(
+        &self,
+        monitor: &Monitor,
+        journal: &mut Journal,
+    ) -> Result<(Summary, Vec<String>), BackupError> {
         let &Self {
-            request,
-            fleecing: (_, fleecing_path),
-            monitor,
-            events,
-            ..
+            request, subject, ..
         } = self;
-        let subject = Subject {
-            vm: &request.vm,
-            qmp: &request.qmp,
-            extra: &request.extra,
-            traces: self.traces(monitor),
-            fleecing_path,
-            full: request.full,
-            events,
-        };
-        recover::recover(&subject.traces, journal, events).await?;
-        let standing = point_in_time::standing(&subject).await?;
+        let events = subject.events;
+        recover::recover(&subject.traces(monitor), journal, events).await?;
+        let standing = subject::standing(subject, monitor).await?;
         let id = BackupId::random(OffsetDateTime::now_utc())?;
-        let found = point_in_time::find_disks(&subject).await?;
-        let disks = point_in_time::choose(&subject, found.disks, id)?;
-        let prepared = Prepared::new(subject, journal, standing, disks, id).await?;
-        let writer = match self.namespace.begin(id) {
+        let found = subject::find_disks(subject, monitor).await?;
+        let disks = subject::choose(subject, found.disks, id)?;
+        let prepared = Prepared::new(subject, monitor, journal, standing, disks, id).await?;
+        let writer = match subject.namespace.begin(id) {
             Ok(writer) => Arc::new(writer),
             Err(error) => {
                 prepared.give_up().await;
@@ -288,7 +246,7 @@ impl Attempt<'_> {
             program: self.program,
             attachments: &request.attachments,
             account: &request.account,
-            namespace: Arc::clone(&self.namespace),
+            namespace: Arc::clone(subject.namespace),
             writer: Some(writer),
             id,
             events,
@@ -303,18 +261,6 @@ impl Attempt<'_> {
         };
         backup.make().await
     }
-
-    /// Where jobs on this VM leave what is to be cleaned up, seen over `monitor`.
-    fn traces<'b>(&'b self, monitor: &'b Monitor) -> Traces<'b> {
-        Traces {
-            monitor,
-            fleecing: self.fleecing.0,
-            own_server: self.request.vm.nbd.is_none(),
-            archive: self.archive,
-            namespace: &self.namespace,
-            owner: &self.owner,
-        }
-    }
 }
 
 /// A backup under way.
@@ -328,7 +274,7 @@ struct Backup<'a> {
 
 impl Backup<'_> {
     /// No `?` between the point in time and the end of the clean-up: whatever fails, the rest of it is done.
-    async fn make(mut self) -> Result<Summary, BackupError> {
+    async fn make(mut self) -> Result<(Summary, Vec<String>), BackupError> {
         let point = match self.prepared.take(Readers::Discard).await {
             Ok(point) => point,
             Err((error, mut left)) => {
@@ -356,15 +302,16 @@ impl Backup<'_> {
         }
         self.prepared.close(&mut left);
         let manifest = committed.inspect_err(|_| self.prepared.tell_left(&left))?;
-        Ok(Summary {
+        let summary = Summary {
             manifest,
             frozen: point.frozen,
             stopped: point.stopped,
             snapshot,
             fleecing_peak,
             steps: self.prepared.steps(),
-            left,
-        })
+            left: Vec::new(),
+        };
+        Ok((summary, left))
     }
 
     /// Runs the provider on every volume side by side; the first failure stops the others.

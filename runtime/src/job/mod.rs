@@ -14,6 +14,7 @@ pub mod prove;
 pub mod recover;
 pub mod replay;
 pub mod slots;
+pub mod subject;
 pub mod transfer;
 pub mod volume_run;
 

@@ -1,20 +1,20 @@
 //! The point in time of a VM's disks as a job has it: what is prepared before it, how long it is held, and its end on
 //! every way out.
 //!
-//! [`choose`] → [`Prepared::new`] → [`Prepared::take`] → read, while [`Prepared::watch`] looks after the guest →
+//! [`super::subject`] → [`Prepared::new`] → [`Prepared::take`] → read, while [`Prepared::watch`] looks after the guest →
 //! [`Prepared::release`] → [`Prepared::settle`] the bitmaps → [`Prepared::close`].
 //!
 //! A backup and an export differ only in who reads, and in what says that the reading came to something.
 
-use super::base::{self, Choice, ChoiceError, Recorded};
-use super::event::{Event, Events};
-use super::extra::{self, Attached, Extra, ExtraError};
+use super::base::{Choice, ChoiceError};
+use super::event::Event;
+use super::extra::{self, Attached, ExtraError};
 use super::fleecing::{Bounds, Fleecing, FleecingError, GivenUp};
 use super::journal::{Journal, JournalError, Record, Step};
 use super::power::PowerError;
-use super::recover::{self, RecoverError, Traces};
+use super::recover::RecoverError;
+use super::subject::{Subject, tell_choice};
 use crate::archive::BackupId;
-use crate::config::Vm;
 use crate::qemu::bitmap::{self, Tracking};
 use crate::qemu::machine::{RunState, Standing};
 use crate::qemu::snapshot::{Broken, Cause, NbdServer, Readers, Request as PointRequest};
@@ -22,10 +22,8 @@ use crate::qemu::{
     self, Agent, Form, JobId, MachineError, Monitor, MonitorError, Plan, PointInTime, Schema,
     SnapshotError, Watchdog, machine,
 };
-use std::collections::BTreeMap;
 use std::io;
 use std::os::fd::AsFd;
-use std::path::Path;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -112,141 +110,10 @@ impl PointError {
     }
 }
 
-/// The VM that a point in time is of.
-#[derive(Clone, Copy)]
-pub struct Subject<'a> {
-    /// Its sockets and disks.
-    pub vm: &'a Vm,
-    /// QEMU's QMP socket.
-    pub qmp: &'a Path,
-    /// Further volumes.
-    pub extra: &'a [Extra],
-    /// Its monitor, where earlier jobs left their traces, and whose bitmaps are looked at.
-    pub traces: Traces<'a>,
-    /// The path of the folder for fleecing images.
-    pub fleecing_path: &'a Path,
-    /// Read every disk in full.
-    pub full: bool,
-    /// Where the job tells what it does.
-    pub events: &'a Events,
-}
-
-/// Whether the guest runs; a storage daemon, which has none, never stands still.
-pub async fn standing(subject: &Subject<'_>) -> Result<Standing, PointError> {
-    let Some(state) = machine::run_state(subject.traces.monitor).await? else {
-        return Ok(Standing::Runs);
-    };
-    let standing = state.standing()?;
-    if standing == Standing::Still {
-        let agent = match &subject.vm.agent {
-            Some(_) => ", without asking its agent",
-            None => "",
-        };
-        subject.events.note(format!(
-            "the VM does not run (it is {}); its disks are taken as they are{agent}",
-            state.status
-        ));
-    }
-    Ok(standing)
-}
-
-/// The disks of the VM and those that it has but that are left out.
-pub async fn find_disks(subject: &Subject<'_>) -> Result<machine::Disks, PointError> {
-    let choice = match &subject.vm.disks[..] {
-        [] => machine::Choice::All,
-        names => machine::Choice::Named(names.to_vec()),
-    };
-    let mut found = machine::disks(subject.traces.monitor, &choice).await?;
-    extra::add_nodes(subject.traces.monitor, subject.extra, &mut found).await?;
-    for skipped in &found.skipped {
-        let note = format!("{} is skipped: {}", skipped.name, skipped.reason);
-        subject.events.note(note);
-    }
-    Ok(found)
-}
-
-/// What each disk builds on, in a backup or export `id`.
-pub fn choose(
-    subject: &Subject<'_>,
-    found: Vec<qemu::Disk>,
-    id: BackupId,
-) -> Result<Vec<(qemu::Disk, Choice)>, PointError> {
-    let Traces {
-        namespace, owner, ..
-    } = subject.traces;
-    // The disks of one backup mostly share their base.
-    let mut known = BTreeMap::new();
-    let mut disks = Vec::new();
-    for disk in found {
-        let choice = if disk.read_only {
-            Choice::untracked("it is read-only and has no bitmap")
-        } else {
-            let choice = base::choose(owner, &disk, id, BLOCK_SIZE, |id| {
-                if let Some(known) = known.get(&id) {
-                    return Ok(Recorded::clone(known));
-                }
-                let found = recover::recorded(namespace, id)?;
-                known.insert(id, found.clone());
-                Ok(found)
-            })?;
-            if subject.full {
-                choice
-                    .in_full(owner, &disk, id)
-                    .map_err(ChoiceError::from)?
-            } else {
-                choice
-            }
-        };
-        tell_choice(subject.events, &disk, &choice);
-        disks.push((disk, choice));
-    }
-    tell_missing(subject.events, &disks);
-    Ok(disks)
-}
-
-fn tell_choice(events: &Events, disk: &qemu::Disk, choice: &Choice) {
-    events.note(format!(
-        "{} ({}, {} bytes): {}",
-        disk.name,
-        disk.format,
-        disk.size,
-        in_words(disk, choice)
-    ));
-}
-
-/// What was chosen for `disk`, and why.
-fn in_words(disk: &qemu::Disk, choice: &Choice) -> String {
-    match (&choice.base, &choice.reason) {
-        (Some(base), _) => format!("incremental since {}", base.manifest.backup),
-        (None, Some(reason)) => format!("read in full: {reason}"),
-        (None, None) if disk.can_persist => {
-            "read in full: it has no bitmap of this archive (it is new here, or QEMU ended without storing it)".into()
-        }
-        (None, None) => {
-            "read in full: it has no bitmap of this archive (its image keeps none when QEMU ends)"
-                .into()
-        }
-    }
-}
-
-/// Says which volumes of the bases are no more: removed from the VM, or not chosen this time.
-fn tell_missing(events: &Events, disks: &[(qemu::Disk, Choice)]) {
-    let mut missing = BTreeMap::new();
-    for base in disks.iter().filter_map(|(_, choice)| choice.base.as_ref()) {
-        for volume in &base.manifest.record.volumes {
-            if !disks.iter().any(|(disk, _)| disk.name == volume.name) {
-                missing.insert(&volume.name, base.manifest.backup);
-            }
-        }
-    }
-    for (volume, base) in missing {
-        events.note(format!("{volume} was in {base} and is not in this backup"));
-    }
-}
-
 /// All that a point in time needs, in a journal that says so; then the point in time itself.
 pub struct Prepared<'a> {
-    subject: Subject<'a>,
+    subject: &'a Subject<'a>,
+    monitor: &'a Monitor,
     journal: &'a mut Journal,
     /// Whether the guest ran at the beginning.
     standing: Standing,
@@ -261,14 +128,15 @@ impl<'a> Prepared<'a> {
     /// Attaches the extra files and makes the fleecing images. Where it fails, all is as it was, or the journal stays
     /// and the next run does it.
     pub async fn new(
-        subject: Subject<'a>,
+        subject: &'a Subject<'a>,
+        monitor: &'a Monitor,
         journal: &'a mut Journal,
         standing: Standing,
         mut disks: Vec<(qemu::Disk, Choice)>,
         id: BackupId,
     ) -> Result<Self, PointError> {
-        let Traces { monitor, owner, .. } = subject.traces;
-        let parent = subject.traces.fleecing;
+        let owner = subject.owner;
+        let (parent, fleecing_path) = subject.fleecing;
         let parent = parent.try_clone().map_err(PointError::FleecingLost)?;
         let job = JobId::random()?;
         let name = Fleecing::name(job);
@@ -289,22 +157,23 @@ impl<'a> Prepared<'a> {
                 attached
             }
             Err(error) => {
-                unprepare(&subject, job, None, journal).await;
+                unprepare(subject, monitor, job, None, journal).await;
                 return Err(error.into());
             }
         };
         let sizes: Vec<u64> = disks.iter().map(|(disk, _)| disk.size).collect();
         let format = subject.vm.fleecing_format;
-        let made = Fleecing::create(parent, subject.fleecing_path, &name, &sizes, format);
+        let made = Fleecing::create(parent, fleecing_path, &name, &sizes, format);
         let fleecing = match made {
             Ok(fleecing) => fleecing,
             Err(error) => {
-                unprepare(&subject, job, None, journal).await;
+                unprepare(subject, monitor, job, None, journal).await;
                 return Err(error.into());
             }
         };
         Ok(Self {
             subject,
+            monitor,
             journal,
             standing,
             attached,
@@ -317,7 +186,8 @@ impl<'a> Prepared<'a> {
 
     /// Takes back what was prepared before there is anything to tear down.
     pub async fn give_up(self) {
-        unprepare(&self.subject, self.job, Some(&self.fleecing), self.journal).await;
+        let fleecing = Some(&self.fleecing);
+        unprepare(self.subject, self.monitor, self.job, fleecing, self.journal).await;
     }
 
     /// The disks, each with what it builds on.
@@ -357,18 +227,17 @@ impl<'a> Prepared<'a> {
             Ok(point) => return Ok(point),
             Err(error) => error,
         };
-        let Subject { traces, extra, .. } = &self.subject;
-        let detached = extra::detach_files(traces.monitor, self.job, extra).await;
+        let extra = self.subject.extra;
+        let detached = extra::detach_files(self.monitor, self.job, extra).await;
         let mut left: Vec<_> = detached.iter().map(ToString::to_string).collect();
         left.extend(self.remove_fleecing());
         Err((error, left))
     }
 
     async fn try_take(&mut self, readers: Readers) -> Result<PointInTime, PointError> {
-        let Subject {
-            vm, qmp, traces, ..
-        } = self.subject;
-        let schema = Schema::probe(traces.monitor).await?;
+        let Subject { vm, qmp, .. } = *self.subject;
+        let monitor = self.monitor;
+        let schema = Schema::probe(monitor).await?;
         // No agent answers in a guest that stands still; its file systems cannot be frozen, and nothing writes to them.
         let agent_socket = vm.agent.as_ref();
         let agent_socket = agent_socket.filter(|_| self.standing == Standing::Runs);
@@ -415,7 +284,7 @@ impl<'a> Prepared<'a> {
             form,
             format: vm.fleecing_format,
         };
-        let taken = qemu::snapshot::take(traces.monitor, &schema, request, agent.as_mut()).await;
+        let taken = qemu::snapshot::take(monitor, &schema, request, agent.as_mut()).await;
         let stuck = matches!(&taken, Err(error) if error.is_stuck());
         // The agent takes one client at a time: ours goes before the watchdog may need it.
         drop(agent);
@@ -434,13 +303,13 @@ impl<'a> Prepared<'a> {
         tokio::select! {
             full = self.fleecing.given_up(bounds) => full.into(),
             // Most likely QEMU ended. If not, nothing can be said of the snapshot any more all the same.
-            lost = self.subject.traces.monitor.lost() => lost.into(),
+            lost = self.monitor.lost() => lost.into(),
         }
     }
 
     /// After the last read: whether the snapshot held to the end, as far as QEMU and the storage can say.
     pub async fn check_intact(&self, point: &PointInTime) -> Result<(), PointError> {
-        point.check_alive(self.subject.traces.monitor).await?;
+        point.check_alive(self.monitor).await?;
         self.fleecing.sync().map_err(PointError::FleecingLost)
     }
 
@@ -449,7 +318,7 @@ impl<'a> Prepared<'a> {
     pub async fn release(&mut self, point: &PointInTime) -> Vec<String> {
         let mut left = Vec::new();
         left.extend(self.step(Step::Releasing).err().map(|e| e.to_string()));
-        let errors = point.teardown(self.subject.traces.monitor).await;
+        let errors = point.teardown(self.monitor).await;
         if errors.is_empty() {
             self.journal.server_stopped();
         }
@@ -463,7 +332,7 @@ impl<'a> Prepared<'a> {
 
     /// A guest whose writes a full fleecing image failed was stopped by QEMU: with the image gone they succeed.
     async fn resume(&self) -> Option<String> {
-        let monitor = self.subject.traces.monitor;
+        let monitor = self.monitor;
         let stopped = self.standing == Standing::Runs
             && machine::run_state(monitor)
                 .await
@@ -494,7 +363,7 @@ impl<'a> Prepared<'a> {
         if let Err(error) = self.step(Step::SwitchingBitmaps) {
             left.push(error.to_string());
         }
-        let monitor = self.subject.traces.monitor;
+        let monitor = self.monitor;
         for (volume, (disk, choice)) in point.volumes.iter().zip(&self.disks) {
             let node = &disk.node;
             let settled = if committed {
@@ -544,11 +413,12 @@ async fn accept(monitor: &Monitor, node: &str, choice: &Choice) -> Result<Tracki
 /// Where it fails, the journal stays, and the next run does it.
 async fn unprepare(
     subject: &Subject<'_>,
+    monitor: &Monitor,
     job: JobId,
     fleecing: Option<&Fleecing>,
     journal: &mut Journal,
 ) {
-    let detached = extra::detach_files(subject.traces.monitor, job, subject.extra).await;
+    let detached = extra::detach_files(monitor, job, subject.extra).await;
     let removed = fleecing.is_none_or(|fleecing| fleecing.remove().is_ok());
     if removed && detached.is_empty() {
         let _ = journal.clear();

@@ -1,0 +1,207 @@
+//! The VM that a job is for: reached, looked at, and put back as it was.
+
+use super::base::{self, Choice, ChoiceError, Owner, Recorded};
+use super::event::Events;
+use super::extra::{self, Extra};
+use super::journal::Journal;
+use super::point_in_time::{BLOCK_SIZE, PointError};
+use super::power;
+use super::recover::{self, Traces};
+use crate::archive::{Archive, BackupId, Namespace};
+use crate::config::Vm;
+use crate::qemu::machine::Standing;
+use crate::qemu::{self, Monitor, machine};
+use cap_std::fs::Dir;
+use std::collections::BTreeMap;
+use std::path::Path;
+use std::sync::Arc;
+use tokio_util::sync::CancellationToken;
+
+/// The VM that a point in time is of, and where jobs on it leave their traces.
+pub struct Subject<'a> {
+    /// Its sockets and disks.
+    pub vm: &'a Vm,
+    /// QEMU's QMP socket.
+    pub qmp: &'a Path,
+    /// Further volumes.
+    pub extra: &'a [Extra],
+    /// The folder for fleecing images, and its path.
+    pub fleecing: (&'a Dir, &'a Path),
+    /// Where it is recorded what can be built on.
+    pub archive: &'a Archive,
+    /// The part of it that is this job's.
+    pub namespace: &'a Arc<Namespace>,
+    /// Whose bitmaps are looked at.
+    pub owner: &'a Owner,
+    /// Read every disk in full.
+    pub full: bool,
+    /// Where the job tells what it does.
+    pub events: &'a Events,
+}
+
+impl<'a> Subject<'a> {
+    /// What is looked at to clean up after a job, over `monitor`.
+    pub fn traces(&self, monitor: &'a Monitor) -> Traces<'a> {
+        Traces {
+            monitor,
+            fleecing: self.fleecing.0,
+            own_server: self.vm.nbd.is_none(),
+            archive: self.archive,
+            namespace: self.namespace,
+            owner: self.owner,
+        }
+    }
+}
+
+/// Does `job` on a VM that is started for it where it does not run, and put back as it was. What `job` could not clean
+/// up is done over a new connection where only the monitor was lost; the rest is returned along with what it came to.
+pub async fn on_vm<T, E: From<PointError>>(
+    subject: &Subject<'_>,
+    journal: &mut Journal,
+    cancel: &CancellationToken,
+    job: impl AsyncFnOnce(&Monitor, &mut Journal) -> Result<(T, Vec<String>), E>,
+) -> Result<(T, Vec<String>), E> {
+    let events = subject.events;
+    let start = &subject.vm.start;
+    let reached = power::reach(subject.qmp, start, journal, events, cancel).await;
+    let mut reached = reached.map_err(PointError::from)?;
+    let mut done = job(&reached.monitor, journal).await;
+    if reached.monitor.is_lost()
+        && let Ok(monitor) = Monitor::connect(subject.qmp).await
+    {
+        // QEMU runs on, with all in it that the job could not take down.
+        events.note("the monitor was lost and answers again; cleaning up over a new connection");
+        match (
+            recover::clean_up(&subject.traces(&monitor), journal, events).await,
+            &mut done,
+        ) {
+            (Ok(()), Ok((_, left))) => left.clear(),
+            (Ok(()), Err(_)) => {}
+            (Err(error), _) => events.warn(error.to_string()),
+        }
+        reached.monitor = monitor;
+    }
+    if let Err(still) = reached.put_back(journal, events).await {
+        match &mut done {
+            Ok((_, left)) => left.push(still),
+            Err(_) => events.warn(still),
+        }
+    }
+    done
+}
+
+/// Whether the guest runs; a storage daemon, which has none, never stands still.
+pub async fn standing(subject: &Subject<'_>, monitor: &Monitor) -> Result<Standing, PointError> {
+    let Some(state) = machine::run_state(monitor).await? else {
+        return Ok(Standing::Runs);
+    };
+    let standing = state.standing()?;
+    if standing == Standing::Still {
+        let agent = match &subject.vm.agent {
+            Some(_) => ", without asking its agent",
+            None => "",
+        };
+        subject.events.note(format!(
+            "the VM does not run (it is {}); its disks are taken as they are{agent}",
+            state.status
+        ));
+    }
+    Ok(standing)
+}
+
+/// The disks of the VM and those that it has but that are left out.
+pub async fn find_disks(
+    subject: &Subject<'_>,
+    monitor: &Monitor,
+) -> Result<machine::Disks, PointError> {
+    let choice = match &subject.vm.disks[..] {
+        [] => machine::Choice::All,
+        names => machine::Choice::Named(names.to_vec()),
+    };
+    let mut found = machine::disks(monitor, &choice).await?;
+    extra::add_nodes(monitor, subject.extra, &mut found).await?;
+    for skipped in &found.skipped {
+        let note = format!("{} is skipped: {}", skipped.name, skipped.reason);
+        subject.events.note(note);
+    }
+    Ok(found)
+}
+
+/// What each disk builds on, in a backup or export `id`.
+pub fn choose(
+    subject: &Subject<'_>,
+    found: Vec<qemu::Disk>,
+    id: BackupId,
+) -> Result<Vec<(qemu::Disk, Choice)>, PointError> {
+    let Subject {
+        namespace, owner, ..
+    } = *subject;
+    // The disks of one backup mostly share their base.
+    let mut known = BTreeMap::new();
+    let mut disks = Vec::new();
+    for disk in found {
+        let choice = if disk.read_only {
+            Choice::untracked("it is read-only and has no bitmap")
+        } else {
+            let choice = base::choose(owner, &disk, id, BLOCK_SIZE, |id| {
+                if let Some(known) = known.get(&id) {
+                    return Ok(Recorded::clone(known));
+                }
+                let found = recover::recorded(namespace, id)?;
+                known.insert(id, found.clone());
+                Ok(found)
+            })?;
+            if subject.full {
+                choice
+                    .in_full(owner, &disk, id)
+                    .map_err(ChoiceError::from)?
+            } else {
+                choice
+            }
+        };
+        tell_choice(subject.events, &disk, &choice);
+        disks.push((disk, choice));
+    }
+    tell_missing(subject.events, &disks);
+    Ok(disks)
+}
+
+pub(super) fn tell_choice(events: &Events, disk: &qemu::Disk, choice: &Choice) {
+    events.note(format!(
+        "{} ({}, {} bytes): {}",
+        disk.name,
+        disk.format,
+        disk.size,
+        in_words(disk, choice)
+    ));
+}
+
+/// What was chosen for `disk`, and why.
+fn in_words(disk: &qemu::Disk, choice: &Choice) -> String {
+    match (&choice.base, &choice.reason) {
+        (Some(base), _) => format!("incremental since {}", base.manifest.backup),
+        (None, Some(reason)) => format!("read in full: {reason}"),
+        (None, None) if disk.can_persist => {
+            "read in full: it has no bitmap of this archive (it is new here, or QEMU ended without storing it)".into()
+        }
+        (None, None) => {
+            "read in full: it has no bitmap of this archive (its image keeps none when QEMU ends)"
+                .into()
+        }
+    }
+}
+
+/// Says which volumes of the bases are no more: removed from the VM, or not chosen this time.
+fn tell_missing(events: &Events, disks: &[(qemu::Disk, Choice)]) {
+    let mut missing = BTreeMap::new();
+    for base in disks.iter().filter_map(|(_, choice)| choice.base.as_ref()) {
+        for volume in &base.manifest.record.volumes {
+            if !disks.iter().any(|(disk, _)| disk.name == volume.name) {
+                missing.insert(&volume.name, base.manifest.backup);
+            }
+        }
+    }
+    for (volume, base) in missing {
+        events.note(format!("{volume} was in {base} and is not in this backup"));
+    }
+}
