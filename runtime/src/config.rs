@@ -10,6 +10,7 @@ use crate::qemu::Form;
 use crate::qemu::snapshot::FleecingFormat;
 use serde::Deserialize;
 use std::collections::BTreeMap;
+use std::num::NonZeroU64;
 use std::path::{Path, PathBuf};
 
 /// Where the configuration is looked for unless a file is named.
@@ -55,6 +56,8 @@ pub struct Vm {
     pub fleecing_max_bytes: Option<u64>,
     /// Most seconds that a backup may hold its snapshot; past it the backup is given up.
     pub snapshot_max_seconds: Option<u64>,
+    /// Most bytes of the disks that a backup may read in a second, over the whole job. A provider's limit holds too.
+    pub bandwidth: Option<NonZeroU64>,
     /// The disks to back up, by device id, qdev id or node name. Default: all that QEMU reports by device.
     #[serde(default)]
     pub disks: Vec<String>,

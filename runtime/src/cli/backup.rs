@@ -1,20 +1,20 @@
 //! `fleecebox backup`.
 
 use super::progress::Progress;
+use super::vm::{self, VmArguments};
 use super::{Failure, Sandboxes, Session, installed, target, text};
 use crate::archive::ComponentId;
-use crate::config::Vm;
 use crate::grants::MAX_ATTACHMENT;
 use crate::grants::account::Account;
 use crate::job::audit::{Granted, Job, Record};
 use crate::job::backup::{self, Places, Request, Summary};
-use crate::job::extra::{Extra, Source};
 use crate::job::slots::Slot;
 use crate::policy::{self, Decision};
-use anyhow::{Context, anyhow};
+use anyhow::anyhow;
 use clap::Args;
 use serde_json::json;
 use std::collections::BTreeMap;
+use std::num::NonZeroU64;
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Instant;
@@ -25,27 +25,13 @@ use std::time::Instant;
 Examples:
   fleecebox backup web
   fleecebox backup web --qmp /run/web.qmp --provider ./chunked.wasm --archive /srv/backups
+  fleecebox backup web --bandwidth 100MiB
 
 The backup is committed only once every changed block is proven to be in the archive. A disk with a usable bitmap of \
 this archive is backed up incrementally, any other in full.")]
 pub(super) struct Backup {
-    /// The VM, by its name in the configuration, or any name along with --qmp
-    vm: String,
-    /// QEMU's QMP socket
-    #[arg(long, value_name = "SOCKET")]
-    qmp: Option<PathBuf>,
-    /// The guest agent's socket: the guest's file systems are frozen at the point in time
-    #[arg(long, value_name = "SOCKET")]
-    agent: Option<PathBuf>,
-    /// A disk to back up, by device id, drive id or node name; may be repeated [default: all]
-    #[arg(long = "disk", value_name = "NAME")]
-    disks: Vec<String>,
-    /// Folder for fleecing images, which QEMU must be able to use [default: in the state folder]
-    #[arg(long, value_name = "FOLDER")]
-    fleecing: Option<PathBuf>,
-    /// Socket of the NBD server that this QEMU already runs
-    #[arg(long, value_name = "SOCKET")]
-    nbd: Option<PathBuf>,
+    #[command(flatten)]
+    vm: VmArguments,
     /// The provider, by name or component file
     #[arg(long, value_name = "NAME|FILE")]
     provider: Option<String>,
@@ -58,6 +44,9 @@ pub(super) struct Backup {
     /// Read every disk in full
     #[arg(long)]
     full: bool,
+    /// Most bytes of the disks to read in a second, over the whole job, such as 100MiB; a provider's own limit holds too
+    #[arg(long, value_name = "BYTES", value_parser = text::rate)]
+    bandwidth: Option<NonZeroU64>,
     #[command(flatten)]
     sandboxes: Sandboxes,
 }
@@ -66,7 +55,7 @@ impl Backup {
     pub(super) async fn run(self, session: &Session) -> Result<(), Failure> {
         let started = Instant::now();
         super::refuse_suspension();
-        let mut record = Record::begin(Job::Backup, self.vm.clone());
+        let mut record = Record::begin(Job::Backup, self.vm.name.clone());
         let made = self.make(session, &mut record).await;
         if let Ok(summary) = &made {
             record.backup = Some(summary.manifest.backup.to_string());
@@ -102,26 +91,17 @@ impl Backup {
         session: &Session,
         record: &mut Record,
     ) -> Result<(Request, Places, Option<Slot>), Failure> {
-        let mut vm = target::vm(session, &self.vm, self.qmp.is_some())?;
-        vm.qmp = self.qmp.or(vm.qmp);
-        vm.agent = self.agent.or(vm.agent);
-        vm.fleecing = self.fleecing.or(vm.fleecing);
-        vm.nbd = self.nbd.or(vm.nbd);
-        if !self.disks.is_empty() {
-            vm.disks = self.disks;
-        }
-        check_vm_name(&self.vm)?;
-        let qmp = monitor_of(&self.vm, &vm)?;
+        let (name, mut vm, qmp) = self.vm.resolve(session)?;
         let wanted = self.provider.or_else(|| vm.provider.clone()).ok_or_else(|| {
             mistake("no provider: name one with --provider, or as `provider` of this VM in the configuration".into())
         })?;
         record.provider = Some(wanted.clone());
         let decision = match session.config.tenant.is_empty() {
             true => {
-                let (name, provider) = installed::provider(session, &wanted)?;
-                Decision::of_the_operator(&self.vm, name, provider)?
+                let (named, provider) = installed::provider(session, &wanted)?;
+                Decision::of_the_operator(&name, named, provider)?
             }
-            false => policy::decide(&session.config, &self.vm, &wanted)?,
+            false => policy::decide(&session.config, &name, &wanted)?,
         };
         record.tenant = decision.tenant.as_ref().map(|tenant| tenant.name.clone());
         // What the provider may not ask for is not even read.
@@ -140,6 +120,8 @@ impl Backup {
         if let Some(path) = &self.settings {
             provider.settings = target::settings(path)?;
         }
+        let rates = [provider.limits.bandwidth, self.bandwidth.or(vm.bandwidth)];
+        provider.limits.bandwidth = rates.into_iter().flatten().min();
         let mut attachments = BTreeMap::new();
         for (name, path) in &vm.attachments {
             let bytes = target::read(path, "attachment")?;
@@ -159,8 +141,7 @@ impl Backup {
                 "warning: the policy does not grant all that is `extra` of the VM; it is left out"
             );
         }
-        let extra = vm.extra.iter().map(|(name, what)| extra(name, what));
-        let extra = extra.collect::<Result<_, _>>()?;
+        let extra = vm::extra(&vm)?;
         let archive = Arc::new(target::archive(session, archive_name.as_deref(), true)?);
         let fleecing = vm
             .fleecing
@@ -168,13 +149,13 @@ impl Backup {
             .unwrap_or_else(|| session.state.join("fleecing"));
         let places = Places {
             archive,
-            vm_state: target::vm_state(session, &self.vm)?,
+            vm_state: target::vm_state(session, &name)?,
             fleecing: target::folder(&fleecing)?,
             cache: target::cache(session)?,
             program: self.sandboxes.program(),
         };
         let request = Request {
-            vm_name: self.vm,
+            vm_name: name,
             vm,
             qmp,
             account: Arc::new(Account::new(provider.limits.clone())),
@@ -188,55 +169,6 @@ impl Backup {
         };
         Ok((request, places, slot))
     }
-}
-
-/// The socket of its monitor.
-pub(super) fn monitor_of(name: &str, vm: &Vm) -> Result<PathBuf, Failure> {
-    vm.qmp.clone().ok_or_else(|| {
-        mistake(format!(
-            "VM '{name}' has no monitor: give its QMP socket with --qmp or as `qmp` in the configuration"
-        ))
-    })
-}
-
-/// It becomes a folder's name and part of each bitmap's name.
-pub(super) fn check_vm_name(name: &str) -> Result<(), Failure> {
-    let plain = name
-        .bytes()
-        .all(|b| b.is_ascii_alphanumeric() || b"-_.".contains(&b));
-    if name.is_empty() || name.len() > 64 || !plain || name.starts_with('.') {
-        return Err(mistake(format!(
-            "'{}' cannot name a VM: use 1 to 64 letters, digits, '-', '_' and '.'",
-            name.escape_debug()
-        )));
-    }
-    Ok(())
-}
-
-/// What has a slash is a file, anything else a device or block node of the VM.
-fn extra(name: &str, what: &str) -> Result<Extra, Failure> {
-    let plain = |b: u8| b.is_ascii_alphanumeric() || b"-_.".contains(&b);
-    if name.is_empty() || !name.bytes().all(plain) || name.starts_with('.') {
-        return Err(mistake(format!(
-            "'{}' cannot name an extra volume: use letters, digits, '-', '_' and '.'",
-            name.escape_debug()
-        )));
-    }
-    let source = match what.contains('/') {
-        false => Source::Node(what.into()),
-        true => {
-            let opened = std::fs::File::open(what)
-                .and_then(|opened| Ok((std::fs::canonicalize(what)?, opened)));
-            let (path, opened) = opened
-                .with_context(|| format!("the extra volume {name} ({what}) cannot be opened"))
-                .map_err(Failure::Mistake)?;
-            Source::File { path, opened }
-        }
-    };
-    Ok(Extra {
-        name: name.into(),
-        source,
-    })
 }
 
 fn mistake(message: String) -> Failure {

@@ -23,6 +23,7 @@ mod target;
 mod test;
 mod text;
 mod verify;
+mod vm;
 
 use crate::config::{self, Config, ConfigError};
 use crate::policy::Denied;

@@ -1,7 +1,8 @@
 //! `fleecebox recover`.
 
 use super::progress::Progress;
-use super::{Failure, Session, backup, target};
+use super::vm::{check_name, monitor_of};
+use super::{Failure, Session, target};
 use crate::config::Vm;
 use crate::job::recover::{self, Patient};
 use anyhow::anyhow;
@@ -76,8 +77,8 @@ async fn all(session: &Session) -> Result<(), Failure> {
 
 /// Returns whether there was anything.
 async fn one(session: &Session, name: &str, vm: Vm) -> Result<bool, Failure> {
-    backup::check_vm_name(name)?;
-    let qmp = backup::monitor_of(name, &vm)?;
+    check_name(name)?;
+    let qmp = monitor_of(name, &vm)?;
     let archive = target::archive(session, vm.archive.as_deref(), false)?;
     let fleecing = vm
         .fleecing
