@@ -4,13 +4,15 @@ use super::progress::Progress;
 use super::vm::{self, VmArguments};
 use super::{Failure, Sandboxes, Session, installed, target, text};
 use crate::archive::ComponentId;
+use crate::config::Vm;
 use crate::grants::MAX_ATTACHMENT;
 use crate::grants::account::Account;
 use crate::job::audit::{Granted, Job, Record};
 use crate::job::backup::{self, Places, Request, Summary};
-use crate::job::slots::Slot;
-use crate::policy::{self, Decision};
+use crate::job::dry_run::{self, DiskForecast, Forecast, Mode, Order};
+use crate::policy::{self, Decision, Tenancy};
 use anyhow::anyhow;
+use cap_std::fs::Dir;
 use clap::Args;
 use serde_json::json;
 use std::collections::BTreeMap;
@@ -26,6 +28,7 @@ Examples:
   fleecebox backup web
   fleecebox backup web --qmp /run/web.qmp --provider ./chunked.wasm --archive /srv/backups
   fleecebox backup web --bandwidth 100MiB
+  fleecebox backup web --dry-run                      what would happen to each disk, and why
 
 The backup is committed only once every changed block is proven to be in the archive. A disk with a usable bitmap of \
 this archive is backed up incrementally, any other in full.")]
@@ -47,14 +50,20 @@ pub(super) struct Backup {
     /// Most bytes of the disks to read in a second, over the whole job, such as 100MiB; a provider's own limit holds too
     #[arg(long, value_name = "BYTES", value_parser = text::rate)]
     bandwidth: Option<NonZeroU64>,
+    /// Only say what would happen to each disk; nothing is changed in QEMU or in the archive
+    #[arg(long)]
+    dry_run: bool,
     #[command(flatten)]
     sandboxes: Sandboxes,
 }
 
 impl Backup {
     pub(super) async fn run(self, session: &Session) -> Result<(), Failure> {
+        if self.dry_run {
+            return self.foretell(session).await;
+        }
         let started = Instant::now();
-        super::refuse_suspension();
+        super::refuse_suspension("a backup");
         let mut record = Record::begin(Job::Backup, self.vm.name.clone());
         let made = self.make(session, &mut record).await;
         if let Ok(summary) = &made {
@@ -73,7 +82,17 @@ impl Backup {
     }
 
     async fn make(self, session: &Session, record: &mut Record) -> Result<Summary, Failure> {
-        let (request, places, _slot) = self.prepare(session, record)?;
+        let program = self.sandboxes.program();
+        let (request, archive, tenant) = self.prepare(session, record)?;
+        let archive = target::archive(session, archive.as_deref(), true)?;
+        let _slot = target::slot(session, tenant.as_ref())?;
+        let places = Places {
+            archive: Arc::new(archive),
+            vm_state: target::vm_state(session, &request.vm_name)?,
+            fleecing: fleecing(session, &request.vm)?,
+            cache: target::cache(session)?,
+            program,
+        };
         let account = Arc::clone(&request.account);
         let (events, progress) = Progress::start(session.quiet);
         let made = backup::backup(request, places, &events, &session.cancel).await;
@@ -86,11 +105,37 @@ impl Backup {
         })
     }
 
+    async fn foretell(self, session: &Session) -> Result<(), Failure> {
+        let mut record = Record::begin(Job::Backup, self.vm.name.clone());
+        let (request, archive, _) = self.prepare(session, &mut record)?;
+        let archive = target::archive_if_made(session, archive.as_deref())?;
+        let (fleecing, path) = fleecing(session, &request.vm)?;
+        let order = Order {
+            vm_name: &request.vm_name,
+            vm: &request.vm,
+            qmp: &request.qmp,
+            extra: &request.extra,
+            archive: archive.as_ref(),
+            namespace: &request.namespace,
+            full: request.full,
+            vm_state: target::vm_state(session, &request.vm_name)?,
+            fleecing: (&fleecing, &path),
+        };
+        let foretold = dry_run::dry_run(order).await;
+        let forecast = foretold.map_err(|error| match error.is_mistake() {
+            true => Failure::Mistake(error.into()),
+            false => Failure::Failed(error.into()),
+        })?;
+        tell_forecast(session, &forecast);
+        Ok(())
+    }
+
+    /// The request, the archive's name, and the tenant whose job it is.
     fn prepare(
         self,
         session: &Session,
         record: &mut Record,
-    ) -> Result<(Request, Places, Option<Slot>), Failure> {
+    ) -> Result<(Request, Option<String>, Option<Tenancy>), Failure> {
         let (name, mut vm, qmp) = self.vm.resolve(session)?;
         let wanted = self.provider.or_else(|| vm.provider.clone()).ok_or_else(|| {
             mistake("no provider: name one with --provider, or as `provider` of this VM in the configuration".into())
@@ -115,7 +160,7 @@ impl Backup {
         decision.check_digest(&session.config, digest)?;
         let archive_name = self.archive.or_else(|| vm.archive.clone());
         let archive_name = decision.archive(&session.config, archive_name)?;
-        let slot = target::slot(session, decision.tenant.as_ref())?;
+        let tenant = decision.tenant;
         let mut provider = decision.provider;
         if let Some(path) = &self.settings {
             provider.settings = target::settings(path)?;
@@ -142,18 +187,6 @@ impl Backup {
             );
         }
         let extra = vm::extra(&vm)?;
-        let archive = Arc::new(target::archive(session, archive_name.as_deref(), true)?);
-        let fleecing = vm
-            .fleecing
-            .clone()
-            .unwrap_or_else(|| session.state.join("fleecing"));
-        let places = Places {
-            archive,
-            vm_state: target::vm_state(session, &name)?,
-            fleecing: target::folder(&fleecing)?,
-            cache: target::cache(session)?,
-            program: self.sandboxes.program(),
-        };
         let request = Request {
             vm_name: name,
             vm,
@@ -167,7 +200,54 @@ impl Backup {
             extra,
             full: self.full,
         };
-        Ok((request, places, slot))
+        Ok((request, archive_name, tenant))
+    }
+}
+
+/// Where fleecing images go.
+fn fleecing(session: &Session, vm: &Vm) -> Result<(Dir, PathBuf), Failure> {
+    let default = || session.state.join("fleecing");
+    target::folder(&vm.fleecing.clone().unwrap_or_else(default))
+}
+
+fn tell_forecast(session: &Session, forecast: &Forecast) {
+    if session.json {
+        show!("{:#}", json!(forecast));
+        return;
+    }
+    for first in &forecast.first {
+        show!("first: {first}");
+    }
+    for skipped in &forecast.skipped {
+        show!("{}: skipped, {}", skipped.name, skipped.reason);
+    }
+    for disk in forecast.disks.iter().flatten() {
+        tell_disk(disk);
+    }
+    show!("nothing was changed");
+}
+
+fn tell_disk(disk: &DiskForecast) {
+    let reason = disk.reason.as_deref().map(|reason| format!(" ({reason})"));
+    let what = match (disk.mode, &disk.base) {
+        (Mode::Incremental, Some(base)) => format!("what changed since {base}"),
+        (Mode::Untracked, _) => "all of it, as each time".into(),
+        _ => "all of it".into(),
+    };
+    show!(
+        "{} ({}, {}): {what}{}, about {}",
+        disk.name,
+        disk.format,
+        text::size(disk.size),
+        reason.unwrap_or_default(),
+        text::size(disk.dirty_bytes)
+    );
+    let uses = disk.bitmap_used.iter().map(|name| ("reads by", name));
+    let adds = disk.bitmap_added.iter().map(|name| ("adds", name));
+    let removed = disk.bitmap_used.iter().chain(&disk.bitmaps_removed);
+    let removes = removed.map(|name| ("removes, once committed,", name));
+    for (verb, name) in uses.chain(adds).chain(removes) {
+        show!("  {verb} the bitmap {name}");
     }
 }
 

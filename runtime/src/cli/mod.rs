@@ -6,6 +6,7 @@ mod output;
 mod audit;
 mod backup;
 mod demo;
+mod export;
 mod inspect;
 mod install;
 mod installed;
@@ -71,6 +72,8 @@ enum Command {
     Backup(backup::Backup),
     /// Remove what a job that died left in a VM, and settle its bitmaps
     Recover(recover::Recover),
+    /// Hold a point in time of a VM for a tool that is trusted
+    Export(export::Export),
     /// Write a backup's volumes to files or block devices
     Restore(restore::Restore),
     /// Read a backup completely and compare each block with its digest
@@ -221,6 +224,7 @@ fn run(cli: Cli) -> Result<(), Failure> {
         match cli.command {
             Command::Backup(command) => command.run(&session).await,
             Command::Recover(command) => command.run(&session).await,
+            Command::Export(command) => command.run(&session).await,
             Command::Restore(command) => command.run(&session).await,
             Command::Verify(command) => command.run(&session).await,
             Command::List(command) => command.run(&session),
@@ -244,14 +248,14 @@ fn run(cli: Cli) -> Result<(), Failure> {
 
 /// ^Z would leave replies unread, and QEMU's main loop waits for them when it next drains a disk: the VM would stand
 /// still together with the backup.
-fn refuse_suspension() {
+fn refuse_suspension(what: &'static str) {
     use tokio::signal::unix::{SignalKind, signal};
     let stop = SignalKind::from_raw(rustix::process::Signal::TSTP.as_raw());
     let Ok(mut stops) = signal(stop) else { return };
     tokio::spawn(async move {
         while stops.recv().await.is_some() {
             say!(
-                "a backup cannot be suspended, because its VM would stand still with it; ^C ends it"
+                "{what} cannot be suspended, because its VM would stand still with it; ^C ends it"
             );
         }
     });

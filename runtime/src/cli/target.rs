@@ -27,25 +27,59 @@ pub(super) fn archive(
         None => only(session.config.archive.keys(), "archive", "--archive")?,
     };
     let path = session.config.archive(name)?.path;
-    let dir = Dir::open_ambient_dir(&path, ambient_authority())
+    let dir = archive_folder(&path)?;
+    let opened = match Archive::open(dir.try_clone().map_err(failed)?) {
+        Err(archive::Error::NotAnArchive) if make => Archive::create(dir),
+        opened => opened,
+    };
+    opened.map_err(|error| unusable(&path, error))
+}
+
+/// As [`archive`] for a backup, where nothing may be made: none where the folder is empty and would become one.
+pub(super) fn archive_if_made(
+    session: &Session,
+    name: Option<&str>,
+) -> Result<Option<Archive>, Failure> {
+    let name = match name {
+        Some(name) => name,
+        None => only(session.config.archive.keys(), "archive", "--archive")?,
+    };
+    let path = session.config.archive(name)?.path;
+    let dir = archive_folder(&path)?;
+    match Archive::open(dir.try_clone().map_err(failed)?) {
+        Ok(archive) => Ok(Some(archive)),
+        Err(archive::Error::NotAnArchive) => match dir.entries().map_err(failed)?.next() {
+            None => Ok(None),
+            Some(_) => Err(unusable(&path, archive::Error::NotEmpty)),
+        },
+        Err(error) => Err(unusable(&path, error)),
+    }
+}
+
+fn archive_folder(path: &Path) -> Result<Dir, Failure> {
+    Dir::open_ambient_dir(path, ambient_authority())
         .with_context(|| {
             format!(
                 "the archive {} cannot be opened (make the folder first)",
                 path.display()
             )
         })
-        .map_err(Failure::Mistake)?;
-    let shown = |error: archive::Error| {
-        Failure::Mistake(anyhow!("the archive {}: {error}", path.display()))
+        .map_err(Failure::Mistake)
+}
+
+fn unusable(path: &Path, error: archive::Error) -> Failure {
+    Failure::Mistake(anyhow!("the archive {}: {error}", path.display()))
+}
+
+/// The archive in a VM's state folder that records what tools have of it; an empty folder becomes one.
+pub(super) fn records(folder: Dir) -> Result<Archive, Failure> {
+    let opened = match Archive::open(folder.try_clone().map_err(failed)?) {
+        Err(archive::Error::NotAnArchive) => Archive::create(folder),
+        opened => opened,
     };
-    match Archive::open(
-        dir.try_clone()
-            .map_err(|error| Failure::Failed(error.into()))?,
-    ) {
-        Ok(archive) => Ok(archive),
-        Err(archive::Error::NotAnArchive) if make => Archive::create(dir).map_err(shown),
-        Err(error) => Err(shown(error)),
-    }
+    opened
+        .context("the records of what tools have, in the state folder")
+        .map_err(Failure::Failed)
 }
 
 /// The one name there is, where none was given.

@@ -24,6 +24,8 @@ pub const FILE: &str = "audit.jsonl";
 pub enum Job {
     /// A backup.
     Backup,
+    /// A point in time held for a tool.
+    Export,
     /// A restore.
     Restore,
     /// A verify.

@@ -227,8 +227,7 @@ impl Attempt<'_> {
         recover::recover(&subject.traces(monitor), journal, events).await?;
         let standing = subject::standing(subject, monitor).await?;
         let id = BackupId::random(OffsetDateTime::now_utc())?;
-        let found = subject::find_disks(subject, monitor).await?;
-        let disks = subject::choose(subject, found.disks, id)?;
+        let disks = subject.disks(monitor, id).await?;
         let prepared = Prepared::new(subject, monitor, journal, standing, disks, id).await?;
         let writer = match subject.namespace.begin(id) {
             Ok(writer) => Arc::new(writer),

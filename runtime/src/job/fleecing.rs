@@ -8,9 +8,13 @@ use crate::policy::Limits;
 use crate::qemu::JobId;
 use crate::qemu::snapshot::FleecingFormat;
 use cap_std::fs::{Dir, DirBuilder, DirBuilderExt, File, OpenOptions, OpenOptionsExt};
+use nix::errno::Errno;
+use nix::mount::{MntFlags, umount2};
 use std::fmt;
-use std::io;
+use std::io::{self, Write};
+use std::os::fd::AsRawFd;
 use std::path::{Path, PathBuf};
+use std::process::{Command, Stdio};
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 use tokio::time::{Instant, sleep};
@@ -161,18 +165,7 @@ impl Fleecing {
             folder: path.to_owned(),
             source,
         };
-        let total = sizes
-            .iter()
-            .fold(0u64, |sum, &size| sum.saturating_add(size));
-        let needed = (total / SHARE).saturating_add(RESERVE);
-        let available = available(&parent).map_err(io)?;
-        if available < needed {
-            return Err(FleecingError::TooSmall {
-                folder: path.to_owned(),
-                available,
-                needed,
-            });
-        }
+        check_room(&parent, path, sizes)?;
         let folder_path = path.join(name);
         if folder_path.as_os_str().len() + "/nbd.sock".len() > SOCKET_PATH_MAX {
             return Err(FleecingError::PathTooLong {
@@ -279,13 +272,113 @@ impl Fleecing {
             .try_for_each(|(_, file)| file.sync_data())
     }
 
+    /// Makes an empty file for the disk `name`, the `index`th, that QEMU is to mount its snapshot over, and a file with
+    /// `regions` beside it.
+    pub fn add_virtual_file(
+        &self,
+        name: &str,
+        index: u16,
+        regions: &[u8],
+    ) -> io::Result<VirtualFile> {
+        let mut private = DirBuilder::new();
+        private.mode(0o700);
+        let folder = self.parent.open_dir(&self.name)?;
+        match folder.create_dir_with(FILES, &private) {
+            Err(error) if error.kind() != io::ErrorKind::AlreadyExists => return Err(error),
+            _ => {}
+        }
+        let plain = |b: u8| b.is_ascii_alphanumeric() || b"-_.".contains(&b);
+        let stem = match name.bytes().all(plain) && name.len() <= 100 && !name.starts_with('.') {
+            true => name.to_owned(),
+            // A path in QEMU's tree, say.
+            false => format!("disk {index}"),
+        };
+        let files = folder.open_dir(FILES)?;
+        let mut options = OpenOptions::new();
+        options.write(true).create_new(true).mode(0o600);
+        files.open_with(format!("{stem}.raw"), &options)?;
+        let mut beside = files.open_with(format!("{stem}.dirty.json"), &options)?;
+        beside.write_all(regions)?;
+        let path = self.path.join(FILES);
+        Ok(VirtualFile {
+            path: path.join(format!("{stem}.raw")),
+            regions: path.join(format!("{stem}.dirty.json")),
+        })
+    }
+
     /// Deletes everything.
     pub fn remove(&self) -> io::Result<()> {
-        match self.parent.remove_dir_all(&self.name) {
-            Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(()),
-            result => result,
+        remove_folder(&self.parent, &self.name).map(drop)
+    }
+}
+
+/// A disk as a file.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct VirtualFile {
+    /// Its absolute path.
+    pub path: PathBuf,
+    /// Of a file that tells its dirty regions.
+    pub regions: PathBuf,
+}
+
+/// In a job's folder, where its disks are files.
+const FILES: &str = "files";
+
+/// Deletes the folder of a job below `parent`, and says whether it was there. What a QEMU that was killed left mounted
+/// in it is unmounted.
+pub fn remove_folder(parent: &Dir, name: &str) -> io::Result<bool> {
+    if let Ok(entries) = parent.read_dir(Path::new(name).join(FILES)) {
+        for entry in entries.flatten() {
+            unmount(parent, &Path::new(name).join(FILES).join(entry.file_name()));
         }
     }
+    match parent.remove_dir_all(name) {
+        Ok(()) => Ok(true),
+        Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(false),
+        Err(error) => Err(error),
+    }
+}
+
+/// Where it is a mount; deleting it says what is wrong if it still is.
+fn unmount(parent: &Dir, path: &Path) {
+    let path = Path::new("/proc/self/fd")
+        .join(parent.as_raw_fd().to_string())
+        .join(path);
+    let flags = MntFlags::MNT_DETACH | MntFlags::UMOUNT_NOFOLLOW;
+    if umount2(&path, flags) == Err(Errno::EPERM)
+        && let Ok(path) = std::fs::canonicalize(path.parent().unwrap_or(&path))
+            .map(|folder| folder.join(path.file_name().unwrap_or_default()))
+    {
+        // A user's mounts are its helper's to undo.
+        let _ = Command::new("fusermount3")
+            .args(["-u", "-z", "-q"])
+            .arg(path)
+            .stderr(Stdio::null())
+            .status();
+    }
+}
+
+/// Whether `folder`, of that path, has room to begin with images of disks of these sizes in bytes.
+///
+/// # Errors
+/// [`FleecingError::TooSmall`], or where it cannot be asked.
+pub fn check_room(folder: &Dir, path: &Path, sizes: &[u64]) -> Result<(), FleecingError> {
+    let total = sizes
+        .iter()
+        .fold(0u64, |sum, &size| sum.saturating_add(size));
+    let needed = (total / SHARE).saturating_add(RESERVE);
+    let available = available(folder).map_err(|source| FleecingError::Io {
+        folder: path.to_owned(),
+        source,
+    })?;
+    if available >= needed {
+        return Ok(());
+    }
+    Err(FleecingError::TooSmall {
+        folder: path.to_owned(),
+        available,
+        needed,
+    })
 }
 
 fn available(folder: &Dir) -> io::Result<u64> {

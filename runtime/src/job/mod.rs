@@ -1,10 +1,12 @@
-//! Jobs, each one thing from start to end: [`backup`], and [`replay`] for restore and verify.
+//! Jobs, each one thing from start to end: [`backup`], [`export`], and [`replay`] for restore and verify.
 
 pub mod audit;
 pub mod backup;
 pub mod base;
 pub mod component;
+pub mod dry_run;
 mod event;
+pub mod export;
 pub mod extra;
 pub mod fleecing;
 pub mod journal;

@@ -9,7 +9,7 @@
 use super::base::{Choice, ChoiceError};
 use super::event::Event;
 use super::extra::{self, Attached, ExtraError};
-use super::fleecing::{Bounds, Fleecing, FleecingError, GivenUp};
+use super::fleecing::{Bounds, Fleecing, FleecingError, GivenUp, VirtualFile};
 use super::journal::{Journal, JournalError, Record, Step};
 use super::power::PowerError;
 use super::recover::RecoverError;
@@ -198,6 +198,16 @@ impl<'a> Prepared<'a> {
     /// Most bytes that the fleecing images took up.
     pub fn fleecing_peak(&self) -> u64 {
         self.fleecing.peak()
+    }
+
+    /// An empty file in the job's folder for the disk `name`, QEMU's `index`th, to become, with `regions` beside it.
+    pub fn add_virtual_file(
+        &self,
+        name: &str,
+        index: u16,
+        regions: &[u8],
+    ) -> io::Result<VirtualFile> {
+        self.fleecing.add_virtual_file(name, index, regions)
     }
 
     /// How long each step that was reached took; the last one is over now.

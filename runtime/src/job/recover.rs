@@ -250,9 +250,9 @@ impl InQemu<'_> {
 }
 
 fn remove_folder(fleecing: &Dir, folder: &str, events: &Events) -> Result<(), RecoverError> {
-    match fleecing.remove_dir_all(folder) {
-        Ok(()) => events.note("removed its fleecing images"),
-        Err(error) if error.kind() == io::ErrorKind::NotFound => {}
+    match super::fleecing::remove_folder(fleecing, folder) {
+        Ok(true) => events.note("removed its fleecing images"),
+        Ok(false) => {}
         Err(error) => return Err(RecoverError::Files(error)),
     }
     Ok(())

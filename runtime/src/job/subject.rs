@@ -40,6 +40,19 @@ pub struct Subject<'a> {
 }
 
 impl<'a> Subject<'a> {
+    /// Its disks, and what each builds on in a backup or export `id`.
+    pub async fn disks(
+        &self,
+        monitor: &Monitor,
+        id: BackupId,
+    ) -> Result<Vec<(qemu::Disk, Choice)>, PointError> {
+        let found = find_disks(self.vm, self.extra, monitor, self.events).await?;
+        let Self {
+            owner, namespace, ..
+        } = *self;
+        choose(owner, namespace, self.full, found.disks, id, self.events)
+    }
+
     /// What is looked at to clean up after a job, over `monitor`.
     pub fn traces(&self, monitor: &'a Monitor) -> Traces<'a> {
         Traces {
@@ -111,31 +124,32 @@ pub async fn standing(subject: &Subject<'_>, monitor: &Monitor) -> Result<Standi
 
 /// The disks of the VM and those that it has but that are left out.
 pub async fn find_disks(
-    subject: &Subject<'_>,
+    vm: &Vm,
+    extra: &[Extra],
     monitor: &Monitor,
+    events: &Events,
 ) -> Result<machine::Disks, PointError> {
-    let choice = match &subject.vm.disks[..] {
+    let choice = match &vm.disks[..] {
         [] => machine::Choice::All,
         names => machine::Choice::Named(names.to_vec()),
     };
     let mut found = machine::disks(monitor, &choice).await?;
-    extra::add_nodes(monitor, subject.extra, &mut found).await?;
+    extra::add_nodes(monitor, extra, &mut found).await?;
     for skipped in &found.skipped {
-        let note = format!("{} is skipped: {}", skipped.name, skipped.reason);
-        subject.events.note(note);
+        events.note(format!("{} is skipped: {}", skipped.name, skipped.reason));
     }
     Ok(found)
 }
 
-/// What each disk builds on, in a backup or export `id`.
+/// What each disk builds on, in a backup or export `id`; nothing where all is to be read in `full`.
 pub fn choose(
-    subject: &Subject<'_>,
+    owner: &Owner,
+    namespace: &Namespace,
+    full: bool,
     found: Vec<qemu::Disk>,
     id: BackupId,
+    events: &Events,
 ) -> Result<Vec<(qemu::Disk, Choice)>, PointError> {
-    let Subject {
-        namespace, owner, ..
-    } = *subject;
     // The disks of one backup mostly share their base.
     let mut known = BTreeMap::new();
     let mut disks = Vec::new();
@@ -151,7 +165,7 @@ pub fn choose(
                 known.insert(id, found.clone());
                 Ok(found)
             })?;
-            if subject.full {
+            if full {
                 choice
                     .in_full(owner, &disk, id)
                     .map_err(ChoiceError::from)?
@@ -159,10 +173,10 @@ pub fn choose(
                 choice
             }
         };
-        tell_choice(subject.events, &disk, &choice);
+        tell_choice(events, &disk, &choice);
         disks.push((disk, choice));
     }
-    tell_missing(subject.events, &disks);
+    tell_missing(events, &disks);
     Ok(disks)
 }
 

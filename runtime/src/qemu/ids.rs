@@ -69,6 +69,8 @@ pub enum Role {
     Job,
     /// The NBD export, its id and its name.
     Export,
+    /// The FUSE export of the same node.
+    File,
     /// The node of a file that the VM does not have.
     Extra,
     /// The file below a fleecing image that is more than raw.
@@ -78,12 +80,13 @@ pub enum Role {
 }
 
 impl Role {
-    const ALL: [Self; 8] = [
+    const ALL: [Self; 9] = [
         Self::Fleecing,
         Self::Filter,
         Self::Access,
         Self::Job,
         Self::Export,
+        Self::File,
         Self::Extra,
         Self::Image,
         Self::Create,
@@ -96,6 +99,7 @@ impl Role {
             Self::Access => "sa",
             Self::Job => "job",
             Self::Export => "x",
+            Self::File => "f",
             Self::Extra => "ro",
             Self::Image => "img",
             Self::Create => "mk",
@@ -144,7 +148,7 @@ mod tests {
 
     proptest! {
         #[test]
-        fn every_id_reads_back_and_fits_a_node_name(job: u64, role in 0usize..8, index: u16) {
+        fn every_id_reads_back_and_fits_a_node_name(job: u64, role in 0usize..9, index: u16) {
             let id = OwnId { job: JobId(job), role: Role::ALL[role], index };
             let text = id.to_string();
             prop_assert!(text.len() <= NODE_NAME_MAX);
@@ -153,7 +157,7 @@ mod tests {
         }
 
         #[test]
-        fn what_parses_is_written_the_same(text in "(fbx-)?[0-9a-fA-F+]{15,17}-?(fl|cbw|sa|job|x|ro|img|mk|y)?[0-9+]{0,6}") {
+        fn what_parses_is_written_the_same(text in "(fbx-)?[0-9a-fA-F+]{15,17}-?(fl|cbw|sa|job|x|f|ro|img|mk|y)?[0-9+]{0,6}") {
             if let Some(id) = OwnId::parse(&text) {
                 prop_assert_eq!(id.to_string(), text);
             }

@@ -28,7 +28,7 @@ pub async fn find(monitor: &Monitor) -> Result<BTreeMap<JobId, Leftover>, Monito
     for export in present::exports(monitor).await? {
         if let Some(OwnId {
             job,
-            role: Role::Export,
+            role: Role::Export | Role::File,
             ..
         }) = OwnId::parse(&export.id)
         {

@@ -414,6 +414,28 @@ impl PointInTime {
         Ok(())
     }
 
+    /// Lets a disk, which must be exported with [`Readers::ReadOnly`], be read as the file `path` too, which is there and
+    /// empty, by QEMU's own FUSE export. It takes no discard, and goes with [`PointInTime::teardown`].
+    ///
+    /// # Errors
+    /// Those of [`Monitor::execute_raw`].
+    pub async fn add_file(
+        &self,
+        monitor: &Monitor,
+        index: u16,
+        path: &Path,
+    ) -> Result<(), MonitorError> {
+        let arguments = json!({
+            "type": "fuse",
+            "id": id(self.job, Role::File, index),
+            "node-name": id(self.job, Role::Access, index),
+            "mountpoint": path,
+            "writable": false,
+        });
+        let added = monitor.execute_raw("block-export-add", arguments).await;
+        added.map(drop)
+    }
+
     /// Takes everything down but the bitmaps, which [`bitmap::accept`] or [`bitmap::back_out`] settle
     /// next. May be called again after a failure. The fleecing files are the caller's to delete.
     ///
@@ -768,7 +790,7 @@ fn remains<'a>(job: JobId, form: Form, plans: impl Iterator<Item = &'a Plan>) ->
     let is_ours = |node: &&&String| OwnId::parse(node).is_some();
     let all = |role| (0..).take(disks).map(move |index| id(job, role, index));
     Remains {
-        exports: all(Role::Export).collect(),
+        exports: all(Role::Export).chain(all(Role::File)).collect(),
         access: all(Role::Access).collect(),
         filters: match form {
             // Each goes with its job.

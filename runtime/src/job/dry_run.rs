@@ -1,0 +1,294 @@
+//! What a backup would do to each disk, by the very decisions that it takes, without anything being changed: QEMU is
+//! only asked, and so is the archive.
+
+use super::base::{self, Choice, Owner, Remedy};
+use super::event::Events;
+use super::extra::{Extra, ExtraError, Source};
+use super::fleecing;
+use super::journal::Journal;
+use super::point_in_time::PointError;
+use super::power::PowerError;
+use super::recover::{self, RecoverError};
+use super::subject;
+use crate::archive::{self, Archive, BackupId, Namespace, NamespaceName};
+use crate::config::Vm;
+use crate::qemu::bitmap::{self, BitmapPlan};
+use crate::qemu::{self, Monitor, leftovers, machine};
+use cap_std::fs::Dir;
+use serde::Serialize;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use time::OffsetDateTime;
+
+/// Of which backup it is to be told.
+pub struct Order<'a> {
+    /// The VM's name.
+    pub vm_name: &'a str,
+    /// Its sockets and disks.
+    pub vm: &'a Vm,
+    /// QEMU's QMP socket.
+    pub qmp: &'a Path,
+    /// Further volumes.
+    pub extra: &'a [Extra],
+    /// The archive; none where its folder is empty.
+    pub archive: Option<&'a Archive>,
+    /// The provider's part of it.
+    pub namespace: &'a NamespaceName,
+    /// Read every disk in full.
+    pub full: bool,
+    /// The VM's folder in the state folder, and its path for errors.
+    pub vm_state: (Dir, PathBuf),
+    /// Where fleecing images would go, and its path for errors.
+    pub fleecing: (&'a Dir, &'a Path),
+}
+
+/// What would happen.
+#[derive(Debug, Clone, Serialize)]
+pub struct Forecast {
+    /// The VM.
+    pub vm: String,
+    /// What would be done before, or keeps more from being told, each in one sentence.
+    pub first: Vec<String>,
+    /// The disks that would be backed up. Nothing where they cannot be told.
+    pub disks: Option<Vec<DiskForecast>>,
+    /// Those that would be left out.
+    pub skipped: Vec<SkippedForecast>,
+}
+
+/// What would happen to a disk.
+#[derive(Debug, Clone, Serialize)]
+pub struct DiskForecast {
+    /// Its name.
+    pub name: String,
+    /// Its block node; none of a file that the VM does not have.
+    pub node: Option<String>,
+    /// Its format.
+    pub format: String,
+    /// In bytes.
+    pub size: u64,
+    /// How much of it would be read.
+    pub mode: Mode,
+    /// The backup that it would build on.
+    pub base: Option<BackupId>,
+    /// Why it would not build on one.
+    pub reason: Option<String>,
+    /// Bytes to be covered, zeroes included, if it were backed up now.
+    pub dirty_bytes: u64,
+    /// The bitmap that says what to read; it would be removed once the backup is committed.
+    pub bitmap_used: Option<String>,
+    /// The bitmap that would be added, `BACKUP` standing for the backup's id.
+    pub bitmap_added: Option<String>,
+    /// Bitmaps that would be removed besides, once the backup is committed.
+    pub bitmaps_removed: Vec<String>,
+}
+
+/// How much of a disk would be read, and whether its changes would be tracked from then on.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Mode {
+    /// What changed since the base.
+    Incremental,
+    /// All, once.
+    Full,
+    /// All, each time.
+    Untracked,
+}
+
+/// A disk that would be left out.
+#[derive(Debug, Clone, Serialize)]
+pub struct SkippedForecast {
+    /// Its name.
+    pub name: String,
+    /// Why.
+    pub reason: String,
+}
+
+/// Tells what a backup would do.
+///
+/// # Errors
+/// Those of the backup itself, as far as they can be foreseen.
+pub async fn dry_run(order: Order<'_>) -> Result<Forecast, PointError> {
+    let mut forecast = Forecast {
+        vm: order.vm_name.into(),
+        first: Vec::new(),
+        disks: None,
+        skipped: Vec::new(),
+    };
+    // A job that runs has the monitor, which would keep us waiting.
+    let journal = Journal::open(order.vm_state.0, order.vm_state.1)?;
+    let dead = journal.record();
+    if let Some(dead) = dead {
+        forecast.first.push(format!(
+            "the last job on this VM ({}, backup {}) died at step '{}'; it would be cleaned up after it",
+            dead.job,
+            dead.backup,
+            dead.step.name()
+        ));
+    }
+    let monitor = match Monitor::connect(order.qmp).await {
+        Ok(monitor) => monitor,
+        Err(error) if error.is_nobody() => {
+            let Some(program) = order.vm.start.first() else {
+                return Err(PowerError::Stopped(error).into());
+            };
+            forecast.first.push(format!(
+                "the VM does not run; it would be started paused by {program}, which is when its disks can be told"
+            ));
+            return Ok(forecast);
+        }
+        Err(error) => return Err(error.into()),
+    };
+    if let Some(state) = machine::run_state(&monitor).await? {
+        state.standing()?;
+    }
+    // What a dead job left above a disk would be taken for the disk.
+    let left = leftovers::find(&monitor).await?;
+    for job in left.keys() {
+        forecast.first.push(format!(
+            "job {job}, which died, left something in QEMU; it would be removed, and the disks can be told after that"
+        ));
+    }
+    if !left.is_empty() {
+        return Ok(forecast);
+    }
+    // Its notes are what is returned.
+    let (silent, _) = Events::channel();
+    let found = subject::find_disks(order.vm, order.extra, &monitor, &silent).await?;
+    for skipped in found.skipped {
+        forecast.skipped.push(SkippedForecast {
+            name: skipped.name,
+            reason: skipped.reason.to_string(),
+        });
+    }
+    let namespace = order
+        .archive
+        .map(|archive| archive.namespace(order.namespace));
+    let namespace = match namespace {
+        None | Some(Err(archive::Error::NotFound { .. })) => None,
+        Some(opened) => Some(Arc::new(opened.map_err(RecoverError::Archive)?)),
+    };
+    let mut disks: Vec<_> = match (order.archive, namespace) {
+        (Some(archive), Some(namespace)) => {
+            let owner = Owner {
+                archive: archive.id(),
+                namespace: order.namespace.clone(),
+                vm: order.vm_name.into(),
+            };
+            let dead = dead.map(|dead| &*dead.backup);
+            let settled = settled_first(&monitor, &owner, &namespace, dead).await?;
+            forecast.first.extend(settled);
+            let id = BackupId::random(OffsetDateTime::now_utc()).map_err(RecoverError::Archive)?;
+            let chosen = subject::choose(&owner, &namespace, order.full, found.disks, id, &silent)?;
+            let of = |(disk, choice)| tracked(&disk, choice, id);
+            chosen.into_iter().map(of).collect()
+        }
+        _ => found.disks.iter().map(first_of_its_archive).collect(),
+    };
+    for extra in order.extra {
+        disks.extend(attached(extra)?);
+    }
+    let sizes: Vec<u64> = disks.iter().map(|disk: &DiskForecast| disk.size).collect();
+    fleecing::check_room(order.fleecing.0, order.fleecing.1, &sizes)?;
+    forecast.disks = Some(disks);
+    Ok(forecast)
+}
+
+/// What would become of the bitmaps of a job that died, before the disks are chosen for.
+async fn settled_first(
+    monitor: &Monitor,
+    owner: &Owner,
+    namespace: &Namespace,
+    dead: Option<&str>,
+) -> Result<Vec<String>, PointError> {
+    let found = bitmap::find(monitor).await?;
+    let remedies = base::remedies(owner, &found, |id| recover::recorded(namespace, id));
+    let mut said = Vec::new();
+    for remedy in remedies.map_err(RecoverError::Archive)? {
+        match remedy {
+            Remedy::BackOut {
+                plan: BitmapPlan::New { name },
+                ..
+            } if dead != Some(name.backup()) => {}
+            Remedy::Accept { node, .. } | Remedy::BackOut { node, .. } => said.push(format!(
+                "{node}: a job that died left its bitmaps; they would be settled, after which the disk may be incremental"
+            )),
+        }
+    }
+    Ok(said)
+}
+
+fn tracked(disk: &qemu::Disk, choice: Choice, id: BackupId) -> DiskForecast {
+    let used = choice.bitmap.old().map(ToString::to_string);
+    let dirty = used.as_deref().and_then(|used| disk.bitmap(used));
+    let id = id.to_string();
+    let added = choice.bitmap.new_bitmap().map(ToString::to_string);
+    DiskForecast {
+        mode: match choice.bitmap {
+            BitmapPlan::None => Mode::Untracked,
+            BitmapPlan::New { .. } => Mode::Full,
+            BitmapPlan::Reuse { .. } => Mode::Incremental,
+        },
+        base: choice.base.map(|base| base.manifest.backup),
+        // Bits stand for whole blocks, the last of which may reach past the end.
+        dirty_bytes: dirty.map_or(disk.size, |bitmap| bitmap.dirty.min(disk.size)),
+        bitmap_added: added.map(|added| added.replace(&id, "BACKUP")),
+        bitmaps_removed: choice.stale.iter().map(ToString::to_string).collect(),
+        bitmap_used: used,
+        reason: choice.reason,
+        ..untracked(disk)
+    }
+}
+
+/// One that the archive knows nothing of, being empty itself.
+fn first_of_its_archive(disk: &qemu::Disk) -> DiskForecast {
+    match disk.read_only {
+        true => untracked(disk),
+        false => DiskForecast {
+            mode: Mode::Full,
+            reason: Some("the archive holds nothing of this provider's".into()),
+            ..untracked(disk)
+        },
+    }
+}
+
+fn untracked(disk: &qemu::Disk) -> DiskForecast {
+    DiskForecast {
+        name: disk.name.clone(),
+        node: Some(disk.node.clone()),
+        format: disk.format.clone(),
+        size: disk.size,
+        mode: Mode::Untracked,
+        base: None,
+        reason: disk.read_only.then(|| "it is read-only".into()),
+        dirty_bytes: disk.size,
+        bitmap_used: None,
+        bitmap_added: None,
+        bitmaps_removed: Vec::new(),
+    }
+}
+
+/// A file of the host that would be attached.
+fn attached(extra: &Extra) -> Result<Option<DiskForecast>, PointError> {
+    let Source::File { opened, .. } = &extra.source else {
+        return Ok(None);
+    };
+    // A whole number of sectors, as it is attached.
+    let looked = opened.metadata().map_err(|source| ExtraError::Look {
+        name: extra.name.clone(),
+        source,
+    });
+    let size = looked?.len().next_multiple_of(512);
+    Ok(Some(DiskForecast {
+        name: extra.name.clone(),
+        node: None,
+        format: "raw".into(),
+        size,
+        mode: Mode::Untracked,
+        base: None,
+        reason: Some("it is a file that the VM does not have".into()),
+        dirty_bytes: size,
+        bitmap_used: None,
+        bitmap_added: None,
+        bitmaps_removed: Vec::new(),
+    }))
+}

@@ -1,0 +1,691 @@
+//! A point in time held for a tool that is trusted: it reads what QEMU exports, as long as it likes.
+//!
+//! What a tool has is recorded as a backup is, in an archive in the VM's state folder that holds records and no bytes:
+//! the tool's name is the namespace, and the manifest is what says that the tool said "success". So bitmaps are named,
+//! switched, and cleaned up after a crash by the very code that does it for backups.
+
+use super::base::{Choice, Owner};
+use super::event::Events;
+use super::extra::Extra;
+use super::fleecing::{Bounds, VirtualFile};
+use super::journal::{Journal, JournalError, Step};
+use super::point_in_time::{BLOCK_SIZE, PointError, Prepared};
+use super::recover;
+use super::subject::{self, Subject};
+use crate::archive::{
+    self, Archive, BackupId, BackupRecord, ComponentId, DiskRecord, Namespace, NamespaceName,
+    Proof, ProviderRecord, VolumeRecord,
+};
+use crate::channel::{BitmapMode, GuestLimits, World};
+use crate::config::Vm;
+use crate::extent::Extent;
+use crate::nbd;
+use crate::policy::Limits;
+use crate::qemu::snapshot::{Readers, Volume};
+use crate::qemu::{Monitor, MonitorError, PointInTime};
+use crate::volume::open;
+use crate::volume::reader::Reader;
+use cap_std::fs::Dir;
+use serde::{Deserialize, Serialize};
+use std::io;
+use std::os::fd::AsRawFd;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::time::Duration;
+use time::OffsetDateTime;
+use tokio::io::{AsyncBufReadExt, AsyncReadExt, AsyncWriteExt, BufReader};
+use tokio::net::{UnixListener, UnixStream};
+use tokio::time::timeout;
+use tokio_util::sync::CancellationToken;
+
+/// In the VM's state folder, while an export is held: who connects to it says how it ends.
+pub const CONTROL: &str = "export.sock";
+
+/// How long one who connects may take to say so.
+const SAY: Duration = Duration::from_secs(5);
+
+/// Longest line on the control socket, in bytes.
+const LINE: u64 = 64;
+
+/// How a tool gets the disks.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, clap::ValueEnum)]
+#[serde(rename_all = "kebab-case")]
+pub enum Mechanism {
+    /// NBD exports on a unix socket, with dirty bitmaps as meta contexts
+    Nbd,
+    /// Each disk as a read-only file through FUSE, its dirty regions as JSON beside it
+    FileHandle,
+}
+
+/// What a tool says of what it read; it decides what becomes of the bitmaps.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Verdict {
+    /// It has all of it: the next export holds what changes from this point in time on.
+    Success,
+    /// It has not: the next export holds these changes too.
+    Failure,
+}
+
+/// What to hold, and for whom.
+#[derive(Debug)]
+pub struct Request {
+    /// The VM's name.
+    pub vm_name: String,
+    /// Its sockets and disks.
+    pub vm: Vm,
+    /// QEMU's QMP socket.
+    pub qmp: PathBuf,
+    /// Further volumes.
+    pub extra: Vec<Extra>,
+    /// The tool whose last success is the base of an increment; without it every export is of all, and nothing is
+    /// tracked.
+    pub tracking: Option<NamespaceName>,
+    /// How the tool gets the disks.
+    pub mechanism: Mechanism,
+    /// All of every disk.
+    pub full: bool,
+}
+
+/// The places that an export works in.
+pub struct Places {
+    /// Records of what tools have.
+    pub records: Arc<Archive>,
+    /// The VM's folder in the state folder, and its path for errors.
+    pub vm_state: (Dir, PathBuf),
+    /// Where fleecing images go, and its absolute path for QEMU.
+    pub fleecing: (Dir, PathBuf),
+}
+
+/// What a tool is told once it can read.
+#[derive(Debug, Serialize)]
+pub struct Held {
+    /// The VM.
+    pub vm: String,
+    /// Of this point in time.
+    pub export: BackupId,
+    /// How the disks are to be had.
+    pub mechanism: Mechanism,
+    /// The tool that is tracked.
+    pub tracking: Option<NamespaceName>,
+    /// The socket of QEMU's NBD server.
+    pub socket: PathBuf,
+    /// The disks.
+    pub volumes: Vec<HeldVolume>,
+}
+
+/// One disk that can be read.
+#[derive(Debug, Serialize)]
+pub struct HeldVolume {
+    /// Its name.
+    pub name: String,
+    /// In bytes.
+    pub size: u64,
+    /// Of the disk's image; what is read here is always raw.
+    pub format: String,
+    /// The export to build on, where only what changed since is dirty.
+    pub base: Option<BackupId>,
+    /// Why there is none, where there could be one.
+    pub reason: Option<String>,
+    /// Where NBD clients find it.
+    pub uri: String,
+    /// Its name in the NBD server.
+    pub nbd_export: String,
+    /// The NBD meta context that tells what is dirty; without it, all is.
+    pub dirty_context: Option<String>,
+    /// By `file-handle`: the file.
+    pub file: Option<PathBuf>,
+    /// By `file-handle`: a JSON file with its dirty regions.
+    pub regions: Option<PathBuf>,
+}
+
+/// How an export ended.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Ended {
+    /// What became of the bitmaps.
+    pub verdict: Verdict,
+    /// Whether a signal said so, and not somebody who knows what the tool did.
+    pub by_signal: bool,
+    /// Clean-up that failed; the next run does it.
+    pub left: Vec<String>,
+}
+
+/// The answer on the control socket, as one line of JSON.
+#[derive(Debug, Serialize, Deserialize)]
+pub struct Answer {
+    /// What became of the bitmaps.
+    pub verdict: Verdict,
+    /// Why it is not what was asked for.
+    pub error: Option<String>,
+    /// Clean-up that failed; the next run does it.
+    pub left: Vec<String>,
+}
+
+/// Why an export failed.
+#[derive(Debug, thiserror::Error)]
+pub enum ExportError {
+    /// There is no point in time, or none any more.
+    #[error(transparent)]
+    Point(#[from] PointError),
+    /// What tools have cannot be recorded.
+    #[error("the record of what the tool has: {0}")]
+    Records(#[from] archive::Error),
+    /// The control socket cannot be made.
+    #[error("the control socket {path}: {source}", path = path.display())]
+    Control {
+        /// Its path.
+        path: PathBuf,
+        /// Why.
+        source: io::Error,
+    },
+    /// No file can stand for the disk.
+    #[error("disk {disk} cannot be had as a file: {source}")]
+    File {
+        /// The disk.
+        disk: String,
+        /// Why.
+        source: FileError,
+    },
+    /// The disk cannot be read any more.
+    #[error(
+        "disk {disk} cannot be read as of the point in time any more ({source}): what was read of it cannot be trusted, so this counts as a failure (a tool that gives space back leaves the first 64 KiB of each disk)"
+    )]
+    Unreadable {
+        /// The disk.
+        disk: String,
+        /// What the server said.
+        source: nbd::Error,
+    },
+    /// A task died.
+    #[error("a task of the export died: {0}")]
+    Task(#[source] tokio::task::JoinError),
+}
+
+/// Why no file can stand for a disk.
+#[derive(Debug, thiserror::Error)]
+pub enum FileError {
+    /// QEMU refuses.
+    #[error(
+        "{0} (QEMU needs FUSE, /dev/fuse, and, where it does not run as root, fusermount3 and a fleecing folder that it may use)"
+    )]
+    Qemu(MonitorError),
+    /// The file cannot be made.
+    #[error(transparent)]
+    Io(#[from] io::Error),
+    /// Its dirty regions cannot be asked.
+    #[error(transparent)]
+    Regions(#[from] nbd::Error),
+}
+
+impl ExportError {
+    /// Whether the user can mend it: exit status 2.
+    pub fn is_mistake(&self) -> bool {
+        match self {
+            Self::Point(error) => error.is_mistake(),
+            Self::File { source, .. } => {
+                matches!(source, FileError::Qemu(error) if error.is_refusal())
+            }
+            _ => false,
+        }
+    }
+}
+
+impl From<JournalError> for ExportError {
+    fn from(error: JournalError) -> Self {
+        Self::Point(error.into())
+    }
+}
+
+/// Takes a point in time, tells `ready`, and holds it until somebody says how it ends, or `cancel` does.
+///
+/// # Errors
+/// An [`ExportError`]; nothing is left in QEMU and tracking is as it was before, but for what has been told.
+pub async fn export(
+    request: Request,
+    places: Places,
+    ready: impl FnOnce(&Held),
+    events: &Events,
+    cancel: &CancellationToken,
+) -> Result<Ended, ExportError> {
+    // What is not tracked has no bitmap; its job still needs a name in the journal.
+    let namespace = match &request.tracking {
+        Some(name) => name.clone(),
+        None => "untracked"
+            .parse()
+            .map_err(|_| archive::Error::NotAnArchive)?,
+    };
+    let folder = places.vm_state.0.try_clone().map_err(JournalError::Io)?;
+    let mut journal = Journal::open(places.vm_state.0, places.vm_state.1.clone())?;
+    let namespace = Arc::new(places.records.create_namespace(&namespace)?);
+    let owner = Owner {
+        archive: places.records.id(),
+        namespace: namespace.name().clone(),
+        vm: request.vm_name.clone(),
+    };
+    let subject = Subject {
+        vm: &request.vm,
+        qmp: &request.qmp,
+        extra: &request.extra,
+        fleecing: (&places.fleecing.0, &places.fleecing.1),
+        archive: &places.records,
+        namespace: &namespace,
+        owner: &owner,
+        full: request.full,
+        events,
+    };
+    let control = Control::listen(&folder, &places.vm_state.1)?;
+    let job = async |monitor: &Monitor, journal: &mut Journal| {
+        let export = Export {
+            request: &request,
+            subject: &subject,
+            monitor,
+            control: &control,
+            cancel,
+        };
+        export.make(journal, ready).await
+    };
+    let ended = subject::on_vm(&subject, &mut journal, cancel, job).await;
+    let ended = ended.map(|(ended, left)| Ended { left, ..ended });
+    control.answer(&ended).await;
+    control.close(&folder);
+    ended
+}
+
+/// An export of a VM that can be reached.
+struct Export<'a> {
+    request: &'a Request,
+    subject: &'a Subject<'a>,
+    monitor: &'a Monitor,
+    control: &'a Control,
+    cancel: &'a CancellationToken,
+}
+
+impl Export<'_> {
+    /// No `?` between the point in time and the end of the clean-up: whatever fails, the rest of it is done.
+    async fn make(
+        self,
+        journal: &mut Journal,
+        ready: impl FnOnce(&Held),
+    ) -> Result<(Ended, Vec<String>), ExportError> {
+        let (subject, monitor) = (self.subject, self.monitor);
+        let point_error = PointError::from;
+        recover::recover(&subject.traces(monitor), journal, subject.events)
+            .await
+            .map_err(point_error)?;
+        let standing = subject::standing(subject, monitor).await?;
+        let id = BackupId::random(OffsetDateTime::now_utc())?;
+        let disks = match self.request.tracking {
+            Some(_) => subject.disks(monitor, id).await?,
+            None => {
+                let Subject { vm, extra, .. } = *subject;
+                let found = subject::find_disks(vm, extra, monitor, subject.events).await?;
+                let untracked = || Choice::untracked("nothing is tracked (--tracking)");
+                let disks = found.disks.into_iter();
+                disks.map(|disk| (disk, untracked())).collect()
+            }
+        };
+        let mut prepared = Prepared::new(subject, monitor, journal, standing, disks, id).await?;
+        let readers = match self.request.mechanism {
+            Mechanism::Nbd => Readers::Discard,
+            Mechanism::FileHandle => Readers::ReadOnly,
+        };
+        let point = match prepared.take(readers).await {
+            Ok(point) => point,
+            Err((error, mut left)) => {
+                if error.is_undone() {
+                    prepared.close(&mut left);
+                }
+                prepared.tell_left(&left);
+                return Err(error.into());
+            }
+        };
+        let (verdict, by_signal, failure) = self.hold(&mut prepared, &point, id, ready).await;
+        let mut left = prepared.release(&point).await;
+        let recorded = match (verdict, &self.request.tracking) {
+            (Verdict::Success, Some(_)) => self.record(&mut prepared, id).await,
+            _ => Ok(()),
+        };
+        let failure = failure.or(recorded.err());
+        if matches!(
+            failure,
+            Some(ExportError::Records(archive::Error::CommitUnknown { .. }))
+        ) {
+            left.push("it is not known whether the success was recorded; all bitmaps stay until that can be asked".into());
+        } else {
+            let accepted = failure.is_none() && verdict == Verdict::Success;
+            left.extend(prepared.settle(&point, accepted).await);
+        }
+        prepared.close(&mut left);
+        match failure {
+            None => {
+                let ended = Ended {
+                    verdict,
+                    by_signal,
+                    left: Vec::new(),
+                };
+                Ok((ended, left))
+            }
+            Some(error) => {
+                prepared.tell_left(&left);
+                Err(error)
+            }
+        }
+    }
+
+    /// Returns how it ended, whether a signal said so, and why it is a failure although nobody said so.
+    async fn hold(
+        &self,
+        prepared: &mut Prepared<'_>,
+        point: &PointInTime,
+        id: BackupId,
+        ready: impl FnOnce(&Held),
+    ) -> (Verdict, bool, Option<ExportError>) {
+        let failed = |error| (Verdict::Failure, false, Some(error));
+        if let Err(error) = prepared.step(Step::Running) {
+            return failed(error.into());
+        }
+        match self.describe(prepared, point, id).await {
+            Ok(held) => ready(&held),
+            Err(error) => return failed(error),
+        }
+        let bounds = Bounds::of(&self.request.vm, &Limits::default());
+        let verdict = tokio::select! {
+            verdict = self.control.wait() => verdict,
+            () = self.cancel.cancelled() => return (Verdict::Failure, true, None),
+            given_up = prepared.watch(bounds) => return failed(given_up.into()),
+        };
+        if verdict == Verdict::Failure {
+            return (verdict, false, None);
+        }
+        // A tool's "success" is about what it read; whether that was the point in time is for us to say.
+        for volume in &point.volumes {
+            let read = read_first_block(&point.socket, volume).await;
+            if let Err(source) = read {
+                let disk = volume.plan.disk.name.clone();
+                return failed(ExportError::Unreadable { disk, source });
+            }
+        }
+        match prepared.check_intact(point).await {
+            Ok(()) => (verdict, false, None),
+            Err(error) => failed(error.into()),
+        }
+    }
+
+    async fn describe(
+        &self,
+        prepared: &Prepared<'_>,
+        point: &PointInTime,
+        id: BackupId,
+    ) -> Result<Held, ExportError> {
+        let mut volumes = Vec::new();
+        for ((volume, (disk, choice)), index) in point.volumes.iter().zip(prepared.disks()).zip(0..)
+        {
+            let file = match self.request.mechanism {
+                Mechanism::Nbd => None,
+                Mechanism::FileHandle => {
+                    let made = self.add_file(prepared, point, index, volume).await;
+                    let disk = disk.name.clone();
+                    Some(made.map_err(|source| ExportError::File { disk, source })?)
+                }
+            };
+            volumes.push(HeldVolume {
+                name: disk.name.clone(),
+                size: disk.size,
+                format: disk.format.clone(),
+                base: choice.base.as_ref().map(|base| base.manifest.backup),
+                reason: choice.reason.clone(),
+                uri: nbd_uri(&point.socket, &volume.export),
+                nbd_export: volume.export.clone(),
+                dirty_context: volume.dirty_context.clone(),
+                file: file.as_ref().map(|file| file.path.clone()),
+                regions: file.map(|file| file.regions),
+            });
+        }
+        Ok(Held {
+            vm: self.request.vm_name.clone(),
+            export: id,
+            mechanism: self.request.mechanism,
+            tracking: self.request.tracking.clone(),
+            socket: point.socket.clone(),
+            volumes,
+        })
+    }
+
+    /// The disk as a file, with its dirty regions beside it.
+    async fn add_file(
+        &self,
+        prepared: &Prepared<'_>,
+        point: &PointInTime,
+        index: u16,
+        volume: &Volume,
+    ) -> Result<VirtualFile, FileError> {
+        #[derive(Serialize)]
+        struct Regions {
+            size: u64,
+            dirty: Vec<Region>,
+        }
+        #[derive(Serialize)]
+        struct Region {
+            offset: u64,
+            length: u64,
+        }
+        let context = volume.dirty_context.as_deref();
+        let frozen = open::open(&point.socket, &volume.export, context, BLOCK_SIZE, None).await?;
+        frozen.reader.disconnect().await;
+        let region = |extent: Extent| Region {
+            offset: extent.start(),
+            length: extent.len(),
+        };
+        let regions = Regions {
+            size: frozen.plan.size(),
+            dirty: frozen.plan.dirty().iter().map(region).collect(),
+        };
+        let name = &volume.plan.disk.name;
+        let regions = serde_json::to_vec_pretty(&regions).map_err(io::Error::other)?;
+        let file = prepared.add_virtual_file(name, index, &regions)?;
+        point
+            .add_file(self.monitor, index, &file.path)
+            .await
+            .map_err(FileError::Qemu)?;
+        Ok(file)
+    }
+
+    /// The tool has it: from here on the next export builds on this one.
+    async fn record(&self, prepared: &mut Prepared<'_>, id: BackupId) -> Result<(), ExportError> {
+        prepared.step(Step::Committing)?;
+        let (namespace, disks) = (
+            Arc::clone(self.subject.namespace),
+            prepared.disks().to_vec(),
+        );
+        let vm = self.request.vm_name.clone();
+        let recorded = tokio::task::spawn_blocking(move || record(&namespace, vm, &disks, id));
+        recorded.await.map_err(ExportError::Task)??;
+        prepared.step(Step::Committed)?;
+        Ok(())
+    }
+}
+
+/// Writes the record: a manifest without a provider, and with block tables that hold nothing but the disks' sizes.
+fn record(
+    namespace: &Namespace,
+    vm: String,
+    disks: &[(crate::qemu::Disk, Choice)],
+    id: BackupId,
+) -> Result<(), archive::Error> {
+    let writer = namespace.begin(id)?;
+    let mut volumes = Vec::new();
+    for (disk, choice) in disks {
+        let dirty = choice.bitmap.old().map(ToString::to_string);
+        let dirty = dirty.and_then(|old| disk.bitmap(&old).map(|old| old.dirty));
+        volumes.push(VolumeRecord {
+            name: disk.name.clone(),
+            disk: DiskRecord {
+                format: disk.format.clone(),
+                identity: disk.filename.clone(),
+            },
+            mode: match (&choice.base, choice.bitmap.new_bitmap()) {
+                (Some(_), _) => BitmapMode::Reuse,
+                (None, Some(_)) => BitmapMode::New,
+                (None, None) => BitmapMode::None,
+            },
+            base: choice.base.as_ref().map(|base| base.manifest.backup),
+            fallback: choice.reason.clone(),
+            bitmap: choice.bitmap.new_bitmap().map(ToString::to_string),
+            root: writer.block_table(disk.size, BLOCK_SIZE, None)?.finish()?,
+            receipt: Vec::new(),
+            dirty_bytes: dirty.unwrap_or(disk.size),
+            zero_bytes: 0,
+            placed_bytes: 0,
+            claimed_bytes: 0,
+            proof: Proof::Unproven,
+        });
+    }
+    let record = BackupRecord {
+        vm,
+        created: OffsetDateTime::now_utc(),
+        provider: ProviderRecord {
+            name: "export".into(),
+            component: ComponentId::of(b""),
+            world: World::BlindProvider,
+            settings: String::new(),
+            limits: GuestLimits {
+                memory: 0,
+                cpu_ms: 0,
+            },
+        },
+        host_version: env!("CARGO_PKG_VERSION").into(),
+        volumes,
+        attachments: Vec::new(),
+    };
+    writer.commit(record).map(drop)
+}
+
+/// The block that a tool leaves: while it can be read, the snapshot was not broken.
+async fn read_first_block(socket: &Path, volume: &Volume) -> Result<(), nbd::Error> {
+    let length = volume.plan.disk.size.min(u64::from(BLOCK_SIZE));
+    let Some(first) = Extent::between(0, length) else {
+        return Ok(());
+    };
+    let reader = Reader::connect(socket, &volume.export, None).await?;
+    let read = reader.read_on_first(first).await;
+    reader.disconnect().await;
+    read.map(drop)
+}
+
+/// As the NBD URI specification writes one for a unix socket; what a URI's query cannot hold is escaped.
+fn nbd_uri(socket: &Path, export: &str) -> String {
+    use std::os::unix::ffi::OsStrExt;
+    let mut uri = format!("nbd+unix:///{export}?socket=");
+    for &byte in socket.as_os_str().as_bytes() {
+        match byte {
+            b'a'..=b'z' | b'A'..=b'Z' | b'0'..=b'9' | b'/' | b'-' | b'.' | b'_' | b'~' => {
+                uri.push(byte.into());
+            }
+            byte => uri.push_str(&format!("%{byte:02X}")),
+        }
+    }
+    uri
+}
+
+/// Where a held export is told how it ends.
+struct Control {
+    listener: UnixListener,
+    /// Who said it, and waits for the answer.
+    asker: tokio::sync::Mutex<Option<UnixStream>>,
+}
+
+impl Control {
+    /// In the VM's state folder, under its lock: a socket that is there already is a dead export's.
+    fn listen(folder: &Dir, path: &Path) -> Result<Self, ExportError> {
+        let _ = folder.remove_file(CONTROL);
+        let listener = UnixListener::bind(through(folder));
+        Ok(Self {
+            listener: listener.map_err(|source| ExportError::Control {
+                path: path.join(CONTROL),
+                source,
+            })?,
+            asker: tokio::sync::Mutex::new(None),
+        })
+    }
+
+    /// What the first one says who says something that makes sense.
+    async fn wait(&self) -> Verdict {
+        loop {
+            let Ok((stream, _)) = self.listener.accept().await else {
+                tokio::time::sleep(SAY).await;
+                continue;
+            };
+            let mut line = String::new();
+            let mut reader = BufReader::new(stream);
+            let said = timeout(SAY, (&mut reader).take(LINE).read_line(&mut line)).await;
+            if let (Ok(Ok(_)), Ok(verdict)) = (said, serde_json::from_str(&line)) {
+                *self.asker.lock().await = Some(reader.into_inner());
+                return verdict;
+            }
+        }
+    }
+
+    async fn answer(&self, ended: &Result<Ended, ExportError>) {
+        let Some(mut asker) = self.asker.lock().await.take() else {
+            return;
+        };
+        let answer = match ended {
+            Ok(ended) => Answer {
+                verdict: ended.verdict,
+                error: None,
+                left: ended.left.clone(),
+            },
+            Err(error) => Answer {
+                verdict: Verdict::Failure,
+                error: Some(error.to_string()),
+                left: Vec::new(),
+            },
+        };
+        // Who does not wait for it does not need it.
+        if let Ok(mut line) = serde_json::to_vec(&answer) {
+            line.push(b'\n');
+            let _ = timeout(SAY, asker.write_all(&line)).await;
+        }
+    }
+
+    fn close(self, folder: &Dir) {
+        let _ = folder.remove_file(CONTROL);
+    }
+}
+
+/// The socket in `folder`, by a path that is short enough for a socket whatever the folder's is.
+fn through(folder: &Dir) -> PathBuf {
+    format!("/proc/self/fd/{}/{CONTROL}", folder.as_raw_fd()).into()
+}
+
+/// Tells the export that is held by the VM of the state folder `folder` how it ends, and waits until it has.
+///
+/// # Errors
+/// [`io::ErrorKind::NotFound`] and [`io::ErrorKind::ConnectionRefused`] where none is held; otherwise the export's
+/// process ended without an answer.
+pub async fn end(folder: &Dir, verdict: Verdict) -> io::Result<Answer> {
+    let mut stream = UnixStream::connect(through(folder)).await?;
+    let mut line = serde_json::to_vec(&verdict)?;
+    line.push(b'\n');
+    stream.write_all(&line).await?;
+    let mut answer = Vec::new();
+    stream.read_to_end(&mut answer).await?;
+    match answer.is_empty() {
+        true => Err(io::ErrorKind::UnexpectedEof.into()),
+        false => Ok(serde_json::from_slice(&answer)?),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_uri_escapes_what_would_end_its_query() {
+        let uri = nbd_uri(Path::new("/run/a b&c#?ü/nbd.sock"), "fbx-1-x0");
+        assert_eq!(
+            uri,
+            "nbd+unix:///fbx-1-x0?socket=/run/a%20b%26c%23%3F%C3%BC/nbd.sock"
+        );
+    }
+}
