@@ -257,6 +257,7 @@ fn an_export_that_is_killed_counts_as_a_failure_and_the_next_one_cleans_up() -> 
     let tracked = ["--tracking", "nightly"];
     let first = scene.hold(&tracked)?;
     scene.end(first, "--success")?;
+    scene.proxy.references()?;
     let before = scene.state()?;
     scene.write("db", 8..9)?;
     for mechanism in ["nbd", "file-handle"] {
