@@ -66,9 +66,8 @@ pub struct Vm {
     /// Command that starts the VM paused when it does not run: program and arguments. It is stopped afterwards.
     #[serde(default)]
     pub start: Vec<String>,
-    /// How the point in time is taken. Default: by jobs.
-    #[serde(default)]
-    pub point_in_time: Form,
+    /// How the point in time is taken. Default: by Proxmox's backup access where QEMU offers that, else by jobs.
+    pub point_in_time: Option<Form>,
     /// Further volumes by name: a device or block node of the VM, or the absolute path of a file.
     #[serde(default)]
     pub extra: BTreeMap<String, String>,

@@ -150,7 +150,7 @@ impl Bounds {
 impl Fleecing {
     /// The name of a job's folder.
     pub fn name(job: JobId) -> String {
-        format!("fbx-{job}")
+        job.folder()
     }
 
     /// Makes one image of each of `sizes` (bytes) in a new folder `name` below `parent`, whose absolute path is `path`.

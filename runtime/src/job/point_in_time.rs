@@ -99,6 +99,7 @@ impl PointError {
                     true
                 }
                 Cause::Filter(error) => error.is_mistake(),
+                Cause::BackupAccess(error) => error.is_mistake(),
                 _ => false,
             },
             Self::Choice(ChoiceError::Name(_))
@@ -255,7 +256,10 @@ impl<'a> Prepared<'a> {
             Some(path) => Some(Agent::connect(path, qemu::agent::Limits::default()).await?),
             None => None,
         };
-        let form = vm.point_in_time;
+        let form = match vm.point_in_time {
+            Some(form) => form,
+            None => Form::offered(monitor, &schema).await?,
+        };
         let stops = form == Form::Filter && self.standing == Standing::Runs;
         let qmp = stops.then_some(qmp);
         let mut watchdog = match (agent_socket, qmp) {
@@ -305,7 +309,11 @@ impl<'a> Prepared<'a> {
             // It may thaw the guest once more, which does no harm. The point in time is there and stays.
             self.subject.events.warn(error.to_string());
         }
-        Ok(taken?)
+        let taken = taken?;
+        for note in &taken.notes {
+            self.subject.events.note(note);
+        }
+        Ok(taken)
     }
 
     /// Waits until the snapshot has to be given up: for the guest's sake, by a bound, or because QEMU is gone.

@@ -333,6 +333,11 @@ pub(super) fn switch(plans: &[Plan], granularity: u32) -> Vec<Value> {
     adds.chain(disables).collect()
 }
 
+/// Whether it is one of [`switch`]'s that begin something, and not one of those that end something.
+pub(super) fn is_add(action: &Value) -> bool {
+    action["type"] == "block-dirty-bitmap-add"
+}
+
 /// An action on one bitmap for a transaction: `enable`, `disable` or `remove`.
 pub(super) fn action(verb: &str, node: &str, name: &BitmapName) -> Value {
     json!({

@@ -31,6 +31,19 @@ impl JobId {
     }
 }
 
+impl JobId {
+    /// The name of the job's folder for fleecing images.
+    pub fn folder(self) -> String {
+        format!("{PREFIX}-{self}")
+    }
+
+    /// The job whose folder has that name.
+    pub fn of_folder(name: &str) -> Option<Self> {
+        let job = name.strip_prefix(PREFIX)?.strip_prefix('-')?;
+        job.parse().ok()
+    }
+}
+
 impl fmt::Display for JobId {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         write!(f, "{:016x}", self.0)

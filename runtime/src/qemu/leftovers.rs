@@ -2,6 +2,7 @@
 //!
 //! Only call this under the VM's lock: what is found may otherwise belong to a job that is alive.
 
+use super::backup_access;
 use super::ids::{JobId, OwnId, Role};
 use super::monitor::{Monitor, MonitorError};
 use super::present;
@@ -104,6 +105,16 @@ pub async fn find(monitor: &Monitor) -> Result<BTreeMap<JobId, Leftover>, Monito
                     .remains
                     .filters
                     .push(node.name);
+            }
+            // Named as Proxmox's QEMU wants it: whose it is stands in the path of its file alone.
+            None if node.name.ends_with(backup_access::FLEECING) => {
+                let job = node.filename.split('/').find_map(JobId::of_folder);
+                if let Some(job) = job {
+                    let leftover = found.entry(job).or_default();
+                    leftover.remains.backup_access = Some(backup_access::target(job));
+                    leftover.remains.fleecing.push(node.name);
+                    leftover.fleecing_files.push(node.filename);
+                }
             }
             _ => {}
         }

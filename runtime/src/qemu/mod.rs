@@ -18,6 +18,7 @@
 //! add exports, an array of one in [`bitmap`], and a look before each `qom-set` in [`filter`].
 
 pub mod agent;
+mod backup_access;
 pub mod bitmap;
 mod descriptor;
 pub(crate) mod extra;

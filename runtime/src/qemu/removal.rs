@@ -4,6 +4,7 @@
 //! Each step asks QEMU first what is there, so a thing that is gone already is no error, and goes on
 //! after a failure, so that as little as possible stays.
 
+use super::backup_access;
 use super::filter;
 use super::monitor::{Monitor, MonitorError};
 use super::present;
@@ -26,6 +27,8 @@ const PAUSE: Duration = Duration::from_millis(50);
 pub struct Remains {
     /// NBD exports.
     pub exports: Vec<String>,
+    /// What Proxmox's QEMU was asked to set up, by its target.
+    pub backup_access: Option<String>,
     /// Snapshot-access nodes.
     pub access: Vec<String>,
     /// Filters that belong to no job.
@@ -64,6 +67,8 @@ pub struct RemovalError {
 pub enum Thing {
     /// An NBD export.
     Export(String),
+    /// What Proxmox's QEMU set up, by its target.
+    BackupAccess(String),
     /// A block node.
     Node(String),
     /// A block job and its filter.
@@ -78,6 +83,7 @@ impl fmt::Display for Thing {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
             Self::Export(id) => write!(f, "export {id}"),
+            Self::BackupAccess(target) => write!(f, "backup access {target}"),
             Self::Node(id) => write!(f, "block node {id}"),
             Self::Job(id) => write!(f, "block job {id}"),
             Self::Server => f.write_str("the NBD server"),
@@ -121,6 +127,11 @@ pub(super) async fn remove(
     };
     for id in &remains.exports {
         note(Thing::Export(id.clone()), export(monitor, id).await);
+    }
+    if let Some(target) = &remains.backup_access {
+        let torn_down = backup_access::tear_down(monitor, target).await;
+        let what = Thing::BackupAccess(target.clone());
+        note(what, torn_down.map_err(Reason::from));
     }
     for id in &remains.access {
         note(Thing::Node(id.clone()), node(monitor, id).await);

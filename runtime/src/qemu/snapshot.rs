@@ -5,6 +5,7 @@
 //! [`super::watchdog`]).
 
 use super::agent::{Agent, AgentError};
+use super::backup_access::{self, AccessError};
 use super::bitmap::{self, BitmapPlan, Tracking};
 use super::descriptor;
 use super::filter::{self, FilterError, Stopped};
@@ -27,16 +28,30 @@ use tokio::time::Instant;
 pub(super) const CBW_TIMEOUT_SECONDS: u32 = 20;
 
 /// How QEMU keeps the old data of overwritten blocks.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, serde::Deserialize)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, serde::Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum Form {
     /// A backup job per disk, all in one transaction: the VM runs on. Where QEMU's jobs do not offer otherwise, a
     /// guest's write fails if its old data cannot be kept.
-    #[default]
     Job,
     /// A filter between each device and its disk, put in while the VM is stopped for a moment. A snapshot that cannot
     /// be kept is given up, the guest's writes succeed.
     Filter,
+    /// Proxmox's QEMU does it, by its backup-access API: filters as well, and the VM runs on.
+    BackupAccess,
+}
+
+impl Form {
+    /// What is best where nothing else is asked for.
+    ///
+    /// # Errors
+    /// Those of [`Monitor::query`].
+    pub async fn offered(monitor: &Monitor, schema: &Schema) -> Result<Self, MonitorError> {
+        Ok(match backup_access::is_offered(monitor, schema).await? {
+            true => Self::BackupAccess,
+            false => Self::Job,
+        })
+    }
 }
 
 /// What a fleecing file is.
@@ -203,6 +218,9 @@ pub enum Cause {
     /// No filter can be put over the disks.
     #[error("the point in time could not be taken by filters: {0}")]
     Filter(#[from] FilterError),
+    /// Proxmox's QEMU does not take it.
+    #[error("the point in time could not be taken by backup access: {0}")]
+    BackupAccess(#[from] AccessError),
     /// The VM stays stopped; see [`SnapshotError::stopped`].
     #[error("the VM was not continued after the point in time")]
     Cont,
@@ -273,9 +291,45 @@ pub struct PointInTime {
     pub frozen: Option<Duration>,
     /// How long the VM was stopped, where it was.
     pub stopped: Option<Duration>,
+    /// What QEMU told on the way that is worth a line in the log.
+    pub notes: Vec<String>,
     job: JobId,
     server: ServerFate,
     form: Form,
+    nodes: Nodes,
+}
+
+/// What the nodes of a point in time are called, in the order of the disks.
+#[derive(Debug, Clone, Default)]
+struct Nodes {
+    /// Of the fleecing images.
+    fleecing: Vec<String>,
+    /// That read as of the point in time.
+    access: Vec<String>,
+}
+
+impl Nodes {
+    /// By our ids, but where Proxmox's QEMU looks for them by names of its own.
+    async fn of(monitor: &Monitor, request: &Request) -> Result<Self, Cause> {
+        let all = |role| {
+            (0..)
+                .zip(&request.plans)
+                .map(move |(index, _)| id(request.job, role, index))
+        };
+        let mut nodes = Self {
+            fleecing: all(Role::Fleecing).collect(),
+            access: all(Role::Access).collect(),
+        };
+        if request.form == Form::BackupAccess {
+            for (name, plan) in nodes.fleecing.iter_mut().zip(&request.plans) {
+                let device = backup_access::device_of(monitor, &plan.disk).await;
+                *name = backup_access::fleecing_node(&device.map_err(Cause::Monitor)?)?;
+            }
+            // QEMU's own, known once they are there.
+            nodes.access.clear();
+        }
+        Ok(nodes)
+    }
 }
 
 /// One disk of a [`PointInTime`].
@@ -329,21 +383,34 @@ pub async fn take(
 ) -> Result<PointInTime, SnapshotError> {
     let mut server = ServerFate::Keep;
     let mut frozen = Frozen::default();
-    match make(monitor, schema, &request, agent, &mut server, &mut frozen).await {
+    let mut nodes = Nodes::default();
+    let made = make(
+        monitor,
+        schema,
+        &request,
+        agent,
+        &mut server,
+        &mut frozen,
+        &mut nodes,
+    )
+    .await;
+    match made {
         Ok(()) => Ok(PointInTime {
             volumes: volumes(&request),
             socket: request.server.socket().into(),
             frozen: frozen.time,
             stopped: frozen.stopped.time,
+            notes: frozen.notes,
             job: request.job,
             server,
             form: request.form,
+            nodes,
         }),
         Err(cause) => Err(SnapshotError {
             cause,
             frozen: frozen.still,
             stopped: frozen.stopped.still,
-            left: undo(monitor, &request, server).await,
+            left: undo(monitor, &request, server, &nodes).await,
         }),
     }
 }
@@ -370,6 +437,7 @@ impl PointInTime {
         match self.form {
             Form::Job => self.check_jobs(monitor).await,
             Form::Filter => self.check_filters(monitor).await,
+            Form::BackupAccess => self.check_access(monitor).await,
         }
     }
 
@@ -377,6 +445,18 @@ impl PointInTime {
         for (index, volume) in (0..).zip(&self.volumes) {
             let filter = id(self.job, Role::Filter, index);
             if !filter::holds(monitor, &filter, &volume.plan.disk).await? {
+                return Err(Broken::Gone {
+                    disk: volume.plan.disk.name.clone(),
+                });
+            }
+        }
+        Ok(())
+    }
+
+    async fn check_access(&self, monitor: &Monitor) -> Result<(), Broken> {
+        let nodes = present::nodes(monitor).await?;
+        for (volume, access) in self.volumes.iter().zip(&self.nodes.access) {
+            if !nodes.iter().any(|node| node.name == *access) {
                 return Err(Broken::Gone {
                     disk: volume.plan.disk.name.clone(),
                 });
@@ -428,7 +508,7 @@ impl PointInTime {
         let arguments = json!({
             "type": "fuse",
             "id": id(self.job, Role::File, index),
-            "node-name": id(self.job, Role::Access, index),
+            "node-name": self.nodes.access.get(usize::from(index)),
             "mountpoint": path,
             "writable": false,
         });
@@ -442,7 +522,12 @@ impl PointInTime {
     /// Returns what could not be removed; all steps are tried.
     pub async fn teardown(&self, monitor: &Monitor) -> Vec<RemovalError> {
         let plans = self.volumes.iter().map(|volume| &volume.plan);
-        removal::remove(monitor, &remains(self.job, self.form, plans), self.server).await
+        removal::remove(
+            monitor,
+            &remains(self.job, self.form, plans, &self.nodes),
+            self.server,
+        )
+        .await
     }
 }
 
@@ -452,6 +537,7 @@ struct Frozen {
     time: Option<Duration>,
     still: Option<AgentError>,
     stopped: Stopped,
+    notes: Vec<String>,
 }
 
 async fn make(
@@ -461,19 +547,28 @@ async fn make(
     agent: Option<&mut Agent>,
     server: &mut ServerFate,
     frozen: &mut Frozen,
+    nodes: &mut Nodes,
 ) -> Result<(), Cause> {
     for plan in &request.plans {
         check_bitmap(plan)?;
     }
+    if request.form == Form::BackupAccess
+        && !backup_access::is_offered(monitor, schema)
+            .await
+            .map_err(Cause::Monitor)?
+    {
+        return Err(AccessError::Missing.into());
+    }
+    *nodes = Nodes::of(monitor, request).await?;
     if request.form == Form::Job {
         refuse_exports_on_iothreads(monitor, &request.plans).await?;
     }
-    for (index, plan) in (0..).zip(&request.plans) {
-        add_fleecing(monitor, request, index, plan).await?;
+    for ((index, plan), node) in (0..).zip(&request.plans).zip(&nodes.fleecing) {
+        add_fleecing(monitor, request, index, plan, node).await?;
     }
 
     match agent {
-        None => freeze_disks(monitor, schema, request, &mut frozen.stopped).await?,
+        None => freeze_disks(monitor, schema, request, frozen, nodes).await?,
         Some(agent) => {
             let start = Instant::now();
             if let Err(e) = agent.freeze().await {
@@ -486,7 +581,7 @@ async fn make(
                     e => Cause::Freeze(e),
                 });
             }
-            let taken = freeze_disks(monitor, schema, request, &mut frozen.stopped).await;
+            let taken = freeze_disks(monitor, schema, request, frozen, nodes).await;
             frozen.still = agent.thaw().await.err();
             frozen.time = Some(start.elapsed());
             taken?;
@@ -496,20 +591,22 @@ async fn make(
         }
     }
 
-    for (index, plan) in (0..).zip(&request.plans) {
-        add_access(monitor, request.job, index)
-            .await
-            .map_err(|source| Cause::Access {
-                disk: plan.disk.name.clone(),
-                source,
-            })?;
+    if request.form != Form::BackupAccess {
+        for (index, plan) in (0..).zip(&request.plans) {
+            add_access(monitor, request.job, index)
+                .await
+                .map_err(|source| Cause::Access {
+                    disk: plan.disk.name.clone(),
+                    source,
+                })?;
+        }
     }
     if let NbdServer::Start(path) = &request.server {
         start_server(monitor, path).await?;
         *server = ServerFate::StopIfUnused;
     }
-    for (index, plan) in (0..).zip(&request.plans) {
-        add_export(monitor, request, index, plan)
+    for ((index, plan), access) in (0..).zip(&request.plans).zip(&nodes.access) {
+        add_export(monitor, request, index, plan, access)
             .await
             .map_err(|source| Cause::Export {
                 disk: plan.disk.name.clone(),
@@ -520,8 +617,13 @@ async fn make(
 }
 
 /// Takes back what [`make`] got done: everything is looked for, so it need not say how far it came.
-async fn undo(monitor: &Monitor, request: &Request, server: ServerFate) -> Vec<UndoError> {
-    let remains = remains(request.job, request.form, request.plans.iter());
+async fn undo(
+    monitor: &Monitor,
+    request: &Request,
+    server: ServerFate,
+    nodes: &Nodes,
+) -> Vec<UndoError> {
+    let remains = remains(request.job, request.form, request.plans.iter(), nodes);
     let removed = removal::remove(monitor, &remains, server).await;
     let mut left: Vec<_> = removed.into_iter().map(UndoError::from).collect();
     if left.iter().any(UndoError::is_lost) {
@@ -598,8 +700,8 @@ async fn add_fleecing(
     request: &Request,
     index: u16,
     plan: &Plan,
+    node: &str,
 ) -> Result<(), Cause> {
-    let node = id(request.job, Role::Fleecing, index);
     let file =
         |filename: Value| json!({ "driver": "file", "filename": filename, "discard": "unmap" });
     let image = id(request.job, Role::Image, index);
@@ -618,7 +720,7 @@ async fn add_fleecing(
     let added = match request.format {
         FleecingFormat::Raw => added,
         FleecingFormat::Qcow2 => match added {
-            Ok(()) => format_qcow2(monitor, request.job, index, plan.disk.size).await,
+            Ok(()) => format_qcow2(monitor, request.job, index, plan.disk.size, node).await,
             error => error,
         },
     };
@@ -638,6 +740,7 @@ async fn format_qcow2(
     job: JobId,
     index: u16,
     size: u64,
+    node: &str,
 ) -> Result<(), MonitorError> {
     let (image, create) = (id(job, Role::Image, index), id(job, Role::Create, index));
     let mut events = monitor.events();
@@ -663,7 +766,6 @@ async fn format_qcow2(
         }
         events.nudge(Duration::from_millis(20)).await;
     }
-    let node = id(job, Role::Fleecing, index);
     let qcow2 = json!({ "driver": "qcow2", "node-name": node, "discard": "unmap", "file": image });
     monitor.execute_raw("blockdev-add", qcow2).await.map(drop)
 }
@@ -673,10 +775,25 @@ async fn freeze_disks(
     monitor: &Monitor,
     schema: &Schema,
     request: &Request,
-    stopped: &mut Stopped,
+    frozen: &mut Frozen,
+    nodes: &mut Nodes,
 ) -> Result<(), Cause> {
     let switch = bitmap::switch(&request.plans, request.block_size);
+    let stopped = &mut frozen.stopped;
     match request.form {
+        Form::BackupAccess => {
+            let (adds, disables) = switch.into_iter().partition(bitmap::is_add);
+            bitmap_actions(monitor, adds).await?;
+            let mut disks = Vec::new();
+            for (plan, fleecing) in request.plans.iter().zip(&nodes.fleecing) {
+                let device = fleecing.strip_suffix(backup_access::FLEECING);
+                disks.push((&plan.disk, device.unwrap_or(fleecing).to_owned()));
+            }
+            let access = backup_access::set_up(monitor, schema, request.job, &disks).await?;
+            nodes.access = access.nodes;
+            frozen.notes = access.notes;
+            bitmap_actions(monitor, disables).await
+        }
         Form::Job => transaction(monitor, backups(request, schema).chain(switch).collect()).await,
         Form::Filter => {
             let plans = &request.plans;
@@ -686,6 +803,14 @@ async fn freeze_disks(
                 None => Ok(()),
             }
         }
+    }
+}
+
+/// All at once, where there are any.
+async fn bitmap_actions(monitor: &Monitor, actions: Vec<Value>) -> Result<(), Cause> {
+    match actions.is_empty() {
+        true => Ok(()),
+        false => transaction(monitor, actions).await,
     }
 }
 
@@ -756,12 +881,13 @@ async fn add_export(
     request: &Request,
     index: u16,
     plan: &Plan,
+    access: &str,
 ) -> Result<(), MonitorError> {
     let export = id(request.job, Role::Export, index);
     let mut arguments = json!({
         "type": "nbd",
         "id": export,
-        "node-name": id(request.job, Role::Access, index),
+        "node-name": access,
         "name": export,
         "writable": request.readers == Readers::Discard,
     });
@@ -784,23 +910,33 @@ fn volumes(request: &Request) -> Vec<Volume> {
     (0..).zip(&request.plans).map(volume).collect()
 }
 
-fn remains<'a>(job: JobId, form: Form, plans: impl Iterator<Item = &'a Plan>) -> Remains {
-    let nodes: Vec<_> = plans.map(|plan| &plan.disk.node).collect();
-    let disks = nodes.len();
+fn remains<'a>(
+    job: JobId,
+    form: Form,
+    plans: impl Iterator<Item = &'a Plan>,
+    nodes: &Nodes,
+) -> Remains {
+    let sources: Vec<_> = plans.map(|plan| &plan.disk.node).collect();
+    let disks = sources.len();
     let is_ours = |node: &&&String| OwnId::parse(node).is_some();
     let all = |role| (0..).take(disks).map(move |index| id(job, role, index));
     Remains {
         exports: all(Role::Export).chain(all(Role::File)).collect(),
-        access: all(Role::Access).collect(),
+        backup_access: (form == Form::BackupAccess).then(|| backup_access::target(job)),
+        access: match form {
+            // They go with the rest that QEMU set up.
+            Form::BackupAccess => Vec::new(),
+            Form::Job | Form::Filter => nodes.access.clone(),
+        },
         filters: match form {
             // Each goes with its job.
-            Form::Job => Vec::new(),
+            Form::Job | Form::BackupAccess => Vec::new(),
             Form::Filter => all(Role::Filter).collect(),
         },
         jobs: all(Role::Create).chain(all(Role::Job)).collect(),
-        fleecing: all(Role::Fleecing).collect(),
+        fleecing: nodes.fleecing.clone(),
         images: all(Role::Image).collect(),
-        extra: nodes
+        extra: sources
             .iter()
             .filter(is_ours)
             .map(|&node| node.clone())
