@@ -500,7 +500,10 @@ impl Export<'_> {
         let vm = self.request.vm_name.clone();
         let recorded = tokio::task::spawn_blocking(move || record(&namespace, vm, &disks, id));
         recorded.await.map_err(ExportError::Task)??;
-        prepared.step(Step::Committed)?;
+        // It has it, whether or not the journal can say so: the record decides.
+        if let Err(error) = prepared.step(Step::Committed) {
+            self.subject.events.warn(error.to_string());
+        }
         Ok(())
     }
 }
