@@ -66,7 +66,7 @@ pub enum PointError {
     Fleecing(#[from] FleecingError),
     /// There is no point in time.
     #[error(transparent)]
-    Snapshot(#[from] SnapshotError),
+    Snapshot(Box<SnapshotError>),
     /// The guest needs the fleecing folder's last room, or the snapshot passed a bound.
     #[error(transparent)]
     GivenUp(#[from] GivenUp),
@@ -79,6 +79,12 @@ pub enum PointError {
     /// The system gives no random bytes.
     #[error("no random bytes: {0}")]
     Random(#[from] getrandom::Error),
+}
+
+impl From<SnapshotError> for PointError {
+    fn from(error: SnapshotError) -> Self {
+        Self::Snapshot(Box::new(error))
+    }
 }
 
 impl PointError {

@@ -66,9 +66,10 @@ fn main() -> Result<()> {
 fn serve(arguments: &Arguments, access: &Mutex<Access>, client: &UnixStream) -> Result<()> {
     let mut qemu = UnixStream::connect(&arguments.qemu).context("the storage daemon is gone")?;
     let (answered, answers) = channel();
-    let (back, mut writer) = (qemu.try_clone()?, client.try_clone()?);
-    std::thread::spawn(move || pass_back(&back, &mut writer, &answered));
-    let mut writer = client.try_clone()?;
+    // Events come in between, and no line may be cut by another.
+    let writer = Arc::new(Mutex::new(client.try_clone()?));
+    let (back, shared) = (qemu.try_clone()?, Arc::clone(&writer));
+    std::thread::spawn(move || pass_back(&back, &shared, &answered));
     for line in BufReader::new(client).lines() {
         let line = line?;
         let command: Value = serde_json::from_str(&line).unwrap_or_default();
@@ -77,11 +78,11 @@ fn serve(arguments: &Arguments, access: &Mutex<Access>, client: &UnixStream) -> 
                 if let Some(id) = command.get("id") {
                     answer["id"] = id.clone();
                 }
-                writeln!(writer, "{answer}")?;
+                write_line(&writer, &answer.to_string())?;
             }
             // The next command waits for its answer, so that answers come in the order of the commands.
             None => {
-                writeln!(qemu, "{line}")?;
+                qemu.write_all(format!("{line}\n").as_bytes())?;
                 if command.is_object() {
                     answers.recv().context("the storage daemon is gone")?;
                 }
@@ -93,11 +94,11 @@ fn serve(arguments: &Arguments, access: &Mutex<Access>, client: &UnixStream) -> 
 }
 
 /// Says each time that a command was answered. Ends, and with it the client's connection, when the daemon ends.
-fn pass_back(qemu: &UnixStream, client: &mut UnixStream, answered: &Sender<()>) {
+fn pass_back(qemu: &UnixStream, client: &Mutex<UnixStream>, answered: &Sender<()>) {
     for line in BufReader::new(qemu).lines() {
         let Ok(line) = line else { break };
         let message: Value = serde_json::from_str(&line).unwrap_or_default();
-        if writeln!(client, "{line}").is_err() {
+        if write_line(client, &line).is_err() {
             break;
         }
         let is_answer = message.get("return").is_some() || message.get("error").is_some();
@@ -105,7 +106,13 @@ fn pass_back(qemu: &UnixStream, client: &mut UnixStream, answered: &Sender<()>) 
             break;
         }
     }
+    let client = client.lock().unwrap_or_else(PoisonError::into_inner);
     let _ = client.shutdown(std::net::Shutdown::Both);
+}
+
+fn write_line(client: &Mutex<UnixStream>, line: &str) -> std::io::Result<()> {
+    let mut client = client.lock().unwrap_or_else(PoisonError::into_inner);
+    client.write_all(format!("{line}\n").as_bytes())
 }
 
 /// What Proxmox's QEMU answers; none to a command that every QEMU knows.
