@@ -57,7 +57,9 @@ demo-vm:
 
 test: setup
 	@$(MAKE) build providers languages
-	cargo test --release --locked --workspace
+	@rm -f $(CARGO_TARGET_DIR)/worst-writes.tsv
+	cargo test --release --locked --workspace; code=$$?; \
+		tests/setup/worst-writes.sh $(CARGO_TARGET_DIR)/worst-writes.tsv; exit $$code
 
 zoo: setup
 	@$(MAKE) build providers

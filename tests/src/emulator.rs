@@ -3,12 +3,14 @@
 
 use std::path::{Path, PathBuf};
 use std::process::{Command, ExitStatus};
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, ensure};
 use serde_json::{Value, json};
 use tempfile::TempDir;
 
+use crate::latency;
 use crate::process::{Daemon, tool};
 use crate::{Monitors, Qmp, QmpError, eventually};
 
@@ -22,6 +24,8 @@ pub struct Emulator {
     daemon: Option<Daemon>,
     monitors: Monitors,
     arguments: Vec<String>,
+    /// In microseconds.
+    worst_write: AtomicU64,
     folder: TempDir,
 }
 
@@ -51,6 +55,7 @@ impl Emulator {
             daemon: None,
             monitors,
             arguments: all,
+            worst_write: AtomicU64::new(0),
             folder,
         })
     }
@@ -168,7 +173,10 @@ impl Emulator {
         let said = qmp.execute("human-monitor-command", json!({"command-line": line}))?;
         // This command of QEMU's prints its result to QEMU's own output, and here only what is wrong.
         ensure!(said.as_str() == Some(""), "{line}: {said}");
-        Ok(started.elapsed())
+        let took = started.elapsed();
+        self.worst_write
+            .fetch_max(took.as_micros() as u64, Ordering::Relaxed);
+        Ok(took)
     }
 
     /// Which devices have a disk: their paths or ids, with the nodes.
@@ -209,5 +217,14 @@ impl Emulator {
         let status = self.wait()?;
         ensure!(status.success(), "{status}");
         Ok(())
+    }
+}
+
+impl Drop for Emulator {
+    fn drop(&mut self) {
+        match *self.worst_write.get_mut() {
+            0 => {}
+            micros => latency::record("emulator", Duration::from_micros(micros)),
+        }
     }
 }

@@ -8,6 +8,7 @@ use anyhow::{Context, Result, bail};
 use serde_json::json;
 use tempfile::TempDir;
 
+use crate::latency;
 use crate::process::{Daemon, run, tool};
 use crate::{Agent, Disk, DiskFile, FreezeStatus, MIB, Monitors, Qmp, QmpError, eventually};
 
@@ -28,6 +29,8 @@ pub struct Guest {
     disks: [DiskFile; 2],
     monitors: Monitors,
     image: PathBuf,
+    /// What the guest reported from here on is not in the table of the slowest writes yet.
+    reported: LogPosition,
     folder: TempDir,
 }
 
@@ -62,6 +65,7 @@ impl Guest {
             disks,
             monitors,
             image,
+            reported: LogPosition(0),
             folder,
         };
         guest.wait_until_up()?;
@@ -181,6 +185,7 @@ impl Guest {
     /// # Errors
     /// When it does not end.
     pub fn quit(&mut self) -> Result<()> {
+        self.report();
         self.control()?.execute("quit", json!({}))?;
         self.daemon.wait(QUIT_LIMIT).map(drop)
     }
@@ -190,6 +195,7 @@ impl Guest {
     /// # Errors
     /// When the kernel refuses.
     pub fn kill(&mut self) -> Result<()> {
+        self.report();
         self.daemon.kill()
     }
 
@@ -198,6 +204,7 @@ impl Guest {
     /// # Errors
     /// As [`Guest::boot`].
     pub fn boot_again(&mut self) -> Result<()> {
+        self.report();
         self.daemon.kill()?;
         self.daemon = start(self.folder.path(), &self.image, &self.monitors, &self.disks)?;
         self.wait_until_up()
@@ -213,9 +220,29 @@ impl Guest {
             })
         });
         match up {
-            Ok(_) => Ok(()),
+            Ok(_) => {
+                // A booting guest has no disks to wait for.
+                self.reported = self.position();
+                Ok(())
+            }
             Err(error) => Err(error.context(format!("the guest said:\n{}", self.serial()))),
         }
+    }
+}
+
+impl Guest {
+    /// Enters the slowest write since the last call into the table.
+    fn report(&mut self) {
+        if let Some(worst) = self.worst_write_latency(self.reported) {
+            latency::record("booted guest", worst);
+        }
+        self.reported = self.position();
+    }
+}
+
+impl Drop for Guest {
+    fn drop(&mut self) {
+        self.report();
     }
 }
 

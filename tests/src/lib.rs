@@ -24,6 +24,7 @@ mod eventually;
 mod ext4_disk;
 mod fleecebox;
 mod guest;
+mod latency;
 mod nbd;
 pub mod nbd_map;
 mod process;

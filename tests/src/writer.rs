@@ -8,6 +8,7 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Result, bail};
 
+use crate::latency;
 use crate::{NbdClient, NbdError, Random, eventually};
 
 /// The smallest and the largest piece that is written at once, in bytes.
@@ -108,7 +109,11 @@ impl Writer {
 
     fn join(&mut self) -> Option<Result<WriterReport, NbdError>> {
         self.progress.stop.store(true, Ordering::Relaxed);
-        self.thread.take()?.join().ok()
+        let ended = self.thread.take()?.join().ok();
+        if let Some(Ok(report)) = &ended {
+            latency::record("storage daemon", report.worst_latency);
+        }
+        ended
     }
 }
 
