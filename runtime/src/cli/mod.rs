@@ -246,8 +246,7 @@ fn run(cli: Cli) -> Result<(), Failure> {
     ended
 }
 
-/// ^Z would leave replies unread, and QEMU's main loop waits for them when it next drains a disk: the VM would stand
-/// still together with the backup.
+/// ^Z would leave the snapshot to itself: its fleecing images grow with nobody who gives it up in time.
 fn refuse_suspension(what: &'static str) {
     use tokio::signal::unix::{SignalKind, signal};
     let stop = SignalKind::from_raw(rustix::process::Signal::TSTP.as_raw());
@@ -255,7 +254,7 @@ fn refuse_suspension(what: &'static str) {
     tokio::spawn(async move {
         while stops.recv().await.is_some() {
             say!(
-                "{what} cannot be suspended, because its VM would stand still with it; ^C ends it"
+                "{what} cannot be suspended, because its snapshot would go on growing; ^C ends it"
             );
         }
     });

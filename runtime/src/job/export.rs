@@ -470,7 +470,8 @@ impl Export<'_> {
             length: u64,
         }
         let context = volume.dirty_context.as_deref();
-        let frozen = open::open(&point.socket, &volume.export, context, BLOCK_SIZE, None).await?;
+        let frozen =
+            open::open(&point.socket, &volume.export, context, BLOCK_SIZE, 1, None).await?;
         frozen.reader.disconnect().await;
         let region = |extent: Extent| Region {
             offset: extent.start(),
@@ -569,7 +570,7 @@ async fn read_first_block(socket: &Path, volume: &Volume) -> Result<(), nbd::Err
     let Some(first) = Extent::between(0, length) else {
         return Ok(());
     };
-    let reader = Reader::connect(socket, &volume.export, None).await?;
+    let reader = Reader::connect(socket, &volume.export, 1, None).await?;
     let read = reader.read_on_first(first).await;
     reader.disconnect().await;
     read.map(drop)

@@ -81,7 +81,7 @@ impl Transfer<'_> {
     pub async fn run(
         &self,
         socket: &Path,
-        volumes: impl Iterator<Item = (&Volume, &Choice)>,
+        volumes: impl ExactSizeIterator<Item = (&Volume, &Choice)>,
         stop: &CancellationToken,
     ) -> Result<Vec<Covered>, BackupError> {
         let encoders = Arc::new(Semaphore::new(
@@ -91,9 +91,11 @@ impl Transfer<'_> {
         let bandwidth = self.provider.limits.bandwidth;
         let bandwidth = bandwidth.map(|rate| Arc::new(Bandwidth::new(rate)));
         let writer = self.writer()?;
+        let disks = volumes.len();
         let runs = volumes.map(|(volume, choice)| {
             let order = volume_run::Order {
                 socket,
+                disks,
                 volume,
                 choice,
                 provider_name: self.provider_name,

@@ -3,7 +3,9 @@
 use super::base::Choice;
 use super::component::Component;
 use super::event::{Event, Events};
-use crate::archive::{self, BackupId, BackupWriter, Entry, Namespace, TableRoot};
+use crate::archive::{
+    self, BackupId, BackupWriter, BlockTable, Entry, Namespace, RunContent, TableRoot,
+};
 use crate::channel::{
     BitmapMode, Context, GuestLimits, Order as SandboxOrder, Run, VolumeInfo, World,
 };
@@ -34,6 +36,8 @@ use super::point_in_time::BLOCK_SIZE;
 pub struct Order<'a> {
     /// Of the NBD server.
     pub socket: &'a Path,
+    /// How many disks of it are read side by side.
+    pub disks: usize,
     /// Its export.
     pub volume: &'a Volume,
     /// What it builds on.
@@ -246,6 +250,7 @@ async fn open_volume(order: &Order<'_>) -> Result<Opened, VolumeError> {
             &order.volume.export,
             context,
             BLOCK_SIZE,
+            order.disks,
             bandwidth,
         )
     };
@@ -288,14 +293,27 @@ async fn open_volume(order: &Order<'_>) -> Result<Opened, VolumeError> {
     })
 }
 
-/// The first sampled clean block that is not what the base holds.
+/// The first clean block, of a sample and the last one that is not zero in the base, that is not what the base holds.
+///
+/// A disk that was shrunk and grown again reads as zeroes from some block on, and no bitmap says so. If one of these
+/// blocks is not zero in the base, then neither is the last of them, which is therefore always looked at.
 async fn missed_change(
     namespace: &Arc<Namespace>,
     root: TableRoot,
     frozen: &Frozen,
 ) -> Result<Option<Extent>, VolumeError> {
-    let sample = sample::take(frozen).await?;
     let block = frozen.plan.block();
+    let clean: Vec<Extent> = frozen.plan.clean().collect();
+    let archive = Arc::clone(namespace);
+    let last = tokio::task::spawn_blocking(move || last_kept(&archive.table(root), &clean));
+    let last = last
+        .await
+        .map_err(HostFailure::from)
+        .map_err(RunError::from)??;
+    let mut sample = sample::take(frozen).await?;
+    if let Some(extent) = last {
+        sample.push((extent, Digest::of(&frozen.reader.read(extent).await?)));
+    }
     let namespace = Arc::clone(namespace);
     let compared = tokio::task::spawn_blocking(move || {
         let table = namespace.table(root);
@@ -314,6 +332,33 @@ async fn missed_change(
         .await
         .map_err(HostFailure::from)
         .map_err(RunError::from)?
+}
+
+/// The last block within `clean`, which is in ascending order, that the table does not call zero.
+fn last_kept(table: &BlockTable, clean: &[Extent]) -> Result<Option<Extent>, archive::Error> {
+    /// Looked through at once, from the end of the volume on: a few leaves, or any length of zeroes.
+    const WINDOW: u64 = 1 << 16;
+    let (block, size) = (u64::from(table.root().block_size()), table.root().size());
+    for extent in clean.iter().rev() {
+        let first = extent.start() / block;
+        let mut end = extent.end().div_ceil(block);
+        while end > first {
+            let start = end.saturating_sub(WINDOW).max(first);
+            let mut last = None;
+            for run in table.entries(start..end)? {
+                let run = run?;
+                if !matches!(run.content, RunContent::Zero) {
+                    last = run.blocks.end.checked_sub(1);
+                }
+            }
+            if let Some(last) = last {
+                let at = last * block;
+                return Ok(Extent::between(at, (at + block).min(size)));
+            }
+            end = start;
+        }
+    }
+    Ok(None)
 }
 
 async fn start(order: &Order<'_>, mode: BitmapMode) -> Result<Process, VolumeError> {

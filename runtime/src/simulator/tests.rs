@@ -86,6 +86,7 @@ async fn a_real_job_opens_it_and_cannot_read_what_it_trimmed() {
         "scsi0",
         export.dirty_context(),
         65536,
+        1,
         None,
     )
     .await
