@@ -11,6 +11,7 @@ use fleecebox_tests::{
     At, Backup, Fault, Fleecebox, Guest, Order, Proxy, QemuState, Site, Stage, What, compare,
     component,
 };
+use rustix::process::{Pid, Signal, kill_process};
 
 /// The volumes, as the product names them, with their nodes.
 const VOLUMES: [(&str, &str); 2] = [("device-a", "disk-a"), ("device-b", "disk-b")];
@@ -149,11 +150,17 @@ fn both_providers_restore_each_point_in_time_of_a_running_guest() -> Result<()> 
 }
 
 #[test]
-fn a_guest_whose_job_is_killed_while_it_is_frozen_is_thawed() -> Result<()> {
+fn a_guest_whose_job_is_killed_or_stopped_while_it_is_frozen_is_thawed() -> Result<()> {
     let mut setting = Setting::new()?;
     let mut base = setting.backup("chunked", None)?;
-    // The snapshot is not taken yet; it is taken and the job does not know.
-    for stage in [Stage::BeforeQemu, Stage::BeforeAnswer] {
+    let mut listed = 0;
+    // The snapshot is not taken yet; it is taken and the job does not know. A job that is stopped is killed by its
+    // watchdog, as it holds the agent's only connection.
+    for (stage, signal) in [
+        (Stage::BeforeQemu, Signal::KILL),
+        (Stage::BeforeAnswer, Signal::KILL),
+        (Stage::BeforeQemu, Signal::STOP),
+    ] {
         setting.proxy.forget_commands();
         setting.proxy.inject(Fault {
             at: At::Named("transaction", 1),
@@ -168,13 +175,14 @@ fn a_guest_whose_job_is_killed_while_it_is_frozen_is_thawed() -> Result<()> {
         let wrote = guest.wait_for_writes_within(Duration::from_secs(2)).is_ok();
         ensure!(!wrote, "{stage:?}: the guest is not frozen");
 
-        running.process().kill()?;
+        let pid = Pid::from_raw(running.process().pid).context("no process")?;
+        kill_process(pid, signal)?;
         let killed = Instant::now();
         guest
             .wait_for_writes_within(LIMIT)
             .with_context(|| format!("{stage:?}: nobody thawed the guest"))?;
         println!(
-            "{stage:?}: writes again {:?} after the kill",
+            "{stage:?}, {signal:?}: writes again {:?} after it",
             killed.elapsed()
         );
         let outcome = running.finish()?;
@@ -185,10 +193,8 @@ fn a_guest_whose_job_is_killed_while_it_is_frozen_is_thawed() -> Result<()> {
         for reference in setting.proxy.references()? {
             std::fs::remove_file(reference.path)?;
         }
-        assert_eq!(
-            setting.site.list(&setting.site.archive())?.len(),
-            1 + usize::from(stage == Stage::BeforeAnswer)
-        );
+        listed += 1;
+        assert_eq!(setting.site.list(&setting.site.archive())?.len(), listed);
 
         let next = setting.backup("chunked", Some(&base))?;
         let said = &next.said;

@@ -2,22 +2,30 @@
 //!
 //! The job spawns it before it freezes or stops anything, and tells it what is at stake, one byte per
 //! order over a socket, each echoed when it is taken. When the socket closes before the order to
-//! disarm, the watchdog makes the VM run again. It has a session of its own and ignores the signals
+//! disarm, the watchdog makes the VM run again. While anything is at stake the job also has to show every second that it
+//! runs. One that does not, because it was stopped or frozen or gets no processor time, holds the very connections that
+//! the VM would have to be thawed and continued by: it is killed, and what it leaves is the next job's to clean up.
+//! The process has a session of its own and ignores the signals
 //! that a terminal or a service manager sends to all of a job's processes.
 
 use super::agent::{Agent, AgentError, Limits};
 use super::monitor::{Monitor, MonitorError};
 use qapi::qmp::cont;
+use rustix::process::{PidfdFlags, Signal, pidfd_open, pidfd_send_signal};
 use std::io::{self, Write};
 use std::os::fd::{AsFd, OwnedFd};
 use std::path::{Path, PathBuf, absolute};
 use std::process::{ExitCode, Stdio};
+use std::sync::Arc;
 use std::time::Duration;
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::UnixStream;
+use tokio::net::unix::{OwnedReadHalf, OwnedWriteHalf};
 use tokio::process::{Child, Command};
 use tokio::signal::unix::{SignalKind, signal};
+use tokio::sync::Mutex;
 use tokio::time::{Instant, sleep, timeout};
+use tokio_util::task::AbortOnDropHandle;
 
 /// First argument of this program when it is the watchdog; then `--agent PATH` and `--qmp PATH`, each
 /// where there is one.
@@ -30,6 +38,13 @@ const ECHO_LIMIT: Duration = Duration::from_secs(10);
 /// process may stay for ever.
 const RESCUE_LIMIT: Duration = Duration::from_secs(600);
 
+/// Pause between two signs of the job's life.
+const BEAT: Duration = Duration::from_secs(1);
+
+/// Longest time without such a sign while the VM stands still: more than a busy machine keeps a process waiting, less
+/// than the 30 s after which guests give up on their disks.
+const SILENCE_LIMIT: Duration = Duration::from_secs(10);
+
 /// Pause between two tries.
 const PAUSE: Duration = Duration::from_secs(1);
 
@@ -41,6 +56,8 @@ enum Word {
     Thaw = b't',
     Cont = b'c',
     Disarm = b'd',
+    /// The job runs. It is not echoed.
+    Alive = b'a',
 }
 
 /// Why there is no watchdog, or it is not known to do its duty.
@@ -65,7 +82,10 @@ pub enum WatchdogError {
 /// The job's end. Dropping it is what the job's death is: the process then does its duty.
 #[derive(Debug)]
 pub struct Watchdog {
-    socket: UnixStream,
+    reading: OwnedReadHalf,
+    writing: Arc<Mutex<OwnedWriteHalf>>,
+    /// Shows that the job runs, from the first order on.
+    beating: Option<AbortOnDropHandle<()>>,
     child: Child,
 }
 
@@ -101,7 +121,13 @@ impl Watchdog {
         // The command holds the other end too; with it dropped, closing ours is noticed there and theirs here.
         drop(command);
         let socket = UnixStream::from_std(socket).map_err(WatchdogError::Start)?;
-        let mut watchdog = Self { socket, child };
+        let (reading, writing) = socket.into_split();
+        let mut watchdog = Self {
+            reading,
+            writing: Arc::new(Mutex::new(writing)),
+            beating: None,
+            child,
+        };
         watchdog.expect(Word::Ready).await?;
         Ok(watchdog)
     }
@@ -127,6 +153,7 @@ impl Watchdog {
     /// # Errors
     /// It may still thaw and continue the VM, which does no harm to one that runs.
     pub async fn disarm(mut self) -> Result<(), WatchdogError> {
+        self.beating = None;
         self.order(Word::Disarm).await?;
         let ended = timeout(ECHO_LIMIT, self.child.wait()).await;
         ended
@@ -142,13 +169,19 @@ impl Watchdog {
     }
 
     async fn order(&mut self, word: Word) -> Result<(), WatchdogError> {
-        let sent = self.socket.write_all(&[word as u8]).await;
+        let sent = self.writing.lock().await.write_all(&[word as u8]).await;
         sent.map_err(WatchdogError::Talk)?;
-        self.expect(word).await
+        self.expect(word).await?;
+        if word != Word::Disarm {
+            self.beating.get_or_insert_with(|| {
+                AbortOnDropHandle::new(tokio::spawn(beat(self.writing.clone())))
+            });
+        }
+        Ok(())
     }
 
     async fn expect(&mut self, word: Word) -> Result<(), WatchdogError> {
-        let echo = timeout(ECHO_LIMIT, self.socket.read_u8()).await;
+        let echo = timeout(ECHO_LIMIT, self.reading.read_u8()).await;
         let echo = echo.map_err(io::Error::from).flatten();
         match echo.map_err(WatchdogError::Talk)? {
             actual if actual == word as u8 => Ok(()),
@@ -157,6 +190,17 @@ impl Watchdog {
                 actual,
             }),
         }
+    }
+}
+
+/// Shows that the job runs, for as long as there is a watchdog to see it.
+async fn beat(writing: Arc<Mutex<OwnedWriteHalf>>) {
+    loop {
+        let sent = writing.lock().await.write_u8(Word::Alive as u8).await;
+        if sent.is_err() {
+            return;
+        }
+        sleep(BEAT).await;
     }
 }
 
@@ -225,14 +269,38 @@ async fn watch() -> io::Result<Stakes> {
     let stdin = std::os::unix::net::UnixStream::from(io::stdin().as_fd().try_clone_to_owned()?);
     stdin.set_nonblocking(true)?;
     let mut socket = UnixStream::from_std(stdin)?;
+    // By a descriptor, as its number may be another process's by the time that it is needed.
+    let job = rustix::process::getppid().and_then(|job| pidfd_open(job, PidfdFlags::empty()).ok());
     socket.write_u8(Word::Ready as u8).await?;
-    Ok(take_orders(&mut socket).await)
+    let (stakes, end) = take_orders(&mut socket, SILENCE_LIMIT).await;
+    if let (End::Silent, Some(job)) = (end, job) {
+        say("the backup job does not run while its VM stands still; it is killed");
+        if let Err(error) = pidfd_send_signal(job, Signal::KILL) {
+            say(&format!("cannot kill the backup job: {error}"));
+        }
+    }
+    Ok(stakes)
 }
 
-async fn take_orders(socket: &mut UnixStream) -> Stakes {
+/// Why no more orders are taken.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum End {
+    /// The job disarmed or is gone.
+    Closed,
+    /// It gave no sign of life while something was at stake.
+    Silent,
+}
+
+async fn take_orders(socket: &mut UnixStream, silence: Duration) -> (Stakes, End) {
     let mut stakes = Stakes::default();
-    // An error is as good as the end: the job is gone.
-    while let Ok(byte) = socket.read_u8().await {
+    loop {
+        let byte = match timeout(silence, socket.read_u8()).await {
+            Ok(Ok(byte)) => byte,
+            // An error is as good as the end: the job is gone.
+            Ok(Err(_)) => return (stakes, End::Closed),
+            Err(_) if stakes == Stakes::default() => continue,
+            Err(_) => return (stakes, End::Silent),
+        };
         match byte {
             b if b == Word::Thaw as u8 => stakes.thaw = true,
             b if b == Word::Cont as u8 => stakes.cont = true,
@@ -242,10 +310,9 @@ async fn take_orders(socket: &mut UnixStream) -> Stakes {
         // A job that is gone by now shows in the next read.
         let _ = socket.write_u8(byte).await;
         if byte == Word::Disarm as u8 {
-            break;
+            return (stakes, End::Closed);
         }
     }
-    stakes
 }
 
 /// Makes the VM run again, first its CPUs, without which no agent answers. Returns whether it does.
@@ -331,7 +398,9 @@ mod tests {
         let (mut job, mut watchdog) = UnixStream::pair().unwrap();
         job.write_all(words).await.unwrap();
         job.shutdown().await.unwrap();
-        take_orders(&mut watchdog).await
+        let (stakes, end) = take_orders(&mut watchdog, SILENCE_LIMIT).await;
+        assert_eq!(end, End::Closed);
+        stakes
     }
 
     #[tokio::test]
@@ -341,5 +410,22 @@ mod tests {
         assert_eq!(stakes_after(b"t").await, Stakes { thaw, cont: false });
         assert_eq!(stakes_after(b"t?c").await, Stakes { thaw, cont });
         assert_eq!(stakes_after(b"tcd").await, Stakes::default());
+    }
+
+    #[tokio::test]
+    async fn silence_counts_only_while_something_is_at_stake() {
+        let silence = Duration::from_millis(200);
+        let (mut job, mut watchdog) = UnixStream::pair().unwrap();
+        let watching = tokio::spawn(async move { take_orders(&mut watchdog, silence).await });
+        sleep(3 * silence).await;
+        job.write_u8(Word::Thaw as u8).await.unwrap();
+        for _ in 0..6 {
+            job.write_u8(Word::Alive as u8).await.unwrap();
+            sleep(silence / 2).await;
+        }
+        assert!(!watching.is_finished());
+        let (stakes, end) = watching.await.unwrap();
+        assert_eq!(end, End::Silent);
+        assert!(stakes.thaw);
     }
 }
