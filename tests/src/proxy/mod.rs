@@ -10,11 +10,12 @@ mod relay;
 
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
-use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 use anyhow::Result;
+use serde_json::Value;
 use tempfile::TempDir;
 
 pub use fault::{At, Fault, Held, Stage, What};
@@ -50,6 +51,7 @@ impl Proxy {
             product: monitors.product.clone(),
             references: References::new(&monitors.references, folder.path()),
             faults: Faults::default(),
+            transactions: Mutex::default(),
         });
         let stop = Arc::new(AtomicBool::new(false));
         let (for_thread, stopped) = (Arc::clone(&relay), Arc::clone(&stop));
@@ -90,6 +92,11 @@ impl Proxy {
     /// Forgets the commands that came, so that numbers of faults count from here.
     pub fn forget_commands(&self) {
         self.relay.faults.forget_commands();
+    }
+
+    /// The actions of each transaction that came so far, as the product gave them.
+    pub fn transactions(&self) -> Vec<Value> {
+        relay::lock(&self.relay.transactions).clone()
     }
 
     /// Waits until a command has met a [`What::Hold`]. The product waits for its answer until the

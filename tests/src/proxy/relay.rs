@@ -18,6 +18,8 @@ pub(super) struct Relay {
     pub(super) product: PathBuf,
     pub(super) references: References,
     pub(super) faults: Faults,
+    /// The actions of each transaction, as the product gave them.
+    pub(super) transactions: Mutex<Vec<Value>>,
 }
 
 /// A command that QEMU has and has not answered yet. QEMU answers in order: no client here uses
@@ -91,6 +93,10 @@ impl Relay {
             if self.faults.meet(number, &name, Stage::BeforeQemu) == Verdict::Cut {
                 return Ok(());
             }
+            if name == "transaction" {
+                let actions = command["arguments"]["actions"].clone();
+                lock(&self.transactions).push(actions);
+            }
             let references = self.references.add_to(&mut command);
             if !references.is_empty() {
                 line = format!("{command}\n").into_bytes();
@@ -149,9 +155,7 @@ fn cut(one: &UnixStream, other: &UnixStream) {
     let _ = other.shutdown(Shutdown::Both);
 }
 
-fn lock(queue: &Queue) -> MutexGuard<'_, VecDeque<Unanswered>> {
-    // A panic while it was held cannot leave the queue half-changed.
-    queue
-        .lock()
-        .unwrap_or_else(|poisoned| poisoned.into_inner())
+pub(super) fn lock<T>(list: &Mutex<T>) -> MutexGuard<'_, T> {
+    // A panic while it was held cannot leave a list half-changed.
+    list.lock().unwrap_or_else(|poisoned| poisoned.into_inner())
 }
