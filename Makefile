@@ -11,10 +11,9 @@ export FLEECEBOX_CACHE
 COMPONENTS = $(CARGO_TARGET_DIR)/components
 FLEECEBOX = $(CARGO_TARGET_DIR)/release/fleecebox
 PROVIDERS = chunked image
-# Those in other languages, and the projects that their templates become.
-LANGUAGES = qcow2 providers/qcow2 numbered providers/numbered watchful providers/watchful \
-	$(foreach language,c python javascript,$(foreach kind,sighted blind,\
-	$(language)-$(kind) guest-sdk/templates/$(language):$(kind)))
+# Those in other languages, and the projects that `fleecebox provider new` writes in them.
+LANGUAGES = qcow2 numbered watchful
+NEW_PROJECTS = $(foreach language,c python javascript,$(language)-sighted $(language)-blind)
 # One that only the benchmark needs.
 BENCH_PROVIDER = splices-everything
 # Hostile ones, and those with one mistake each that the conformance kit has to find.
@@ -108,7 +107,14 @@ providers:
 	@echo "the providers are in $(COMPONENTS)"
 
 languages:
-	@providers/build.sh $(COMPONENTS) $(LANGUAGES)
+	@test -x $(FLEECEBOX) || $(MAKE) build
+	@new=$$(mktemp -d) && trap 'rm -rf "$$new"' EXIT && fleecebox=$$(realpath $(FLEECEBOX)) && export PATH="$${fleecebox%/*}:$$PATH" && \
+	for name in $(NEW_PROJECTS); do \
+		case $$name in *-blind) blind=--blind ;; *) blind= ;; esac; \
+		(cd "$$new" && fleecebox provider new "$$name" --lang "$${name%-*}" $$blind >/dev/null) || exit; \
+	done && \
+	providers/build.sh $(COMPONENTS) $(foreach name,$(LANGUAGES),$(name) providers/$(name)) \
+		$$(for name in $(NEW_PROJECTS); do echo "$$name $$new/$$name"; done)
 
 clean:
 	cargo clean

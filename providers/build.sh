@@ -4,8 +4,8 @@
 #   providers/build.sh FOLDER [NAME FOLDER]…
 #
 # NAME.wasm goes into FOLDER, the first argument, for each NAME and the project FOLDER after it. A project with a
-# Makefile is C, one with a package.json JavaScript, and any other Python. A FOLDER that ends in `:sighted` or `:blind`
-# is that template of guest-sdk/templates, and the project is what it becomes.
+# Makefile is C, one with a package.json JavaScript, and any other Python. One with a copy of the SDK, as `fleecebox
+# provider new` writes it, is built by the commands of its README.md, in a copy; the others by the SDK of this checkout.
 #
 # What was made of exactly these files of the project, of its SDK and of the contract is kept in the cache folder and
 # not made again: Python's and JavaScript's components take a while, and are another file each time they are made, so
@@ -32,22 +32,25 @@ main() {
     shift
     while [ $# -gt 0 ]; do
         name=$1
-        project=$(cd "${2%:*}" && pwd)
-        variant=${2##*:}
+        project=$(cd "$2" && pwd)
         shift 2
-        if [ -f "$project/Makefile" ] || [ -f "$project/Makefile.in" ]; then
+        if [ -d "$project/fleecebox-guest" ]; then
+            language=own
+        elif [ -f "$project/Makefile" ]; then
             language=c
-        elif [ -f "$project/package.json" ] || [ -f "$project/package.json.in" ]; then
+        elif [ -f "$project/package.json" ]; then
             language=javascript
         else
             language=python
         fi
-        made=$cache/$name-$(digest "$project" "$sdk/$language" "$checkout/wit" "$0").wasm
+        case $language in
+        own) made=$(digest "$project") ;;
+        *) made=$(digest "$project" "$sdk/$language" "$checkout/wit") ;;
+        esac
+        made=$cache/$name-$made.wasm
         if [ ! -f "$made" ]; then
-            say "building $name ($language)"
+            say "building $name"
             work=$(mktemp -d "$cache/build.XXXXXX")
-            main=$name
-            case $variant in sighted | blind) fill_in ;; esac
             "build_$language" || fail "$name could not be built"
             mv "$work/$name.wasm" "$made"
             rm -rf "$work"
@@ -56,24 +59,24 @@ main() {
     done
 }
 
-# Makes a project of a template, as `fleecebox provider new` does, but for the copy of the SDK.
-fill_in() {
-    [ "$variant" = blind ] && world=blind-provider || world=provider
-    main=main
-    mkdir "$work/project"
-    for file in "$project/$variant".*.in "$project/Makefile.in"; do
-        [ -f "$file" ] || continue
-        filled=$(basename "$file" .in)
-        sed "s/{{name}}/$name/g; s/{{Type}}/Filled/g; s/{{world}}/$world/g; s|fleecebox-guest/provider.mk|$sdk/c/provider.mk|" \
-            "$file" >"$work/project/$(echo "$filled" | sed "s/^$variant/main/")"
-    done
-    project=$work/project
+# Of all files in the folders and of this one, by their names there and their contents; not of what a build leaves.
+digest() {
+    for folder in "$@" "$checkout/providers/build.sh"; do
+        (cd "$(dirname "$folder")" && find "$(basename "$folder")" -type f ! -path '*/build/*' \
+            ! -path '*/node_modules/*' ! -path '*/__pycache__/*' ! -name '*.wasm' -exec sha256sum {} +)
+    done | LC_ALL=C sort | sha256sum | cut -c 1-16
 }
 
-# Of all files in the folders, by their names and contents; not of what a build leaves there.
-digest() {
-    (cd "$checkout" && find "$@" -type f ! -path '*/build/*' ! -path '*/node_modules/*' ! -path '*/__pycache__/*' \
-        ! -name '*.wasm' -exec sha256sum {} +) | sed "s|$checkout/||" | LC_ALL=C sort | sha256sum | cut -c 1-16
+# The first commands that its page shows, but for the last one, which tries what the others made.
+build_own() {
+    cp -r "$project" "$work/project"
+    # What they fetch is kept for the next project.
+    commands=$(sed -n '/^```$/,/^```$/p' "$project/README.md" | sed '1d; /^```$/,$d')
+    built=$(echo "$commands" | sed -n '$s/^fleecebox provider test //p')
+    [ -n "$built" ] || return
+    (cd "$work/project" && MAKEFLAGS='' PIP_CACHE_DIR=$cache/pip npm_config_cache=$cache/npm \
+        npm_config_prefer_offline=true \
+        sh -ec "$(echo "$commands" | sed '$d')" >&2) && mv "$work/project/$built" "$work/$name.wasm"
 }
 
 build_c() {
@@ -93,7 +96,7 @@ build_python() {
         touch "$python/complete"
     fi
     (cd "$project" && PYTHONPATH=$sdk/python PYTHONDONTWRITEBYTECODE=1 \
-        "$python/bin/python" -m fleecebox_guest.build "$main.py" -o "$work/$name.wasm" >&2)
+        "$python/bin/python" -m fleecebox_guest.build "$name.py" -o "$work/$name.wasm" >&2)
 }
 
 # Likewise: the packages by the digest of the lock file that names them, and the SDK beside them as npm would link it.
@@ -111,7 +114,7 @@ build_javascript() {
     mkdir -p "$guest"
     (cd "$sdk/javascript" && cp -r build.js package.json provider.wit src "$guest")
     ln -s "$packages/node_modules" "$guest/node_modules"
-    (cd "$project" && NODE_PATH=$work/modules node "$guest/build.js" "$main.js" -o "$work/$name.wasm" >&2)
+    (cd "$project" && NODE_PATH=$work/modules node "$guest/build.js" "$name.js" -o "$work/$name.wasm" >&2)
 }
 
 main "$@"

@@ -43,12 +43,14 @@ fn builds_and_passes(name: &str, more: &[&str]) -> Result<()> {
     let command = site.command(&arguments).in_folder(&projects);
     command.run()?.assert_success();
     let project = projects.join(name);
+    // Built where the last one was; what the page names is there all the same.
+    std::os::unix::fs::symlink(folders()?.1, project.join("target"))?;
     // The versions that the workspace was tested with; a user's cargo takes the newest.
     let lock = Path::new(env!("CARGO_MANIFEST_DIR")).join("../Cargo.lock");
     std::fs::copy(lock, project.join("Cargo.lock"))?;
 
     cargo(&project, &["test", "--release"])?;
-    let (cache, target) = folders()?;
+    let (cache, _) = folders()?;
     let script = Command::new(project.join("fleecebox-guest/wasm-std.sh"))
         .env("FLEECEBOX_CACHE", cache)
         .output()?;
@@ -66,10 +68,7 @@ fn builds_and_passes(name: &str, more: &[&str]) -> Result<()> {
         ],
     )?;
 
-    let file = format!("{}.wasm", name.replace('-', "_"));
-    let built = target.join(triple).join("release").join(file);
-    let command = site.command(&["provider", "test", "--seed", "5"]);
-    command.arg(&built).run()?.assert_success();
+    let built = passes_the_kit(&site, &project)?;
 
     // From the file to a name, and away again.
     let install = site.command(&["provider", "install", "--name", name]);
@@ -109,6 +108,70 @@ fn builds_and_passes(name: &str, more: &[&str]) -> Result<()> {
     let command = site.command(&arguments).in_folder(&projects);
     command.run()?.assert_refused(2, "is there already");
     Ok(())
+}
+
+/// By the last of the commands that the project's page begins with; returns the component that it names.
+fn passes_the_kit(site: &Site, project: &Path) -> Result<PathBuf> {
+    let page = std::fs::read_to_string(project.join("README.md"))?;
+    let commands = page.split("```").nth(1).context("no commands")?;
+    let last = commands.trim().lines().last().context("no command")?;
+    let built = last
+        .strip_prefix("fleecebox provider test ")
+        .with_context(|| format!("the last command is '{last}'"))?;
+    let test = site.command(&["provider", "test", "--seed", "5", built]);
+    test.in_folder(project).run()?.assert_success();
+    Ok(project.join(built))
+}
+
+/// A sighted and a blind one, each built by the commands of its page: by `make languages`, once for all tests. What is
+/// checked here is that this was this very project.
+fn its_page_leads_to_a_provider_that_passes(language: &str) -> Result<()> {
+    let checkout = Path::new(env!("CARGO_MANIFEST_DIR")).join("..");
+    let site = Site::new()?;
+    let made = site.path("made");
+    for (kind, more) in [("sighted", &[][..]), ("blind", &["--blind"])] {
+        let name = format!("{language}-{kind}");
+        let new = ["provider", "new", &name, "--lang", language];
+        let arguments: Vec<&str> = new.iter().chain(more).copied().collect();
+        let command = site.command(&arguments).in_folder(site.path(""));
+        command.run()?.assert_success();
+        let project = site.path(&name);
+        let mut build = Command::new(checkout.join("providers/build.sh"));
+        let output = build.arg(&made).arg(&name).arg(&project).output()?;
+        let said = String::from_utf8_lossy(&output.stderr);
+        ensure!(output.status.success(), "{said}");
+
+        let file = made.join(format!("{name}.wasm"));
+        ensure!(
+            std::fs::read(&file)? == std::fs::read(component(&name)?)?,
+            "`make languages` has built another {name} than `provider new` writes now"
+        );
+        let page = std::fs::read_to_string(project.join("README.md"))?;
+        let built = page
+            .lines()
+            .find_map(|line| line.strip_prefix("fleecebox provider test "))
+            .context("the page does not end with the kit")?;
+        let built = project.join(built);
+        std::fs::create_dir_all(built.parent().context("a folder")?)?;
+        std::fs::copy(file, built)?;
+        passes_the_kit(&site, &project)?;
+    }
+    Ok(())
+}
+
+#[test]
+fn a_new_provider_in_c_passes_at_once() -> Result<()> {
+    its_page_leads_to_a_provider_that_passes("c")
+}
+
+#[test]
+fn a_new_provider_in_python_passes_at_once() -> Result<()> {
+    its_page_leads_to_a_provider_that_passes("python")
+}
+
+#[test]
+fn a_new_provider_in_javascript_passes_at_once() -> Result<()> {
+    its_page_leads_to_a_provider_that_passes("javascript")
 }
 
 #[test]

@@ -13,8 +13,8 @@ use std::path::Path;
 #[derive(Debug, Args)]
 #[command(after_help = "\
 Examples:
-  fleecebox provider new mirror --lang rust
   fleecebox provider new mirror --lang rust --blind
+  fleecebox provider new catalog --lang python
 
 Its README.md says how to build and try it. A blind provider never sees a byte of a disk; the host restores what it \
 arranged. Choose it unless the provider has to look into the bytes.")]
@@ -71,7 +71,7 @@ fn write(path: &Path, file: &templates::File) -> std::io::Result<()> {
     if let Some(folder) = path.parent() {
         fs::create_dir_all(folder)?;
     }
-    fs::write(path, &file.text)?;
+    fs::write(path, &file.bytes)?;
     if file.executable {
         fs::set_permissions(path, fs::Permissions::from_mode(0o755))?;
     }

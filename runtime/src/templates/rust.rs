@@ -1,18 +1,8 @@
 //! A crate with a copy of the SDK beside it: it builds wherever it lies, without this program's sources.
 
-use super::{CONTRACT, File, ProjectName};
+use super::{CONTRACT, File, Plan, Whole};
 
-/// The files of `guest-sdk/`, where they go.
-macro_rules! sdk {
-    ($($path:literal),* $(,)?) => {
-        &[$((
-            concat!("fleecebox-guest/", $path),
-            include_str!(concat!("../../../guest-sdk/", $path)),
-        )),*]
-    };
-}
-
-const SDK: &[(&str, &str)] = sdk![
+const SDK: &[Whole] = sdk!["":
     "src/archive.rs",
     "src/bindings.rs",
     "src/context.rs",
@@ -32,24 +22,17 @@ const SDK: &[(&str, &str)] = sdk![
 const SDK_MANIFEST: &str = include_str!("../../../guest-sdk/Cargo.toml");
 const WORKSPACE: &str = include_str!("../../../Cargo.toml");
 
-/// One file of the template.
-macro_rules! template {
-    ($path:literal) => {
-        include_str!(concat!("../../../guest-sdk/templates/rust/", $path))
-    };
-}
-
-pub(super) fn project(name: &ProjectName, blind: bool) -> Vec<File> {
-    let source = match blind {
-        true => template!("blind.rs.in"),
-        false => template!("sighted.rs.in"),
-    };
+pub(super) fn project(plan: &Plan) -> Vec<File> {
+    let source = plan.either(
+        template!("rust/sighted.rs.in"),
+        template!("rust/blind.rs.in"),
+    );
     let mut files = vec![
-        File::filled(name, "Cargo.toml", template!("Cargo.toml.in")),
-        File::filled(name, "src/lib.rs", source),
-        File::filled(name, "README.md", template!("README.md.in")),
-        File::filled(name, ".gitignore", template!("gitignore.in")),
-        File::copy(("fleecebox-guest/Cargo.toml", &sdk_manifest())),
+        plan.filled("Cargo.toml", template!("rust/Cargo.toml.in")),
+        plan.filled("src/lib.rs", source),
+        plan.filled("README.md", template!("rust/README.md.in")),
+        plan.filled(".gitignore", template!("rust/gitignore.in")),
+        File::copy(("fleecebox-guest/Cargo.toml", sdk_manifest().as_bytes())),
         File::copy(CONTRACT),
     ];
     files.extend(SDK.iter().copied().map(File::copy));
@@ -90,32 +73,6 @@ fn sdk_manifest() -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use std::path::Path;
-
-    #[test]
-    fn the_whole_sdk_is_in_a_project() {
-        let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("../guest-sdk");
-        let mut sources = Vec::new();
-        let mut folders = vec![folder.join("src")];
-        while let Some(path) = folders.pop() {
-            for entry in std::fs::read_dir(path).unwrap() {
-                let path = entry.unwrap().path();
-                match path.is_dir() {
-                    true => folders.push(path),
-                    false => sources.push(path),
-                }
-            }
-        }
-        let listed = |path: &Path| {
-            let path = path.strip_prefix(&folder).unwrap().to_str().unwrap();
-            let path = format!("fleecebox-guest/{path}");
-            SDK.iter().any(|(listed, _)| *listed == path)
-        };
-        for source in &sources {
-            assert!(listed(source), "{} is not listed", source.display());
-        }
-        assert_eq!(sources.len() + 1, SDK.len());
-    }
 
     #[test]
     fn the_sdks_manifest_stands_alone() {
