@@ -27,5 +27,7 @@ pub(super) fn engine() -> wasmtime::Result<Engine> {
         .memory_init_cow(false)
         .wasm_backtrace_max_frames(None)
         .generate_address_map(false);
+    #[cfg(target_arch = "x86_64")]
+    config.with_custom_code_memory(Some(std::sync::Arc::new(super::compiled::Publisher)));
     Engine::new(&config)
 }

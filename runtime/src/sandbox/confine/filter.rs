@@ -95,7 +95,16 @@ fn allowed(stage: Stage) -> Result<Vec<Call>, BackendError> {
         masked(2, libc::PROT_EXEC, 0)?,
         masked(3, libc::MAP_ANONYMOUS, libc::MAP_ANONYMOUS)?,
     ];
-    calls.push((libc::SYS_mmap, vec![rule(anonymous)?]));
+    let mut map = vec![rule(anonymous)?];
+    if stage == Stage::Loading {
+        // The file with the machine code, to be looked at.
+        let private = libc::MAP_PRIVATE | libc::MAP_SHARED;
+        map.push(rule([
+            equal(2, libc::PROT_READ as u64)?,
+            masked(3, private, libc::MAP_PRIVATE)?,
+        ])?);
+    }
+    calls.push((libc::SYS_mmap, map));
     let mut protect = vec![rule([masked(2, libc::PROT_EXEC, 0)?])?];
     if stage != Stage::Running {
         protect.push(rule([equal(2, EXECUTABLE as u64)?])?);
