@@ -47,6 +47,7 @@ pub mod job;
 pub mod nbd;
 pub mod policy;
 pub mod qemu;
+pub mod recording;
 pub mod sandbox;
 pub mod simulator;
 pub mod templates;

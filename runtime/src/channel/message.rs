@@ -1,5 +1,6 @@
 //! The messages. Everything that comes from a sandbox is a claim to be checked, never a fact.
 
+use super::octets;
 use serde::{Deserialize, Serialize};
 
 /// Most bytes that `run` may return, and so the most that a `base` or a receipt can have: these travel inside a
@@ -52,6 +53,7 @@ pub fn listed(missing: &[Gap]) -> String {
 
 /// What the job process asks a fresh sandbox process to do, once.
 #[derive(Debug, Clone, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
 pub enum Order {
     /// Compile the component in the payload (`length` bytes) and say what it is. Runs none of its code.
     Compile {
@@ -88,6 +90,7 @@ impl World {
 ///
 /// The job process bounds a run's wall-clock time from outside.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case", deny_unknown_fields)]
 pub struct GuestLimits {
     /// Sum of all linear memories, in bytes.
     pub memory: u64,
@@ -98,6 +101,7 @@ pub struct GuestLimits {
 
 /// `backup.run` or `blind-backup.run`.
 #[derive(Debug, Clone, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case", deny_unknown_fields)]
 pub struct Run {
     /// The world that the component was inspected to be for.
     pub world: World,
@@ -112,6 +116,7 @@ pub struct Run {
     /// Whether a `discarder` is granted.
     pub discarder: bool,
     /// What `run` returned for this volume in the base.
+    #[serde(with = "octets::optional")]
     pub base: Option<Vec<u8>>,
     /// `content.reader.max-read`, in bytes.
     pub max_read: u32,
@@ -121,12 +126,14 @@ pub struct Run {
 
 /// `restore.image.open`.
 #[derive(Debug, Clone, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case", deny_unknown_fields)]
 pub struct OpenImage {
     /// Limits on the guest's code.
     pub limits: GuestLimits,
     /// `job.context`.
     pub context: Context,
     /// What `run` returned for this volume.
+    #[serde(with = "octets")]
     pub receipt: Vec<u8>,
     /// Largest answer to one `image.read` or `objects.read`, in bytes.
     pub max_read: u32,
@@ -134,6 +141,7 @@ pub struct OpenImage {
 
 /// The parts of `job.context` that need no call.
 #[derive(Debug, Clone, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case", deny_unknown_fields)]
 pub struct Context {
     /// Opaque and unique.
     pub id: String,
@@ -143,6 +151,7 @@ pub struct Context {
 
 /// `volume.volume-info`.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case", deny_unknown_fields)]
 pub struct VolumeInfo {
     /// Stable across backups.
     pub name: String,
@@ -178,6 +187,7 @@ pub enum Encoding {
 
 /// A range as a guest passed it: anything at all.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case", deny_unknown_fields)]
 pub struct RawRange {
     /// First byte.
     pub offset: u64,
@@ -186,7 +196,8 @@ pub struct RawRange {
 }
 
 /// What the sandbox sends: one granted call, or that it is done.
-#[derive(Debug, Clone, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
 pub enum Call {
     /// `volume.dirty-regions.next`.
     NextRegions {
@@ -319,7 +330,8 @@ pub enum LogLevel {
 }
 
 /// How an order ended.
-#[derive(Debug, Clone, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
 pub enum Outcome {
     /// [`Order::Compile`]: the compiled component lies in the payload.
     Compiled {
@@ -329,7 +341,7 @@ pub enum Outcome {
         interface: Interface,
     },
     /// [`Order::Run`]: what `run` returned.
-    Receipt(Vec<u8>),
+    Receipt(#[serde(with = "octets")] Vec<u8>),
     /// [`Order::OpenImage`]: the image is open.
     Opened,
     /// [`ImageRead`]: the bytes lie in the payload.
@@ -354,6 +366,7 @@ pub struct Interface {
 
 /// Why a guest did not return.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, thiserror::Error)]
+#[serde(rename_all = "kebab-case")]
 pub enum Failure {
     /// The bytes are no component; with the parser's reason.
     #[error("it is not a component that can be run: {0}")]
@@ -384,7 +397,8 @@ pub enum Failure {
 }
 
 /// The job's answer to one [`Call`].
-#[derive(Debug, Clone, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
 pub enum Answer {
     /// Done; nothing to give back.
     Unit,
@@ -407,6 +421,7 @@ pub enum Answer {
 
 /// For an open image, in place of an answer: read these bytes next.
 #[derive(Debug, Clone, Copy, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case", deny_unknown_fields)]
 pub struct ImageRead {
     /// First byte of the volume.
     pub offset: u64,
@@ -416,6 +431,7 @@ pub struct ImageRead {
 
 /// `types.error-code`.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, thiserror::Error)]
+#[serde(rename_all = "kebab-case")]
 pub enum ErrorCode {
     /// The job was cancelled.
     #[error("cancelled")]

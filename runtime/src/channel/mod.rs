@@ -14,6 +14,7 @@
 mod bounds;
 mod files;
 mod message;
+mod octets;
 mod payload;
 mod socket;
 

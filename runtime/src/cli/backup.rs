@@ -2,7 +2,7 @@
 
 use super::progress::Progress;
 use super::vm::{self, VmArguments};
-use super::{Failure, Sandboxes, Session, installed, target, text};
+use super::{Failure, Sandboxes, Session, installed, recording, target, text};
 use crate::archive::ComponentId;
 use crate::config::Vm;
 use crate::grants::MAX_ATTACHMENT;
@@ -29,6 +29,7 @@ Examples:
   fleecebox backup web --qmp /run/web.qmp --provider ./chunked.wasm --archive /srv/backups
   fleecebox backup web --bandwidth 100MiB
   fleecebox backup web --dry-run                      what would happen to each disk, and why
+  fleecebox backup web --record case.jsonl              for the provider's vendor: `fleecebox provider test --replay`
 
 The backup is committed only once every changed block is proven to be in the archive. A disk with a usable bitmap of \
 this archive is backed up incrementally, any other in full.")]
@@ -53,6 +54,8 @@ pub(super) struct Backup {
     /// Only say what would happen to each disk; nothing is changed in QEMU or in the archive
     #[arg(long)]
     dry_run: bool,
+    #[command(flatten)]
+    recording: recording::Options,
     #[command(flatten)]
     sandboxes: Sandboxes,
 }
@@ -82,10 +85,15 @@ impl Backup {
     }
 
     async fn make(self, session: &Session, record: &mut Record) -> Result<Summary, Failure> {
-        let program = self.sandboxes.program();
+        let mut program = self.sandboxes.program();
+        let recording = self.recording.clone();
         let (request, archive, tenant) = self.prepare(session, record)?;
         let archive = target::archive(session, archive.as_deref(), true)?;
         let _slot = target::slot(session, tenant.as_ref())?;
+        let recorder = recording.begin(&request.provider_name, &request.component)?;
+        if let Some(recorder) = &recorder {
+            program = program.recorded(recorder.clone());
+        }
         let places = Places {
             archive: Arc::new(archive),
             vm_state: target::vm_state(session, &request.vm_name)?,
@@ -98,6 +106,7 @@ impl Backup {
         let made = backup::backup(request, places, &events, &session.cancel).await;
         drop(events);
         progress.finish().await;
+        recording::end(recorder);
         record.used = account.used();
         made.map_err(|error| match error.is_mistake() {
             true => Failure::Mistake(error.into()),

@@ -17,6 +17,7 @@ mod progress;
 mod providers;
 mod reading;
 mod recover;
+mod recording;
 mod remove;
 mod restore;
 mod show;

@@ -1,6 +1,6 @@
 //! `fleecebox provider test`.
 
-use super::{Failure, Sandboxes, Session, installed, target, text};
+use super::{Failure, Sandboxes, Session, installed, recording, target, text};
 use crate::conformance::{self, Case, CaseReport, KitError, Need, Needs, Outcome, Subject};
 use crate::job::Events;
 use crate::job::component::Component;
@@ -16,6 +16,7 @@ Examples:
   fleecebox provider test ./mirror.wasm
   fleecebox provider test ./mirror.wasm --only incremental --only any-order --seed 7
   fleecebox provider test ./mirror.wasm --json >report.json
+  fleecebox provider test ./mirror.wasm --replay case.jsonl
 
 The provider runs in the same sandbox and through the same code as in a backup of a real VM; neither QEMU nor a \
 hypervisor is needed. Exit status: 0 all passed, 1 the provider does something wrong, 2 the file is no provider.")]
@@ -32,6 +33,10 @@ pub(super) struct Test {
     /// A TOML file with the provider's settings
     #[arg(long, value_name = "FILE")]
     settings: Option<PathBuf>,
+    /// Instead of the cases: give it the answers of a recording (`fleecebox backup --record`), and say where it first
+    /// asks something else
+    #[arg(long, value_name = "FILE", conflicts_with_all = ["only", "seed", "settings"])]
+    replay: Option<PathBuf>,
     #[command(flatten)]
     sandboxes: Sandboxes,
 }
@@ -53,6 +58,9 @@ impl Test {
                 true => Failure::Mistake(anyhow!("{shown}: {error}")),
                 false => Failure::Failed(anyhow!(error).context(shown.clone())),
             })?;
+        if let Some(path) = &self.replay {
+            return recording::replay(session, path, &component, &program).await;
+        }
         let sha256 = hex::encode(component.compiled.sha256);
         let (world, size) = (component.world, component.compiled.size);
         let seed = match self.seed {

@@ -7,6 +7,7 @@ use crate::channel::{
     Answer, AsyncSocket, Bounds, Call, Confinement, Gap, ImageRead, Order, Payload, PayloadError,
     SocketError, Violation, hand_over, listed,
 };
+use crate::recording::{Recorder, Track};
 use rustix::io::Errno;
 use rustix::net::{AddressFamily, SocketFlags, SocketType, socketpair};
 use rustix::pipe::{PipeFlags, pipe_with};
@@ -28,6 +29,7 @@ pub struct Program {
     path: PathBuf,
     confinement_required: bool,
     trace: Option<Trace>,
+    recorder: Option<Recorder>,
 }
 
 impl Program {
@@ -42,6 +44,7 @@ impl Program {
             path: path.into(),
             confinement_required: false,
             trace: None,
+            recorder: None,
         }
     }
 
@@ -60,6 +63,14 @@ impl Program {
             ..self
         }
     }
+
+    /// The same, with all that its processes ask and are answered in a recording.
+    pub fn recorded(self, recorder: Recorder) -> Self {
+        Self {
+            recorder: Some(recorder),
+            ..self
+        }
+    }
 }
 
 /// A running sandbox process. It is killed when this is dropped, at any moment.
@@ -75,6 +86,7 @@ pub struct Process {
     stderr: OwnedFd,
     missing: Vec<Gap>,
     listener: Option<Listener>,
+    track: Option<Track>,
 }
 
 /// Why a sandbox process is of no more use. After any of these it has been killed.
@@ -174,6 +186,7 @@ impl Process {
             stderr,
             missing: Vec::new(),
             listener: program.trace.as_ref().and_then(|trace| trace.begin(order)),
+            track: program.recorder.as_ref().and_then(|it| it.begin(order)),
         };
         // Nothing hostile has reached the process before it has its order, so this is true.
         let Confinement { missing } = process.hear().await?;
@@ -196,6 +209,9 @@ impl Process {
                 self.signal_kill();
                 return Err(Error::Broken(violation));
             }
+            if let Some(track) = &self.track {
+                track.called(&call, |length| self.take_payload(length).ok());
+            }
             match self.listener.as_ref().and_then(|it| it.heard(&call)) {
                 Some(code) => self.say(&Answer::Error(code)).await?,
                 None => return Ok(call),
@@ -208,11 +224,17 @@ impl Process {
         if let Some(listener) = &self.listener {
             listener.answered(answer);
         }
+        if let Some(track) = &self.track {
+            track.answered(answer, |length| self.take_payload(length).ok());
+        }
         self.say(answer).await
     }
 
     /// Asks an open image for bytes; the caller then goes on with [`Process::next`] until [`Call::Done`].
     pub async fn read_image(&mut self, read: ImageRead) -> Result<(), Error> {
+        if let Some(track) = &self.track {
+            track.asked(read);
+        }
         self.say(&read).await
     }
 
