@@ -48,6 +48,7 @@ pub mod nbd;
 pub mod policy;
 pub mod qemu;
 pub mod recording;
+pub mod registry;
 pub mod sandbox;
 pub mod simulator;
 pub mod templates;

@@ -27,7 +27,7 @@ main() {
     case "${1:-}" in
     demo) wanted="qemu-utils e2fsprogs" ;;
     demo-vm) wanted="qemu-utils e2fsprogs qemu-system-x86" ;;
-    test) wanted="qemu-utils e2fsprogs qemu-system-x86 libnbd-bin python3-libnbd $languages" ;;
+    test) wanted="qemu-utils e2fsprogs qemu-system-x86 libnbd-bin python3-libnbd docker-registry skopeo $languages" ;;
     bench) wanted="qemu-utils libnbd-bin zstd $languages" ;;
     *) fail "usage: $0 demo|demo-vm|test|bench" ;;
     esac
@@ -56,6 +56,8 @@ has() {
     libnbd-bin) command -v nbdcopy && command -v nbdinfo ;;
     python3-libnbd) /usr/bin/python3 -c 'import nbd' 2>&1 ;;
     zstd) command -v zstd ;;
+    docker-registry) command -v docker-registry ;;
+    skopeo) command -v skopeo ;;
     clang-19) command -v clang-19 ;;
     lld-19) command -v wasm-ld-19 ;;
     libclang-rt-19-dev-wasm32) test -f "$(clang-19 --target=wasm32-wasi -print-libgcc-file-name)" ;;

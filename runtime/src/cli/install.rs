@@ -1,13 +1,15 @@
 //! `fleecebox provider install`.
 
 use super::{Failure, Session, installed, target};
-use crate::sandbox::{self, Program};
+use crate::registry::{self, Reference};
+use crate::sandbox::{self, MAX_COMPONENT, Program};
 use anyhow::{Context, anyhow};
 use cap_tempfile::TempFile;
 use clap::Args;
 use serde_json::json;
 use std::io::Write;
 use std::path::Path;
+use tokio::task::spawn_blocking;
 
 /// Keep a provider's component on this host, to be used by its name.
 #[derive(Debug, Args)]
@@ -15,12 +17,14 @@ use std::path::Path;
 Examples:
   fleecebox provider install ./chunked.wasm
   fleecebox provider install ./chunked.wasm@sha256:0123…cdef --name tenant-a
+  fleecebox provider install registry.example/acme/chunked@sha256:0123…cdef
 
-With a digest, only a component with exactly these bytes is installed. A provider of the same name is replaced; what it \
+With a digest, only a component with exactly these bytes is installed. For a registry (OCI) it is the manifest's, as \
+its tools print it; nothing is fetched from there later. A provider of the same name is replaced; what it \
 backed up is restored by the component that its archive keeps.")]
 pub(super) struct Install {
-    /// The component's file, and its digest where that must be a certain one
-    #[arg(value_name = "FILE[@sha256:DIGEST]")]
+    /// The component's file, with its digest where that must be a certain one, or an artefact in a registry
+    #[arg(value_name = "FILE[@sha256:DIGEST]|HOST/NAME@sha256:DIGEST")]
     component: String,
     /// What it is called from now on [default: the file's name without .wasm]
     #[arg(long)]
@@ -29,16 +33,15 @@ pub(super) struct Install {
 
 impl Install {
     pub(super) async fn run(self, session: &Session) -> Result<(), Failure> {
-        let (path, digest) = match self.component.rsplit_once("@sha256:") {
-            Some((path, digest)) => (Path::new(path), Some(digest)),
-            None => (Path::new(&self.component), None),
-        };
-        let stem = path.file_stem().unwrap_or_default().to_string_lossy();
-        let name = self.name.unwrap_or_else(|| stem.into_owned());
+        let Source {
+            shown,
+            name,
+            bytes,
+            digest,
+        } = Source::read(session, &self.component).await?;
+        let name = self.name.unwrap_or(name);
         installed::check_name(&name)?;
-        let bytes = bytes::Bytes::from(target::read(path, "component")?);
         let cache = target::cache(session)?;
-        let shown = path.display();
         let compiled = sandbox::compile(&Program::this(), bytes.clone(), &cache)
             .await
             .map_err(|error| Failure::Mistake(anyhow!("{shown}: {error}")))?;
@@ -74,5 +77,55 @@ impl Install {
             show!("{name} is {how}: world {}, sha256:{sha256}", world.name());
         }
         Ok(())
+    }
+}
+
+/// A component, wherever it came from.
+struct Source {
+    shown: String,
+    /// What it is called unless another name is given.
+    name: String,
+    bytes: bytes::Bytes,
+    /// What its own digest has to be.
+    digest: Option<String>,
+}
+
+impl Source {
+    /// A file of that name comes first; a registry is only asked by digest.
+    async fn read(session: &Session, wanted: &str) -> Result<Self, Failure> {
+        let (path, digest) = match wanted.rsplit_once("@sha256:") {
+            Some((path, digest)) => (Path::new(path), Some(digest.to_owned())),
+            None => (Path::new(wanted), None),
+        };
+        if let (false, Ok(reference)) = (path.exists(), wanted.parse::<Reference>()) {
+            return Self::fetch(session, reference).await;
+        }
+        let stem = path.file_stem().unwrap_or_default().to_string_lossy();
+        Ok(Self {
+            shown: path.display().to_string(),
+            name: stem.into_owned(),
+            bytes: target::read(path, "component")?.into(),
+            digest,
+        })
+    }
+
+    async fn fetch(session: &Session, reference: Reference) -> Result<Self, Failure> {
+        let shown = reference.to_string();
+        let name = reference.short_name().to_owned();
+        let fetching = spawn_blocking(move || registry::fetch(&reference, MAX_COMPONENT));
+        let fetched = tokio::select! {
+            fetched = fetching => fetched.map_err(target::failed)?,
+            () = session.cancel.cancelled() => return Err(Failure::Failed(anyhow!("cancelled"))),
+        };
+        let bytes = fetched.map_err(|error| match error {
+            registry::Error::Unreachable { .. } => Failure::Failed(anyhow!("{shown}: {error}")),
+            error => Failure::Mistake(anyhow!("{shown}: {error}")),
+        })?;
+        Ok(Self {
+            shown,
+            name,
+            bytes: bytes.into(),
+            digest: None,
+        })
     }
 }
