@@ -147,7 +147,7 @@ fn a_component_is_installed_from_a_registry_by_its_digest_and_nothing_else_is() 
     // Neither a digest that is not there, nor a name, nor the component's own digest, nor no digest.
     install(&reference, &"0".repeat(64))?.assert_refused(2, "404");
     install(&format!("{}/acme/other", registry.address), &digest)?.assert_refused(2, "404");
-    install(&reference, &sha256)?.assert_refused(2, "404");
+    install(&reference, &sha256)?.assert_refused(2, "the registry answers");
     let install_tag = site
         .command(&["provider", "install"])
         .arg(format!("{reference}:1"));
