@@ -5,10 +5,11 @@
 #
 # Needs a nightly compiler, cargo-fuzz and a C++ compiler, and says which of them is missing. What a target has learnt
 # is kept in tests/fuzz/corpus, and an input that breaks the product in tests/fuzz/artifacts; neither goes into git.
+# What random bytes would hardly ever become, as a component, begins with tests/fuzz/seeds.
 # Ends with 1 where a target found something.
 #
-# There is no sanitizer: neither Fleecebox nor these targets have unsafe code, and without one an execution takes a
-# fraction of the time.
+# There is no sanitizer: but for the loading of machine code neither Fleecebox nor these targets have unsafe code, and
+# without one an execution takes a fraction of the time.
 #
 # Environment:
 #   CARGO_TARGET_DIR  where things are built, in a folder `fuzz`; target in the checkout unless set.
@@ -49,8 +50,11 @@ fuzz build
 found=
 for target; do
     echo "fuzz: $target for $seconds s"
-    # A pipe would hide the exit code.
-    if fuzz run "$target" -- "-max_total_time=$seconds" -print_final_stats=1 -timeout=120 >"$scratch/log" 2>&1; then
+    mkdir -p "tests/fuzz/corpus/$target"
+    seeds=
+    [ ! -d "tests/fuzz/seeds/$target" ] || seeds=$PWD/tests/fuzz/seeds/$target
+    # A pipe would hide the exit code. The seeds come after the folder that what is learnt goes to.
+    if fuzz run "$target" "$PWD/tests/fuzz/corpus/$target" $seeds -- "-max_total_time=$seconds" -print_final_stats=1 -timeout=120 >"$scratch/log" 2>&1; then
         sed -n -e '/INITED/p' -e '/^#.*DONE/p' -e '/^stat::number_of_executed_units/p' "$scratch/log"
     else
         cat "$scratch/log"

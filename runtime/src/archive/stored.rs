@@ -191,3 +191,58 @@ fn read_frames(file: &File, object: &ObjectRef) -> Result<BTreeMap<u64, Frame>, 
     }
     Ok(frames)
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::archive::{Archive, BackupWriter};
+    use cap_std::ambient_authority;
+    use cap_std::fs::Dir;
+
+    fn object(writer: &BackupWriter, name: &str, bytes: &[u8]) {
+        let mut object = writer
+            .create(&name.parse().unwrap(), Encoding::Identity)
+            .unwrap();
+        object.write(bytes).unwrap();
+        object.finish().unwrap();
+    }
+
+    #[test]
+    fn another_tenants_and_another_backups_objects_look_like_none_at_all() {
+        let folder = tempfile::tempdir().unwrap();
+        let root = Dir::open_ambient_dir(folder.path(), ambient_authority()).unwrap();
+        let archive = Archive::create(root).unwrap();
+        let id = |second| {
+            let time = time::OffsetDateTime::UNIX_EPOCH + time::Duration::seconds(second);
+            BackupId::random(time).unwrap()
+        };
+        let begin = |tenant: &str, id| {
+            let namespace = archive.create_namespace(&tenant.parse().unwrap()).unwrap();
+            namespace.begin(id).unwrap()
+        };
+        // The same id in both, as nothing forbids.
+        let shared = id(1);
+        let (ours, theirs) = (begin("ours", shared), begin("theirs", shared));
+        let older = begin("ours", id(2));
+        object(&theirs, "same", b"theirs");
+        object(&theirs, "only-theirs", b"theirs");
+        object(&older, "only-older", b"older");
+        object(&ours, "same", b"ours");
+        let seen = ours.objects();
+        let name = |name: &str| name.parse::<ObjectName>().unwrap();
+        assert_eq!(seen.read(&name("same"), 0, 4).unwrap(), b"ours");
+        assert_eq!(seen.size(&name("same")).unwrap(), 4);
+        for there in ["only-theirs", "only-older"] {
+            let nowhere = "n".repeat(there.len());
+            let told = |name: &str| {
+                let name: ObjectName = name.parse().unwrap();
+                let size = seen.size(&name).unwrap_err().to_string();
+                (size, seen.read(&name, 0, 1).unwrap_err().to_string())
+            };
+            let (size, read) = told(there);
+            let expected = told(&nowhere);
+            let same = |text: String| text.replace(there, &nowhere);
+            assert_eq!((same(size), same(read)), expected);
+        }
+    }
+}

@@ -67,8 +67,9 @@ impl Bounds {
     pub fn check(&self, call: &Call) -> Result<(), Violation> {
         let name = name(call);
         let granted = match (call, self.phase) {
-            (Call::Attachment { .. } | Call::Log { .. }, Phase::Compile) => false,
-            (Call::Attachment { .. } | Call::Log { .. }, _) => true,
+            (Call::Attachment { .. } | Call::Log { .. } | Call::Grow { .. }, phase) => {
+                !matches!(phase, Phase::Compile)
+            }
             (Call::Read { .. }, phase) => matches!(phase, Phase::Run { reader: true, .. }),
             (Call::Discard(_), phase) => matches!(
                 phase,
@@ -152,6 +153,7 @@ fn name(call: &Call) -> &'static str {
         Call::DropStream { .. } => "output-stream.drop",
         Call::Attachment { .. } => "context.attachment",
         Call::Log { .. } => "context.log",
+        Call::Grow { .. } => "memory.grow",
         Call::ObjectSize { .. } => "objects.size",
         Call::ObjectRead { .. } => "objects.read",
         Call::Done(_) => "done",
@@ -173,6 +175,7 @@ mod tests {
     fn run(world: World, reader: bool, discarder: bool) -> Bounds {
         Bounds::new(&Order::Run(Run {
             world,
+            wasi: Default::default(),
             limits: GuestLimits {
                 memory: 1,
                 cpu_ms: 1,
@@ -194,6 +197,7 @@ mod tests {
 
     fn image() -> Bounds {
         Bounds::new(&Order::OpenImage(OpenImage {
+            wasi: Default::default(),
             limits: GuestLimits {
                 memory: 1,
                 cpu_ms: 1,

@@ -1,7 +1,9 @@
 //! The messages. Everything that comes from a sandbox is a claim to be checked, never a fact.
 
 use super::octets;
+use clap::ValueEnum;
 use serde::{Deserialize, Serialize};
+use std::collections::BTreeSet;
 
 /// Most bytes that `run` may return, and so the most that a `base` or a receipt can have: these travel inside a
 /// message and are kept in the manifest. Enough for a provider to say what it did, not for the backup itself.
@@ -86,6 +88,33 @@ impl World {
     }
 }
 
+/// A part of WASI that a component may be granted. There are no others: no files, no sockets, no HTTP.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize, ValueEnum)]
+#[serde(rename_all = "kebab-case")]
+pub enum Wasi {
+    /// The time of day, and timers.
+    Clocks,
+    /// Random bytes.
+    Random,
+    /// Standard output and error, which go to the job's log; with them an input that has ended, no arguments and no
+    /// environment.
+    Output,
+}
+
+impl Wasi {
+    /// All of them.
+    pub const ALL: [Self; 3] = [Self::Clocks, Self::Random, Self::Output];
+
+    /// As the configuration names it.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Clocks => "clocks",
+            Self::Random => "random",
+            Self::Output => "output",
+        }
+    }
+}
+
 /// Limits that the sandbox process enforces on its own guest code.
 ///
 /// The job process bounds a run's wall-clock time from outside.
@@ -105,6 +134,9 @@ pub struct GuestLimits {
 pub struct Run {
     /// The world that the component was inspected to be for.
     pub world: World,
+    /// The parts of WASI that it may use.
+    #[serde(default)]
+    pub wasi: BTreeSet<Wasi>,
     /// Limits on the guest's code.
     pub limits: GuestLimits,
     /// `job.context`.
@@ -128,6 +160,9 @@ pub struct Run {
 #[derive(Debug, Clone, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case", deny_unknown_fields)]
 pub struct OpenImage {
+    /// The parts of WASI that it may use.
+    #[serde(default)]
+    pub wasi: BTreeSet<Wasi>,
     /// Limits on the guest's code.
     pub limits: GuestLimits,
     /// `job.context`.
@@ -203,6 +238,12 @@ pub enum Call {
     NextRegions {
         /// As the guest passed it.
         limit: u32,
+    },
+    /// The guest's memories are to grow. Answered with [`Answer::Unit`], or with an error where the job would have more
+    /// than it may.
+    Grow {
+        /// By how much.
+        bytes: u64,
     },
     /// `volume.discarder.discard`.
     Discard(RawRange),
@@ -302,6 +343,7 @@ impl Call {
             Self::Log { .. } => "context.log",
             Self::ObjectSize { .. } => "objects.size",
             Self::ObjectRead { .. } => "objects.read",
+            Self::Grow { .. } => "memory.grow",
             Self::Done(_) => "(return)",
         }
     }
@@ -310,7 +352,11 @@ impl Call {
     pub fn can_fail(&self) -> bool {
         !matches!(
             self,
-            Self::DropStream { .. } | Self::Attachment { .. } | Self::Log { .. } | Self::Done(_)
+            Self::Grow { .. }
+                | Self::DropStream { .. }
+                | Self::Attachment { .. }
+                | Self::Log { .. }
+                | Self::Done(_)
         )
     }
 }

@@ -5,6 +5,7 @@ use crate::job::audit::FILE;
 use anyhow::Context;
 use clap::Args;
 use serde_json::{Value, json};
+use std::collections::BTreeSet;
 
 /// Show what became of jobs, and what they used of what they were granted.
 #[derive(Debug, Args)]
@@ -17,6 +18,7 @@ pub(super) struct Audit {
 impl Audit {
     pub(super) fn run(self, session: &Session) -> Result<(), Failure> {
         let (state, path) = target::folder(&session.state)?;
+        target::find_dead(session)?;
         let text = match state.read(FILE) {
             Ok(bytes) => String::from_utf8_lossy(&bytes).into_owned(),
             Err(error) if error.kind() == std::io::ErrorKind::NotFound => String::new(),
@@ -31,6 +33,14 @@ impl Audit {
                 Err(_) => say!("warning: line {number} of {FILE} was torn by a crash"),
             }
         }
+        // Of a job that has ended its end says everything.
+        let begun = |record: &Value| record["outcome"] == "begun";
+        let ended: BTreeSet<String> = records
+            .iter()
+            .filter(|record| !begun(record))
+            .filter_map(|record| record["id"].as_str().map(str::to_owned))
+            .collect();
+        records.retain(|it| !begun(it) || it["id"].as_str().is_none_or(|id| !ended.contains(id)));
         if let Some(tenant) = &self.tenant {
             records.retain(|record| record["tenant"] == *tenant);
         }

@@ -2,7 +2,7 @@
 
 use super::progress::Progress;
 use super::vm::{self, VmArguments};
-use super::{Failure, Sandboxes, Session, installed, recording, target, text};
+use super::{AllowWasi, Failure, Sandboxes, Session, installed, recording, target, text};
 use crate::archive::ComponentId;
 use crate::config::Vm;
 use crate::grants::MAX_ATTACHMENT;
@@ -11,6 +11,7 @@ use crate::job::audit::{Granted, Job, Record};
 use crate::job::backup::{self, Places, Request, Summary};
 use crate::job::dry_run::{self, DiskForecast, Forecast, Mode, Order};
 use crate::policy::{self, Decision, Tenancy};
+use crate::sandbox::Budget;
 use anyhow::anyhow;
 use cap_std::fs::Dir;
 use clap::Args;
@@ -57,6 +58,8 @@ pub(super) struct Backup {
     #[command(flatten)]
     recording: recording::Options,
     #[command(flatten)]
+    wasi: AllowWasi,
+    #[command(flatten)]
     sandboxes: Sandboxes,
 }
 
@@ -94,13 +97,15 @@ impl Backup {
         if let Some(recorder) = &recorder {
             program = program.recorded(recorder.clone());
         }
+        let limits = request.account.limits();
         let places = Places {
             archive: Arc::new(archive),
             vm_state: target::vm_state(session, &request.vm_name)?,
             fleecing: fleecing(session, &request.vm)?,
             cache: target::cache(session)?,
-            program,
+            program: program.within(Budget::new(limits.memory, limits.cpu())),
         };
+        target::begun(session, record)?;
         let account = Arc::clone(&request.account);
         let (events, progress) = Progress::start(session.quiet);
         let made = backup::backup(request, places, &events, &session.cancel).await;
@@ -150,9 +155,11 @@ impl Backup {
             mistake("no provider: name one with --provider, or as `provider` of this VM in the configuration".into())
         })?;
         record.provider = Some(wanted.clone());
+        let allowed = self.wasi.parts(session)?;
         let decision = match session.config.tenant.is_empty() {
             true => {
-                let (named, provider) = installed::provider(session, &wanted)?;
+                let (named, mut provider) = installed::provider(session, &wanted)?;
+                provider.grant.wasi.extend(allowed);
                 Decision::of_the_operator(&name, named, provider)?
             }
             false => policy::decide(&session.config, &name, &wanted)?,
@@ -163,6 +170,15 @@ impl Backup {
             .retain(|name, _| decision.attachments.covers(name));
         record.granted = Some(Granted::new(&decision, vm.attachments.keys().cloned()));
         vm.disks = decision.disks(vm.disks)?;
+        let asked = vm.disks.len();
+        vm.disks.retain(|name| !vm.extra.contains_key(name));
+        // No names at all would mean every disk.
+        if asked > 0 && vm.disks.is_empty() {
+            return Err(mistake(format!(
+                "nothing but what is `extra` of the VM '{}' is to be backed up; name a disk of it, too",
+                name
+            )));
+        }
         let component = target::component(&decision)?;
         let digest = ComponentId::of(&component);
         record.component_sha256 = Some(digest);

@@ -1,7 +1,7 @@
 //! `fleecebox provider inspect`.
 
 use super::{Failure, Session, installed, target};
-use crate::channel::World;
+use crate::channel::{Wasi, World};
 use crate::sandbox::{self, Program};
 use anyhow::anyhow;
 use clap::Args;
@@ -29,7 +29,8 @@ impl Inspect {
         let compiled = sandbox::compile(&Program::this(), bytes.into(), &cache)
             .await
             .map_err(|error| Failure::Mistake(anyhow!("{name}: {error}")))?;
-        let world = sandbox::world_of(&compiled.interface);
+        let world = sandbox::world_of(&compiled.interface, &Wasi::ALL.into());
+        let wasi = sandbox::wasi_of(&compiled.interface);
         let sha256 = hex::encode(compiled.sha256);
         if session.json {
             let result = json!({
@@ -39,6 +40,7 @@ impl Inspect {
                 "world": world.as_ref().ok(),
                 "refused": world.as_ref().err().map(ToString::to_string),
                 "needs": world.as_ref().ok().map(|&world| needs(world)),
+                "wasi": wasi,
                 "imports": compiled.interface.imports,
                 "exports": compiled.interface.exports,
             });
@@ -49,6 +51,12 @@ impl Inspect {
             if let Ok(world) = &world {
                 show!("world    {}", world.name());
                 show!("needs    {}", needs(*world));
+                for part in &wasi {
+                    show!(
+                        "needs    the part of WASI that is named `{}` to be granted",
+                        part.name()
+                    );
+                }
             }
             for import in &compiled.interface.imports {
                 show!("imports  {}", import.escape_debug());

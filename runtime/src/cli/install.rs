@@ -1,6 +1,7 @@
 //! `fleecebox provider install`.
 
 use super::{Failure, Session, installed, target};
+use crate::channel::Wasi;
 use crate::registry::{self, Reference};
 use crate::sandbox::{self, MAX_COMPONENT, Program};
 use anyhow::{Context, anyhow};
@@ -52,9 +53,10 @@ impl Install {
                 digest.escape_debug()
             )));
         }
-        let world = sandbox::world_of(&compiled.interface).map_err(|refusal| {
-            Failure::Mistake(anyhow!("{shown} cannot be used as a provider: {refusal}"))
-        })?;
+        let world =
+            sandbox::world_of(&compiled.interface, &Wasi::ALL.into()).map_err(|refusal| {
+                Failure::Mistake(anyhow!("{shown} cannot be used as a provider: {refusal}"))
+            })?;
         let (folder, _) = installed::folder(session)?;
         let file = installed::file(&name);
         let replaced = folder.exists(&file);

@@ -27,10 +27,12 @@ mod text;
 mod verify;
 mod vm;
 
+use crate::channel::Wasi;
 use crate::config::{self, Config, ConfigError};
 use crate::policy::Denied;
 use crate::sandbox::Program;
 use clap::{Args, Parser, Subcommand};
+use std::collections::BTreeSet;
 use std::path::PathBuf;
 use std::process::ExitCode;
 use std::time::Duration;
@@ -130,6 +132,31 @@ struct Sandboxes {
 impl Sandboxes {
     fn program(&self) -> Program {
         Program::this().require_confinement(self.require_confinement)
+    }
+}
+
+/// For the commands that run a provider on somebody's data.
+#[derive(Debug, Args)]
+struct AllowWasi {
+    /// A part of WASI that the provider may import, besides those that the configuration grants it; may be repeated
+    #[arg(
+        long = "allow-wasi",
+        value_enum,
+        value_delimiter = ',',
+        value_name = "PART"
+    )]
+    parts: Vec<Wasi>,
+}
+
+impl AllowWasi {
+    /// What was allowed, where there is no policy to say so.
+    fn parts(&self, session: &Session) -> Result<BTreeSet<Wasi>, Failure> {
+        if !self.parts.is_empty() && !session.config.tenant.is_empty() {
+            return Err(Failure::Mistake(anyhow::anyhow!(
+                "--allow-wasi means nothing where the configuration has tenants: their rules say what is granted"
+            )));
+        }
+        Ok(self.parts.iter().copied().collect())
     }
 }
 

@@ -2,6 +2,7 @@
 
 use super::{Failure, Session, target};
 use crate::archive::ComponentId;
+use crate::channel::Wasi;
 use crate::config::{Config, ConfigError};
 use crate::policy::check::{Components, Inspected, findings};
 use crate::policy::explain::{Verdict, explain};
@@ -108,11 +109,16 @@ async fn inspect(session: &Session, path: &Path) -> Result<Inspected, String> {
     let bytes = std::fs::read(path).map_err(|error| format!("{shown}: {error}"))?;
     let (size, id) = (bytes.len() as u64, ComponentId::of(&bytes));
     let cache = target::cache(session).map_err(|_| "the state folder cannot be used".to_owned())?;
-    let world = sandbox::compile(&Program::this(), bytes.into(), &cache)
-        .await
-        .ok()
-        .and_then(|compiled| sandbox::world_of(&compiled.interface).ok());
-    Ok(Inspected { size, id, world })
+    let compiled = sandbox::compile(&Program::this(), bytes.into(), &cache).await;
+    let interface = compiled.ok().map(|compiled| compiled.interface);
+    Ok(Inspected {
+        size,
+        id,
+        world: interface
+            .as_ref()
+            .and_then(|interface| sandbox::world_of(interface, &Wasi::ALL.into()).ok()),
+        wasi: interface.as_ref().map(sandbox::wasi_of),
+    })
 }
 
 impl Explain {

@@ -1,6 +1,7 @@
 //! `fleecebox provider list`.
 
 use super::{Failure, Session, installed, target};
+use crate::channel::Wasi;
 use crate::sandbox::{self, Program};
 use clap::Args;
 use serde_json::json;
@@ -37,7 +38,8 @@ impl Providers {
                 .as_ref()
                 .map_err(Clone::clone)
                 .and_then(|compiled| {
-                    sandbox::world_of(&compiled.interface).map_err(|refusal| refusal.to_string())
+                    sandbox::world_of(&compiled.interface, &Wasi::ALL.into())
+                        .map_err(|refusal| refusal.to_string())
                 });
             let sha256 = looked_at.as_ref().ok().map(|it| hex::encode(it.sha256));
             let size = looked_at.as_ref().ok().map(|it| it.size);

@@ -2,10 +2,12 @@
 
 use super::{Failure, Session, target};
 use crate::archive::Manifest;
+use crate::channel::Wasi;
 use crate::grants::account::Account;
 use crate::job::audit::{Job, Record};
 use crate::job::slots::Slot;
 use crate::policy::Restores;
+use std::collections::BTreeSet;
 use std::sync::Arc;
 
 /// A backup that is read back.
@@ -19,9 +21,14 @@ pub(super) struct Reading<'a> {
 }
 
 impl<'a> Reading<'a> {
-    pub(super) fn begin(session: &'a Session, job: Job, manifest: &'a Manifest) -> Self {
+    pub(super) fn begin(
+        session: &'a Session,
+        job: Job,
+        manifest: &'a Manifest,
+        wasi: BTreeSet<Wasi>,
+    ) -> Self {
         let made = &manifest.record;
-        let restores = Restores::new(&session.config, manifest.namespace.as_str());
+        let restores = Restores::new(&session.config, manifest.namespace.as_str()).allowing(wasi);
         // A provider that is denied is not run, whatever its limits.
         let limits = restores.limits(&made.vm, &made.provider.name);
         let limits = limits.ok().flatten().unwrap_or_default();
@@ -41,6 +48,11 @@ impl<'a> Reading<'a> {
     /// A place among the tenant's jobs.
     pub(super) fn slot(&self) -> Result<Option<Slot>, Failure> {
         target::slot(self.session, self.restores.tenant().as_ref())
+    }
+
+    /// Writes down that it begins.
+    pub(super) fn begun(&mut self) -> Result<(), Failure> {
+        target::begun(self.session, &mut self.record)
     }
 
     /// Writes down what became of it.

@@ -38,6 +38,7 @@ pub(super) struct Recover {
 
 impl Recover {
     pub(super) async fn run(self, session: &Session) -> Result<(), Failure> {
+        target::find_dead(session)?;
         let Some(name) = &self.vm else {
             return all(session).await;
         };

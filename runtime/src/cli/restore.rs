@@ -2,7 +2,7 @@
 
 use super::progress::Progress;
 use super::reading::Reading;
-use super::{Failure, Sandboxes, Session, target, text};
+use super::{AllowWasi, Failure, Sandboxes, Session, target, text};
 use crate::archive::{Manifest, Namespace, VolumeRecord};
 use crate::job::Event;
 use crate::job::audit::Job;
@@ -50,6 +50,8 @@ pub(super) struct Restore {
     #[arg(long)]
     force: bool,
     #[command(flatten)]
+    wasi: AllowWasi,
+    #[command(flatten)]
     sandboxes: Sandboxes,
 }
 
@@ -72,8 +74,11 @@ impl Restore {
     pub(super) async fn run(self, session: &Session) -> Result<(), Failure> {
         let archive = target::archive(session, self.archive.as_deref(), false)?;
         let (namespace, manifest) = target::backup(&archive, &self.backup)?;
-        let reading = Reading::begin(session, Job::Restore, &manifest);
-        let ended = self.make(session, &namespace, &manifest, &reading).await;
+        let allowed = self.wasi.parts(session)?;
+        let mut reading = Reading::begin(session, Job::Restore, &manifest, allowed);
+        let ended = self
+            .make(session, &namespace, &manifest, &mut reading)
+            .await;
         reading.end(ended)
     }
 
@@ -82,7 +87,7 @@ impl Restore {
         session: &Session,
         namespace: &Arc<Namespace>,
         manifest: &Arc<Manifest>,
-        reading: &Reading<'_>,
+        reading: &mut Reading<'_>,
     ) -> Result<(), Failure> {
         let _slot = reading.slot()?;
         let volumes = self.volumes(manifest)?;
@@ -90,6 +95,7 @@ impl Restore {
         let cache = target::cache(session)?;
         let program = self.sandboxes.program();
         let started = Instant::now();
+        reading.begun()?;
         let (events, progress) = Progress::start(session.quiet);
         let mut written = Vec::new();
         let mut ended = Ok(());

@@ -206,6 +206,24 @@ pub(super) fn slot(session: &Session, tenant: Option<&Tenancy>) -> Result<Option
     slots::take(&dir, tenant).map_err(failed)
 }
 
+/// Writes down that a job begins, now that it is known what it is granted.
+pub(super) fn begun(session: &Session, record: &mut Record) -> Result<(), Failure> {
+    let (dir, _) = folder(&session.state)?;
+    Audit::open(&dir)
+        .and_then(|mut audit| audit.begin(&dir, record))
+        .context("the audit cannot be written")
+        .map_err(Failure::Failed)
+}
+
+/// Writes down which jobs have died since anybody looked. Whoever may only read the audit does without.
+pub(super) fn find_dead(session: &Session) -> Result<(), Failure> {
+    let (dir, _) = folder(&session.state)?;
+    if let Err(error) = Audit::open(&dir).and_then(|mut audit| audit.find_dead(&dir)) {
+        say!("warning: jobs that died cannot be written down: {error}");
+    }
+    Ok(())
+}
+
 /// Writes down what became of a job, and gives that back.
 ///
 /// A job of which nobody knows what it would have been granted has nothing to be audited.
@@ -217,7 +235,11 @@ pub(super) fn audited<T>(
     let denied = |error: &anyhow::Error| matches!(error.downcast_ref(), Some(denied) if !matches!(denied, Denied::Config(_)));
     let (outcome, error) = match &ended {
         Ok(_) => (Outcome::Done, None),
-        Err(Failure::Mistake(error)) if record.granted.is_none() && !denied(error) => return ended,
+        Err(Failure::Mistake(error))
+            if record.granted.is_none() && !record.has_begun() && !denied(error) =>
+        {
+            return ended;
+        }
         Err(Failure::Mistake(error)) => (Outcome::Refused, Some(text::error(error))),
         Err(Failure::Failed(error)) if session.cancel.is_cancelled() => {
             (Outcome::Cancelled, Some(text::error(error)))
@@ -228,7 +250,7 @@ pub(super) fn audited<T>(
     };
     record.end(outcome, error);
     let written = folder(&session.state).and_then(|(dir, _)| {
-        let written = Audit::open(&dir).and_then(|mut audit| audit.append(&record));
+        let written = Audit::open(&dir).and_then(|mut audit| audit.end(&mut record));
         written
             .context("the audit cannot be written")
             .map_err(Failure::Failed)

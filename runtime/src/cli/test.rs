@@ -1,6 +1,7 @@
 //! `fleecebox provider test`.
 
 use super::{Failure, Sandboxes, Session, installed, recording, target, text};
+use crate::channel::Wasi;
 use crate::conformance::{self, Case, CaseReport, KitError, Need, Needs, Outcome, Subject};
 use crate::job::Events;
 use crate::job::component::Component;
@@ -52,7 +53,7 @@ impl Test {
         let cache = target::cache(session)?;
         let program = self.sandboxes.program();
         let (events, _) = Events::channel();
-        let component = Component::load(bytes.clone(), &program, &cache, &events)
+        let component = Component::load(bytes.clone(), &program, &cache, Wasi::ALL.into(), &events)
             .await
             .map_err(|error| match error.is_refusal() {
                 true => Failure::Mistake(anyhow!("{shown}: {error}")),

@@ -2,7 +2,7 @@
 
 use super::progress::Progress;
 use super::reading::Reading;
-use super::{Failure, Sandboxes, Session, target, text};
+use super::{AllowWasi, Failure, Sandboxes, Session, target, text};
 use crate::archive::{Manifest, Namespace};
 use crate::job::audit::Job;
 use crate::job::replay::{self, Order};
@@ -24,6 +24,8 @@ pub(super) struct Verify {
     #[arg(long, value_name = "NAME|FOLDER")]
     archive: Option<String>,
     #[command(flatten)]
+    wasi: AllowWasi,
+    #[command(flatten)]
     sandboxes: Sandboxes,
 }
 
@@ -38,8 +40,11 @@ impl Verify {
     pub(super) async fn run(self, session: &Session) -> Result<(), Failure> {
         let archive = target::archive(session, self.archive.as_deref(), false)?;
         let (namespace, manifest) = target::backup(&archive, &self.backup)?;
-        let reading = Reading::begin(session, Job::Verify, &manifest);
-        let ended = self.make(session, &namespace, &manifest, &reading).await;
+        let allowed = self.wasi.parts(session)?;
+        let mut reading = Reading::begin(session, Job::Verify, &manifest, allowed);
+        let ended = self
+            .make(session, &namespace, &manifest, &mut reading)
+            .await;
         reading.end(ended)
     }
 
@@ -48,12 +53,13 @@ impl Verify {
         session: &Session,
         namespace: &Arc<Namespace>,
         manifest: &Arc<Manifest>,
-        reading: &Reading<'_>,
+        reading: &mut Reading<'_>,
     ) -> Result<(), Failure> {
         let _slot = reading.slot()?;
         let cache = target::cache(session)?;
         let program = self.sandboxes.program();
         let started = Instant::now();
+        reading.begun()?;
         let (events, progress) = Progress::start(session.quiet);
         let mut findings = Vec::new();
         let mut ended = Ok(());

@@ -296,6 +296,7 @@ impl<'a> Stand<'a> {
         let provider = &manifest.record.provider;
         let volume = manifest.record.volumes.iter().find(|it| it.name == name);
         let open = OpenImage {
+            wasi: self.subject.component.wasi.clone(),
             limits: provider.limits,
             context: Context {
                 id: context_id(manifest.backup),
@@ -410,6 +411,7 @@ impl Look<'_> {
         extent: Option<Extent>,
     ) -> Option<Vec<u8>> {
         let open = OpenImage {
+            wasi: self.subject.component.wasi.clone(),
             limits: guest_limits(&self.provider.limits),
             context: Context {
                 id: context_id(self.id),

@@ -36,6 +36,10 @@ pub struct Used {
     pub sandbox_peak_bytes: u64,
     /// Processor time of all sandbox processes, in milliseconds.
     pub sandbox_cpu_ms: u64,
+    /// Most memory that a process which compiled the component had, in bytes; 0 where none had to.
+    pub compile_peak_bytes: u64,
+    /// Processor time of such processes, in milliseconds.
+    pub compile_cpu_ms: u64,
     /// Most bytes that the fleecing images took up.
     pub fleecing_peak_bytes: u64,
     /// How long the snapshot lived, in milliseconds.
@@ -118,6 +122,19 @@ impl Account {
             false => used.log_lines_dropped += 1,
         }
         fits
+    }
+
+    /// A line of log was dropped before it was looked at.
+    pub(super) fn log_dropped(&self) {
+        self.entries().log_lines_dropped += 1;
+    }
+
+    /// A component was compiled for this job, in a process that used this.
+    pub(crate) fn compiling(&self, usage: Option<Usage>) {
+        let usage = usage.unwrap_or_default();
+        let mut used = self.entries();
+        used.compile_peak_bytes = used.compile_peak_bytes.max(usage.peak_memory);
+        used.compile_cpu_ms += usage.cpu.as_millis() as u64;
     }
 
     /// A call was answered with `code`. What a provider says in its own words is its log's.

@@ -1,12 +1,19 @@
 //! `job.context.log`: a provider's lines, escaped, capped and counted before anybody sees them.
 
 use super::account::Account;
-use crate::channel::LogLevel;
+use crate::channel::{LogLevel, MAX_TEXT};
 use crate::job::{Event, Events};
 use std::sync::Arc;
+use std::time::{Duration, Instant};
 
-/// Longest line that is kept, in bytes: more is no message but a dump.
-const LINE: usize = 1024;
+/// Longest reason of a failure that is shown, in bytes: it is one line among others.
+const REASON: usize = 1024;
+
+/// Lines at once, before they come too fast: more than an honest provider says in a whole run.
+const BURST: u32 = 256;
+
+/// How often another line may come after that: a job's log is read by people.
+const PER_LINE: Duration = Duration::from_millis(20);
 
 /// What a line costs at least, in bytes: an empty one takes as much to keep and show.
 pub(crate) const LINE_COST: u64 = 64;
@@ -18,6 +25,42 @@ pub(super) struct ProviderLog {
     events: Events,
     account: Arc<Account>,
     dropped: u64,
+    too_fast: u64,
+    pace: LinePace,
+}
+
+/// How many lines may come now.
+#[derive(Debug)]
+struct LinePace {
+    left: u32,
+    since: Instant,
+}
+
+impl LinePace {
+    fn new(now: Instant) -> Self {
+        Self {
+            left: BURST,
+            since: now,
+        }
+    }
+
+    /// Whether a line may come at `now`.
+    fn take(&mut self, now: Instant) -> bool {
+        let earned = now.saturating_duration_since(self.since).as_nanos() / PER_LINE.as_nanos();
+        if let Some(earned) = u32::try_from(earned).ok().filter(|earned| *earned < BURST) {
+            self.left = (self.left + earned).min(BURST);
+            self.since += PER_LINE * earned;
+        } else {
+            *self = Self::new(now);
+        }
+        match self.left.checked_sub(1) {
+            Some(left) => {
+                self.left = left;
+                true
+            }
+            None => false,
+        }
+    }
 }
 
 impl ProviderLog {
@@ -28,12 +71,19 @@ impl ProviderLog {
             events,
             account,
             dropped: 0,
+            too_fast: 0,
+            pace: LinePace::new(Instant::now()),
         }
     }
 
     /// Keeps a line, as far as it is allowed.
     pub(super) fn line(&mut self, level: LogLevel, message: &str) {
-        let text = harmless(message);
+        if !self.pace.take(Instant::now()) {
+            self.account.log_dropped();
+            self.too_fast += 1;
+            return;
+        }
+        let text = shown(message, MAX_TEXT);
         match self.account.log(text.len() as u64) {
             true => {
                 let level = match level {
@@ -55,6 +105,12 @@ impl ProviderLog {
 
 impl Drop for ProviderLog {
     fn drop(&mut self) {
+        if self.too_fast > 0 {
+            self.events.warn(format!(
+                "{}: {} lines of the provider's log were dropped: they came too fast",
+                self.volume, self.too_fast
+            ));
+        }
         if self.dropped > 0 {
             self.events.warn(format!(
                 "{}: {} lines of the provider's log were dropped: it passed its limit (log-bytes)",
@@ -64,15 +120,20 @@ impl Drop for ProviderLog {
     }
 }
 
-/// `message` on one line of at most [`LINE`] bytes, with everything but printable ASCII escaped: a terminal must not
-/// be steered, and look-alikes must not pass for other text.
+/// A reason in a provider's words, as [`shown`] does it.
 pub(super) fn harmless(message: &str) -> String {
+    shown(message, REASON)
+}
+
+/// `message` on one line of at most `most` bytes, with everything but printable ASCII escaped: a terminal must not
+/// be steered, and look-alikes must not pass for other text.
+fn shown(message: &str, most: usize) -> String {
     let mut line = String::new();
     for c in message.chars() {
         let escaped = c.escape_default();
         let plain = matches!(c, ' '..='~');
         let length = if plain { 1 } else { escaped.len() };
-        if line.len() + length > LINE {
+        if line.len() + length > most {
             line.push_str("...");
             break;
         }
@@ -94,9 +155,9 @@ mod tests {
     proptest! {
         #[test]
         fn whatever_a_provider_logs_is_one_short_line_of_printable_ascii(message in any::<String>()) {
-            let line = harmless(&message);
+            let line = shown(&message, 1000);
             prop_assert!(line.chars().all(|c| matches!(c, ' '..='~')));
-            prop_assert!(line.len() <= LINE + 3);
+            prop_assert!(line.len() <= 1000 + 3);
         }
     }
 
@@ -119,5 +180,27 @@ mod tests {
         assert_eq!(all.len(), 2);
         assert!(matches!(&all[0], Event::Provider { text, .. } if text == "\\u{1b}[2Jx"));
         assert!(matches!(&all[1], Event::Warning { text } if text.contains("9 lines")));
+    }
+
+    #[test]
+    fn a_message_is_cut_at_what_the_contract_says() {
+        let line = shown(&"a".repeat(MAX_TEXT + 1), MAX_TEXT);
+        assert_eq!(line, "a".repeat(MAX_TEXT) + "...");
+    }
+
+    #[test]
+    fn lines_that_come_too_fast_are_dropped_and_one_that_waits_is_not() {
+        let start = Instant::now();
+        let mut pace = LinePace::new(start);
+        assert!((0..BURST).all(|_| pace.take(start)));
+        assert!(!pace.take(start + PER_LINE / 2));
+        assert!(pace.take(start + PER_LINE));
+        assert!(!pace.take(start + PER_LINE));
+        assert!(pace.take(start + PER_LINE * 2));
+        let later = start + PER_LINE * (BURST * 10);
+        assert_eq!(
+            (0..=BURST).filter(|_| pace.take(later)).count(),
+            BURST as usize
+        );
     }
 }

@@ -317,6 +317,8 @@ impl Run {
                 self.log.line(level, &message);
                 Ok(Answer::Unit)
             }
+            // The process's own budget has answered it.
+            Call::Grow { .. } => Err(ErrorCode::TooLarge),
             // `stored` is not of this world's run.
             Call::ObjectSize { .. } | Call::ObjectRead { .. } => Err(ErrorCode::NotFound),
             Call::Done(_) => return Err(RunError::Protocol),

@@ -171,9 +171,10 @@ pub async fn backup(
     };
     let program = &places.program;
     let component = tokio::select! {
-        loaded = Component::load(request.component.clone(), program, &places.cache, events) => loaded.map_err(refused)?,
+        loaded = Component::load(request.component.clone(), program, &places.cache, request.provider.grant.wasi(), events) => loaded.map_err(refused)?,
         () = cancel.cancelled() => return Err(BackupError::Cancelled),
     };
+    request.account.compiling(component.compiled.usage);
     let namespace = Arc::new(places.archive.create_namespace(&request.namespace)?);
     let owner = Owner {
         archive: places.archive.id(),

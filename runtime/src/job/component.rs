@@ -1,9 +1,10 @@
 //! A component that may run: compiled, and of a world that grants all that it imports.
 
 use super::event::Events;
-use crate::channel::World;
+use crate::channel::{Wasi, World};
 use crate::sandbox::{self, Cache, CompileError, Compiled, Program, Refusal};
 use bytes::Bytes;
+use std::collections::BTreeSet;
 
 /// A component that was looked at before any of it runs.
 #[derive(Debug)]
@@ -12,6 +13,8 @@ pub struct Component {
     pub compiled: Compiled,
     /// The world that it is for.
     pub world: World,
+    /// The parts of WASI that it is granted.
+    pub wasi: BTreeSet<Wasi>,
 }
 
 /// Why a component is not run.
@@ -44,16 +47,22 @@ impl ComponentError {
 }
 
 impl Component {
-    /// Compiles `bytes`, or takes them from the cache, and checks what they import.
+    /// Compiles `bytes`, or takes them from the cache, and checks that they import nothing but what their world and
+    /// `wasi` grant.
     pub async fn load(
         bytes: Bytes,
         program: &Program,
         cache: &Cache,
+        wasi: BTreeSet<Wasi>,
         events: &Events,
     ) -> Result<Self, ComponentError> {
         let compiled = sandbox::compile(program, bytes, cache).await?;
         events.confinement(&compiled.missing);
-        let world = sandbox::world_of(&compiled.interface)?;
-        Ok(Self { compiled, world })
+        let world = sandbox::world_of(&compiled.interface, &wasi)?;
+        Ok(Self {
+            compiled,
+            world,
+            wasi,
+        })
     }
 }

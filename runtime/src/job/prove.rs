@@ -103,6 +103,7 @@ async fn read_back(order: Order<'_>) -> Result<(), ProofError> {
         bytes: claimed.bytes(),
     });
     let open = OpenImage {
+        wasi: order.component.wasi.clone(),
         limits: guest_limits(&order.provider.limits),
         context: Context {
             id: context_id(order.backup),

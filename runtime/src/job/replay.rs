@@ -432,10 +432,14 @@ impl Replay<'_> {
             bytes.into(),
             self.order.program,
             self.order.cache,
+            self.order
+                .restores
+                .wasi(&manifest.record.vm, &provider.name),
             self.order.events,
         )
         .await?;
         let open = OpenImage {
+            wasi: component.wasi,
             limits: limits.map_or(provider.limits, |limits| guest_limits(&limits)),
             context: Context {
                 id: context_id(backup),

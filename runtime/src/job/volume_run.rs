@@ -366,6 +366,7 @@ async fn start(order: &Order<'_>, mode: BitmapMode) -> Result<Process, VolumeErr
     let world = order.component.world;
     let run = Run {
         world,
+        wasi: order.component.wasi.clone(),
         limits: guest_limits(&order.provider.limits),
         context: Context {
             id: context_id(order.backup),

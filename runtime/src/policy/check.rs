@@ -7,11 +7,11 @@ use super::lines::Lines;
 use super::tenant::{Rule, Tenant};
 use super::{Limits, Names};
 use crate::archive::{ComponentId, NamespaceName};
-use crate::channel::{MAX_RECEIPT, World};
+use crate::channel::{MAX_RECEIPT, Wasi, World};
 use crate::config::Config;
 use crate::sandbox::MAX_COMPONENT;
 use serde::Serialize;
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::fmt;
 
 /// What the smallest provider has before its first line: 17 pages of WebAssembly, one of them the compiler's own data.
@@ -52,7 +52,7 @@ impl fmt::Display for Finding {
 }
 
 /// What is known of a provider's component.
-#[derive(Debug, Clone, Copy)]
+#[derive(Debug, Clone)]
 pub struct Inspected {
     /// In bytes.
     pub size: u64,
@@ -60,6 +60,8 @@ pub struct Inspected {
     pub id: ComponentId,
     /// The world that it is for; none where it was not looked into or is of none.
     pub world: Option<World>,
+    /// The least that it needs of WASI; none where it was not looked into.
+    pub wasi: Option<BTreeSet<Wasi>>,
 }
 
 /// Components by the names of their tenant, which is empty without tenants, and provider.
@@ -76,6 +78,8 @@ pub fn findings(config: &Config, components: &Components) -> Vec<Finding> {
         if let (Some(known), Some(pin)) = (known, provider.sha256) {
             check.pin(known, pin, &path);
         }
+        let grant = ["provider", name, "grant"];
+        check.wasi(&provider.grant.wasi, provider.grant.read, &grant, known);
         let read = config.lines.exact(&["provider", name, "grant", "read"]);
         if provider.grant.read && known.is_some_and(Inspected::is_blind) && read.is_some() {
             check.blind(&["provider", name, "grant", "read"], name);
@@ -272,6 +276,7 @@ impl<'a> Check<'a> {
             if rule.read && known.is_some_and(Inspected::is_blind) {
                 self.blind(&key("read"), &rule.provider);
             }
+            self.wasi(&rule.wasi, rule.read, &at, known);
             if rule.volumes == Names::default() {
                 let message = "it grants no volume, so it grants nothing".into();
                 self.dead(&key("volumes"), message);
@@ -338,6 +343,40 @@ impl<'a> Check<'a> {
                 "the disk '{disk}' of the VM '{vm}' is backed up unless others are named, and the rule in line {line} does not grant it"
             );
             self.contradiction(&["vm", vm, "disks"], message);
+        }
+    }
+
+    /// Parts of WASI that cannot come to anything, or that a component lacks.
+    fn wasi(
+        &mut self,
+        granted: &BTreeSet<Wasi>,
+        read: bool,
+        rule: &[&str],
+        known: Option<&Inspected>,
+    ) {
+        let path = [rule, &["wasi"]].concat();
+        if granted.contains(&Wasi::Clocks) && !read {
+            let message = "`wasi` grants clocks without `read`: by a clock, one that may not read could tell which \
+                blocks are equal"
+                .into();
+            self.contradiction(&path, message);
+        }
+        let Some(needed) = known.and_then(|known| known.wasi.as_ref()) else {
+            return;
+        };
+        for part in needed.difference(granted) {
+            let message = format!(
+                "`wasi` lacks {}, which the component imports, so it is not run",
+                part.name()
+            );
+            self.contradiction(&path, message);
+        }
+        for part in granted.difference(needed) {
+            let message = format!(
+                "`wasi` grants {}, which the component does not import",
+                part.name()
+            );
+            self.dead(&path, message);
         }
     }
 
@@ -465,210 +504,4 @@ impl<'a> Check<'a> {
 }
 
 #[cfg(test)]
-mod tests {
-    use super::*;
-    use std::path::Path;
-
-    const ACME: &str = "[vm.web]\nqmp = '/run/web.qmp'\n[archive.main]\npath = '/srv'\n\
-        [tenant.acme]\nvms = ['web']\narchives = ['main']\n\
-        [tenant.acme.provider.chunked]\ncomponent = 'c.wasm'\n\
-        sha256 = 'e3b0c44298fc1c149afbf4c8996fb92427ae41e4649b934ca495991b7852b855'\n\
-        [[tenant.acme.grant]]\nprovider = 'chunked'\nvms = ['web']\nvolumes = 'all'\n";
-
-    fn said(text: &str) -> Vec<String> {
-        said_with(text, &Components::new())
-    }
-
-    fn said_with(text: &str, components: &Components) -> Vec<String> {
-        let config = Config::parse_unchecked(text, Path::new("f")).unwrap();
-        let found = findings(&config, components);
-        found.iter().map(ToString::to_string).collect()
-    }
-
-    /// Some finding contains all of `parts`.
-    #[track_caller]
-    fn finds(text: &str, parts: &[&str]) {
-        let said = said(text);
-        let found = |one: &String| parts.iter().all(|part| one.contains(part));
-        assert!(said.iter().any(found), "{parts:?}: {said:?}");
-    }
-
-    fn inspected(world: World) -> Components {
-        let known = Inspected {
-            size: 1000,
-            id: ComponentId::of(b""),
-            world: Some(world),
-        };
-        [(("acme".into(), "chunked".into()), known)].into()
-    }
-
-    #[test]
-    fn a_sound_file_has_no_findings() {
-        assert_eq!(said(ACME), [""; 0]);
-        assert_eq!(said_with(ACME, &inspected(World::Provider)), [""; 0]);
-        assert_eq!(said(""), [""; 0]);
-    }
-
-    #[test]
-    fn a_vm_has_one_owner_and_a_namespace_too() {
-        let second = format!("{ACME}[tenant.beta]\nvms = ['web']\narchives = ['main']\n");
-        finds(&second, &["line 16: the VM 'web' belongs to tenant acme"]);
-        let same =
-            format!("{ACME}[tenant.beta]\nvms = []\narchives = ['main']\nnamespace = 'acme'\n");
-        finds(
-            &same,
-            &["line 18", "namespace 'acme' is tenant acme's already"],
-        );
-        finds(
-            &ACME.replace("archives", "namespace = 'a/b'\narchives"),
-            &["line 7", "'a/b' cannot name a namespace"],
-        );
-        let error = Config::parse(&second, Path::new("f.toml")).unwrap_err();
-        let error = error.to_string();
-        assert!(
-            error.contains("f.toml") && error.contains("line 16"),
-            "{error}"
-        );
-    }
-
-    #[test]
-    fn a_rule_uses_names_that_its_tenant_has_and_none_twice() {
-        finds(
-            &ACME.replace("vms = ['web']\nvolumes", "vms = ['web', 'db']\nvolumes"),
-            &["line 13", "'db' is not among the `vms`"],
-        );
-        let rule = |provider: &str, vms: &str| {
-            format!(
-                "{ACME}[[tenant.acme.grant]]\nprovider = '{provider}'\nvms = {vms}\nvolumes = 'all'\n"
-            )
-        };
-        finds(&rule("image", "[]"), &["line 16", "no provider 'image'"]);
-        finds(
-            &rule("chunked", "'all'"),
-            &["line 16", "line 11 has a rule", "unclear"],
-        );
-        finds(
-            &format!("{ACME}[provider.own]\ncomponent = 'x'\n"),
-            &["line 15", "belongs to no tenant"],
-        );
-    }
-
-    #[test]
-    fn rules_that_mean_nothing_are_found() {
-        let more = |what: &str| ACME.replace("vms = ['web']\narchives", what);
-        let mail = more("vms = ['web', 'mail']\narchives");
-        finds(
-            &mail,
-            &["line 6", "no rule grants anything on the VM 'mail'"],
-        );
-        finds(&mail, &["line 6", "no [vm.mail]"]);
-        finds(
-            &ACME.replace("['main']", "['man']"),
-            &["line 7", "no [archive.man]"],
-        );
-        finds(&ACME.replace("['main']", "[]"), &["line 7", "no archive"]);
-        finds(
-            &ACME.replace("vms = ['web']\nvolumes", "vms = []\nvolumes"),
-            &["line 8", "no VM may use the provider 'chunked'"],
-        );
-        finds(
-            &ACME.replace("'all'", "[]"),
-            &["line 14", "grants no volume"],
-        );
-        finds(
-            &format!("{ACME}attachments = ['xml']\n"),
-            &["line 15", "attachment 'xml'"],
-        );
-        let named = ACME.replace("[archive", "disks = ['scsi0']\n[archive");
-        finds(
-            &named.replace("'all'", "['scsi1']"),
-            &["line 15", "names the disk 'scsi1'"],
-        );
-    }
-
-    #[test]
-    fn defaults_that_are_denied_are_found() {
-        let vm = |key: &str| ACME.replace("[archive", &format!("{key}\n[archive"));
-        finds(
-            &vm("provider = 'image'"),
-            &["line 3", "does not grant that provider"],
-        );
-        finds(
-            &vm("archive = 'other'"),
-            &["line 3", "not among the `archives`"],
-        );
-        let disks = vm("provider = 'chunked'\ndisks = ['a', 'b']");
-        finds(
-            &disks.replace("'all'", "['a']"),
-            &["line 4", "the disk 'b'", "line 13"],
-        );
-    }
-
-    #[test]
-    fn a_component_that_can_be_looked_into_is_held_against_the_file() {
-        let read = format!("{ACME}read = true\n");
-        let blind = inspected(World::BlindProvider);
-        let said = said_with(&read, &blind);
-        assert!(
-            said[0].starts_with("line 15: `read` means nothing"),
-            "{said:?}"
-        );
-        assert_eq!(said_with(&read, &inspected(World::Provider)), [""; 0]);
-        let small = format!("{ACME}limits = {{ component-bytes = 999 }}\n");
-        let said = said_with(&small, &blind);
-        assert!(
-            said[0].contains("below the 1000 that the component has"),
-            "{said:?}"
-        );
-        let other = ACME.replace("e3b0", "e3b1");
-        let said = said_with(&other, &blind);
-        assert!(
-            said[0].starts_with("line 10") && said[0].contains("e3b0c442"),
-            "{said:?}"
-        );
-    }
-
-    #[test]
-    fn a_limit_below_what_any_job_needs_or_beyond_all_reach_is_found() {
-        let rows = [
-            ("memory = 1000", "`memory` below the 1114112"),
-            ("cpu-seconds = 0", "`cpu-seconds` no provider"),
-            ("wall-seconds = 0", "`wall-seconds` no provider"),
-            (
-                "cpu-seconds = 61\nwall-seconds = 60",
-                "`cpu-seconds` can never",
-            ),
-            ("output-bytes = 65535", "`output-bytes` below the 65536"),
-            ("read-bytes = 65535", "`read-bytes` below the 65536"),
-            ("log-bytes = 63", "`log-bytes` below the 64"),
-            ("receipt-bytes = 1048577", "`receipt-bytes` can never"),
-            ("component-bytes = 67108865", "`component-bytes` can never"),
-            ("fleecing-bytes = 65535", "`fleecing-bytes` below"),
-            ("snapshot-seconds = 0", "`snapshot-seconds` a snapshot"),
-            (
-                "snapshot-seconds = 5\nwall-seconds = 6",
-                "`wall-seconds` can never",
-            ),
-            ("progress-per-minute = 0", "`progress-per-minute` can never"),
-            (
-                "bandwidth = 10\nprogress-per-minute = 601",
-                "at most 600 bytes",
-            ),
-        ];
-        let sound = "memory = 1114112\ncpu-seconds = 60\nwall-seconds = 60\noutput-bytes = 65536\n\
-            read-bytes = 65536\nlog-bytes = 64\nreceipt-bytes = 1048576\ncomponent-bytes = 67108864\n\
-            fleecing-bytes = 65536\nsnapshot-seconds = 60\nbandwidth = 10\nprogress-per-minute = 600\n";
-        let limits = |text: &str| format!("{ACME}[tenant.acme.grant.limits]\n{text}\n");
-        assert_eq!(said(&limits(sound)), [""; 0]);
-        for (text, part) in rows {
-            let said = said(&limits(text));
-            assert!(
-                said.len() == 1 && said[0].contains(part),
-                "{text}: {said:?}"
-            );
-        }
-        // Without tenants too.
-        let own = "[provider.p]\ncomponent = 'p'\n[provider.p.limits]\nwall-seconds = 0\n";
-        finds(own, &["line 4", "`wall-seconds` no provider"]);
-    }
-}
+mod tests;

@@ -3,7 +3,9 @@
 use super::tenant::{Names, Rule, Tenant};
 use super::{Grant, Limits};
 use crate::archive::{ComponentId, NamespaceName};
+use crate::channel::Wasi;
 use crate::config::{Config, ConfigError, Provider};
+use std::collections::BTreeSet;
 use std::num::NonZeroU32;
 
 /// What a backup of one VM by one provider may do. Without tenants: everything that was asked for.
@@ -313,12 +315,39 @@ impl Decision {
 pub struct Restores<'a> {
     config: &'a Config,
     namespace: &'a str,
+    allowed: BTreeSet<Wasi>,
 }
 
 impl<'a> Restores<'a> {
     /// For the backups in `namespace`.
     pub fn new(config: &'a Config, namespace: &'a str) -> Self {
-        Self { config, namespace }
+        Self {
+            config,
+            namespace,
+            allowed: BTreeSet::new(),
+        }
+    }
+
+    /// Where there are no tenants, with `wasi` for every provider.
+    pub fn allowing(self, wasi: BTreeSet<Wasi>) -> Self {
+        Self {
+            allowed: wasi,
+            ..self
+        }
+    }
+
+    /// The parts of WASI that `provider` may use at giving back a backup of `vm`.
+    pub fn wasi(&self, vm: &str, provider: &str) -> BTreeSet<Wasi> {
+        if self.config.tenant.is_empty() {
+            let configured = self.config.provider.get(provider);
+            let granted = configured.map(|it| it.grant.wasi()).unwrap_or_default();
+            return &granted | &self.allowed;
+        }
+        let rule = self
+            .owner()
+            .and_then(|(_, tenant)| tenant.rule(vm, provider));
+        rule.map(|(_, rule)| granted(rule).wasi())
+            .unwrap_or_default()
     }
 
     /// Whose backups these are.
@@ -373,6 +402,7 @@ fn granted(rule: &Rule) -> Grant {
         read: rule.read,
         discard: rule.discard,
         trim_finished: true,
+        wasi: rule.wasi.clone(),
     }
 }
 

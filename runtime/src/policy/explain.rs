@@ -124,6 +124,19 @@ pub fn explain(
         "giving snapshot space back early (discard)".into(),
         &key("discard"),
     );
+    let parts: Vec<_> = rule.wasi.iter().map(|part| part.name()).collect();
+    match &parts[..] {
+        [] => say(
+            Verdict::Refused,
+            "every part of WASI (wasi)".into(),
+            &key("wasi"),
+        ),
+        parts => say(
+            Verdict::Granted,
+            format!("the parts of WASI: {} (wasi)", parts.join(", ")),
+            &key("wasi"),
+        ),
+    }
     match &rule.attachments {
         only if *only == Names::default() => {
             say(
@@ -158,10 +171,14 @@ fn limits(limits: &Limits) -> Vec<(&'static str, String)> {
     let bytes = |key, what: &str, bytes: u64| (key, format!("{bytes} bytes {what} ({key})"));
     let seconds = |key, what: &str, s: u64| (key, format!("{s} s {what} ({key})"));
     let mut rows = vec![
-        bytes("memory", "of memory for each run", limits.memory),
+        bytes(
+            "memory",
+            "of memory for all volumes together",
+            limits.memory,
+        ),
         seconds(
             "cpu-seconds",
-            "of processor time for each run",
+            "of processor time for all volumes together",
             limits.cpu_seconds,
         ),
         seconds(
@@ -233,7 +250,7 @@ mod tests {
         [tenant.acme.provider.chunked]\ncomponent = 'c.wasm'\n\
         sha256 = 'e3b0c44298fc1c149afbf4c8996fb92427ae41e4649b934ca495991b7852b855'\n\
         [[tenant.acme.grant]]\nprovider = 'chunked'\nvms = ['web']\nvolumes = ['scsi0']\n\
-        discard = true\n[tenant.acme.grant.limits]\nobjects = 7\n";
+        discard = true\nwasi = ['output', 'random']\n[tenant.acme.grant.limits]\nobjects = 7\n";
 
     fn said(vm: &str, provider: &str) -> Vec<Clause> {
         let config = Config::parse(ACME, Path::new("f")).unwrap();
@@ -253,7 +270,13 @@ mod tests {
         assert!(has(&said, Verdict::Granted, "discard", Some(11)));
         assert!(has(&said, Verdict::Refused, "(read)", None));
         assert!(has(&said, Verdict::Refused, "every attachment", None));
-        assert!(has(&said, Verdict::Limited, "7 objects", Some(13)));
+        assert!(has(
+            &said,
+            Verdict::Granted,
+            "WASI: random, output (wasi)",
+            Some(12)
+        ));
+        assert!(has(&said, Verdict::Limited, "7 objects", Some(14)));
         assert!(has(&said, Verdict::Limited, "e3b0c442", Some(6)));
         let Ok(toml::Value::Table(all)) = toml::Value::try_from(Limits::default()) else {
             panic!("limits are a table");

@@ -21,20 +21,23 @@ pub use lines::Lines;
 pub(crate) use tenant::optional_pin;
 pub use tenant::{Names, Rule, Tenant, TenantProvider};
 
+use crate::channel::Wasi;
 use crate::sandbox::MAX_COMPONENT;
 use serde::{Deserialize, Serialize};
+use std::collections::BTreeSet;
 use std::num::NonZeroU64;
 use std::time::Duration;
 
 /// Limits on a provider. Each has a default that suits an honest one.
 ///
-/// Those on memory and time hold for each run, which is one volume of one backup; all others for the backup as a whole.
+/// `wall-seconds`, `receipt-bytes` and `progress-per-minute` hold for each run, which is one volume of one backup; all
+/// others for the backup as a whole.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields, rename_all = "kebab-case", default)]
 pub struct Limits {
-    /// Sum of an instance's linear memories, in bytes.
+    /// Sum of the linear memories of all instances that there are at the same time, in bytes.
     pub memory: u64,
-    /// CPU time of an instance's thread, in seconds.
+    /// CPU time of all sandbox processes, in seconds.
     pub cpu_seconds: u64,
     /// Time from start to end of one run, waits included, in seconds.
     pub wall_seconds: u64,
@@ -63,8 +66,8 @@ pub struct Limits {
 impl Default for Limits {
     fn default() -> Self {
         Self {
-            // A Python provider needs some 60 MiB before its first line.
-            memory: 256 << 20,
+            // A Python provider needs some 60 MiB before its first line, for each volume.
+            memory: 1 << 30,
             // A provider that hashes a TiB within its own memory needs hours; one that spins should not get them all.
             cpu_seconds: 4 * 3600,
             wall_seconds: 24 * 3600,
@@ -98,7 +101,7 @@ impl Limits {
 }
 
 /// Which optional handles a provider is granted.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields, rename_all = "kebab-case", default)]
 pub struct Grant {
     /// `content.reader`: the bytes of the disk. Meaningless for a blind provider, whose world has no such handle.
@@ -107,6 +110,17 @@ pub struct Grant {
     pub discard: bool,
     /// Whether the host gives finished ranges back by itself. What is given back can no longer be read.
     pub trim_finished: bool,
+    /// Parts of WASI that its component may import.
+    pub wasi: BTreeSet<Wasi>,
+}
+
+impl Grant {
+    /// The parts of WASI that count: by a clock, one that may not read could tell which blocks are equal and how well
+    /// they compress.
+    pub fn wasi(&self) -> BTreeSet<Wasi> {
+        let seen = |part: &Wasi| self.read || *part != Wasi::Clocks;
+        self.wasi.iter().copied().filter(seen).collect()
+    }
 }
 
 impl Default for Grant {
@@ -115,6 +129,7 @@ impl Default for Grant {
             read: true,
             discard: true,
             trim_finished: true,
+            wasi: BTreeSet::new(),
         }
     }
 }

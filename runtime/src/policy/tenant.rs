@@ -3,8 +3,9 @@
 
 use super::Limits;
 use crate::archive::ComponentId;
+use crate::channel::Wasi;
 use serde::{Deserialize, Deserializer, Serialize, Serializer, de};
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::fmt;
 use std::num::NonZeroU32;
 use std::path::PathBuf;
@@ -60,6 +61,9 @@ pub struct Rule {
     /// `volume.discarder`: giving snapshot space back early.
     #[serde(default)]
     pub discard: bool,
+    /// Parts of WASI that the component may import.
+    #[serde(default)]
+    pub wasi: BTreeSet<Wasi>,
     /// Which of the VM's attachments the provider may ask for.
     #[serde(default)]
     pub attachments: Names,

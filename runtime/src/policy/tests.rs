@@ -137,6 +137,23 @@ fn an_empty_list_of_volumes_grants_no_disk_rather_than_all() {
 }
 
 #[test]
+fn a_tenant_with_several_archives_names_one_and_a_namespace_is_a_plain_name() {
+    let text = format!(
+        "[tenant.acme]\nvms = ['web']\narchives = ['main', 'spare']\n[tenant.acme.provider.c]\ncomponent = 'c'\n\
+         sha256 = '{PIN}'\n[[tenant.acme.grant]]\nprovider = 'c'\nvms = 'all'\nvolumes = 'all'\n"
+    );
+    let config = Config::parse(&text, Path::new("f")).unwrap();
+    let decision = decide(&config, "web", "c").unwrap();
+    let unnamed = decision.archive(&config, None).unwrap_err().to_string();
+    assert!(unnamed.contains("line 3 grants main, spare"), "{unnamed}");
+    let named = decision.archive(&config, Some("spare".into()));
+    assert_eq!(named.unwrap().as_deref(), Some("spare"));
+    let config = Config::parse("[provider.'a/b']\ncomponent = 'c'\n", Path::new("f")).unwrap();
+    let error = decide(&config, "web", "a/b").unwrap_err().to_string();
+    assert!(error.contains("'a/b' cannot name a namespace"), "{error}");
+}
+
+#[test]
 fn a_pin_that_is_no_digest_is_refused_with_what_it_should_be() {
     for (pin, line) in [("abc", 2), (&PIN.to_uppercase()[..], 2)] {
         let text = format!("[provider.p]\nsha256 = '{pin}'\ncomponent = 'p'\n");

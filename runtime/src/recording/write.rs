@@ -226,6 +226,7 @@ mod tests {
 
     fn order() -> Order {
         Order::OpenImage(OpenImage {
+            wasi: Default::default(),
             limits: GuestLimits {
                 memory: 1 << 20,
                 cpu_ms: 1000,

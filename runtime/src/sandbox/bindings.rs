@@ -26,3 +26,14 @@ pub(super) mod blind {
 }
 
 pub(super) use provider::fleecebox::provider::{archive, content, job, stored, types, volume};
+
+/// WASI, as far as there is any.
+pub(super) mod wasi {
+    wasmtime::component::bindgen!({
+        path: "src/sandbox/wasi.wit",
+        world: "parts",
+        imports: { default: trappable },
+    });
+
+    pub(in crate::sandbox) use self::wasi::{cli, clocks, io, random};
+}

@@ -3,6 +3,7 @@
 use super::cache::{Cache, CacheError, Key};
 use super::confine::{COMPILE_CPU_SECONDS, COMPILE_MEMORY};
 use super::spawn::{Error, Process, Program};
+use super::usage::Usage;
 use crate::channel::{Call, Failure, Gap, Interface, Order, Outcome, Payload};
 use bytes::Bytes;
 use rustix::process::Signal;
@@ -31,6 +32,8 @@ pub struct Compiled {
     pub file: File,
     /// In what the process that compiled it just now was less confined than it could be.
     pub missing: Vec<Gap>,
+    /// What the process that compiled it just now has used.
+    pub usage: Option<Usage>,
 }
 
 /// Why there is no compiled component.
@@ -97,10 +100,11 @@ pub async fn compile(
     })
     .await??;
     let mut missing = Vec::new();
+    let mut usage = None;
     let (interface, file) = match found {
         Some(entry) => entry,
         None => {
-            let compiling = in_a_sandbox(program, &component, &mut missing);
+            let compiling = in_a_sandbox(program, &component, &mut missing, &mut usage);
             let (interface, code) = timeout(COMPILE_TIME, compiling)
                 .await
                 .map_err(|_| CompileError::TimedOut)??;
@@ -114,6 +118,7 @@ pub async fn compile(
         interface,
         file,
         missing,
+        usage,
     })
 }
 
@@ -121,16 +126,18 @@ async fn in_a_sandbox(
     program: &Program,
     component: &[u8],
     missing: &mut Vec<Gap>,
+    usage: &mut Option<Usage>,
 ) -> Result<(Interface, Vec<u8>), CompileError> {
     let payload = Payload::create(Payload::COMPILE_SIZE).map_err(Error::Payload)?;
     let length = payload.give(component).map_err(Error::Payload)?;
     let mut process = Process::begin(program, &Order::Compile { length }, payload, None).await?;
     missing.extend_from_slice(process.missing());
     match process.next().await.map_err(too_much)? {
-        Call::Done(Outcome::Compiled { length, interface }) => Ok((
-            interface,
-            process.payload().take(length).map_err(Error::Payload)?,
-        )),
+        Call::Done(Outcome::Compiled { length, interface }) => {
+            let code = process.payload().take(length).map_err(Error::Payload)?;
+            *usage = process.kill().await;
+            Ok((interface, code))
+        }
         Call::Done(Outcome::Failed(failure)) => Err(failure.into()),
         _ => Err(CompileError::Unexpected),
     }

@@ -56,6 +56,11 @@ impl Limits {
         }
     }
 
+    /// The job has no more memory for it.
+    pub(super) fn refuse_memory(&mut self) {
+        self.memory_refused = true;
+    }
+
     /// Whether the guest was denied memory. It sees only a failed growth, and then traps in ways of its own.
     pub(super) fn memory_refused(&self) -> bool {
         self.memory_refused

@@ -7,6 +7,7 @@
 //! In the job process:
 //! - [`Process`] starts a sandbox and speaks with it
 //! - [`compile`] makes machine code of a component, in such a process, once ([`Cache`])
+//! - [`Budget`] bounds what all such processes of a job use together
 //! - [`Trace`] follows what is asked and answered
 //! - [`world_of`] refuses a component that imports what its world does not grant
 //!
@@ -14,12 +15,13 @@
 //! - [`serve`], from entry to exit
 //! - `confine`, what the process gives up before it has an order, and before the provider's code runs
 //! - `engine`, `compiled`, `bindings`: from bytes to an instance
-//! - `stubs`, the contract's functions as calls over the socket
+//! - `stubs`, the contract's functions as calls over the socket; `wasi`, the few others
 //! - `limits`, memory and CPU time
 //! - `orders`, what each order does
 //!
 //! [`Order`]: crate::channel::Order
 
+mod budget;
 mod cache;
 mod compile;
 mod process;
@@ -36,11 +38,29 @@ mod engine;
 mod limits;
 mod orders;
 mod stubs;
+mod wasi;
 
+pub use budget::Budget;
 pub use cache::{Cache, CacheError};
 pub use compile::{CompileError, Compiled, MAX_COMPONENT, compile};
 pub use process::{ARGUMENT, serve};
 pub use spawn::{Error, Process, Program};
 pub use trace::{Conversation, Exchange, Fault, Trace};
 pub use usage::Usage;
-pub use worlds::{Refusal, world_of};
+pub use worlds::{Refusal, wasi_of, world_of};
+
+/// What a sandbox process does with the bytes of a component, in this very process: compiles them, and loads the result
+/// again. For fuzzing only; nothing is confined.
+#[cfg(fuzzing)]
+pub fn compile_here(
+    component: &[u8],
+) -> Result<crate::channel::Interface, crate::channel::Failure> {
+    use std::io::Write;
+    let (interface, code) = orders::machine_code(component)?;
+    let unkept = |_| crate::channel::Failure::Stale;
+    let mut file = tempfile::tempfile().map_err(unkept)?;
+    file.write_all(&code).map_err(unkept)?;
+    let engine = engine::engine().map_err(|_| crate::channel::Failure::Stale)?;
+    compiled::load(&engine, file.into())?;
+    Ok(interface)
+}

@@ -7,12 +7,14 @@ use super::compiled;
 use super::confine::Confined;
 use super::limits::{Limits, OutOfTime};
 use super::stubs::{Host, Lost};
+use super::wasi;
 use crate::channel::{
     Call, Failure, ImageRead, Interface, MAX_RECEIPT, OpenImage, Outcome, Payload, Run, Socket,
-    SocketError, World,
+    SocketError, Wasi, World,
 };
 use provider::exports::fleecebox::provider as provider_exports;
 use rustix::fs::fstat;
+use std::collections::BTreeSet;
 use std::os::fd::OwnedFd;
 use std::time::Duration;
 use wasmtime::component::{Component, HasSelf, Linker, Resource};
@@ -39,17 +41,26 @@ pub(super) fn compile(
     length: u64,
 ) -> Result<(), Lost> {
     confined.compile().map_err(|_| Lost::Unconfined)?;
-    let outcome = match compiled::compile(&payload.take(length)?) {
-        Err(error) => Outcome::Failed(Failure::NotAComponent(reason(&error))),
-        Ok((component, bytes)) => match interface(&component) {
-            Err(failure) => Outcome::Failed(failure),
-            Ok(interface) => Outcome::Compiled {
-                length: payload.give(&bytes)?,
-                interface,
-            },
+    let outcome = match machine_code(&payload.take(length)?) {
+        Err(failure) => Outcome::Failed(failure),
+        Ok((interface, code)) => Outcome::Compiled {
+            length: payload.give(&code)?,
+            interface,
         },
     };
-    Ok(socket.send(&Call::Done(outcome))?)
+    socket.send(&Call::Done(outcome))?;
+    // As `linger` does.
+    match socket.receive::<()>() {
+        Err(SocketError::Closed) => Ok(()),
+        other => Ok(other?),
+    }
+}
+
+/// What [`compile`] tells of a component: what it imports and exports, and its machine code.
+pub(super) fn machine_code(component: &[u8]) -> Result<(Interface, Vec<u8>), Failure> {
+    let (component, code) =
+        compiled::compile(component).map_err(|error| Failure::NotAComponent(reason(&error)))?;
+    Ok((interface(&component)?, code))
 }
 
 /// Runs `run` once.
@@ -77,7 +88,7 @@ pub(super) fn run(
     let base = order.base.as_deref();
     let returned = component.map(|component| match order.world {
         World::Provider => {
-            let linker = provider_linker(engine).map_err(Stop::Link)?;
+            let linker = provider_linker(engine, &order.wasi).map_err(Stop::Link)?;
             let instance = linker.instantiate_pre(&component).map_err(Stop::Link)?;
             let instance = provider::ProviderPre::new(instance).map_err(Stop::Link)?;
             let instance: Provider = instance.instantiate(&mut store).map_err(Stop::Trap)?;
@@ -102,6 +113,7 @@ pub(super) fn run(
             let mut linker = Linker::new(engine);
             BlindProvider::add_to_linker::<_, HasSelf<Host>>(&mut linker, |host| host)
                 .map_err(Stop::Link)?;
+            wasi::add_to_linker(&mut linker, &order.wasi).map_err(Stop::Link)?;
             let instance = linker.instantiate_pre(&component).map_err(Stop::Link)?;
             let instance = blind::BlindProviderPre::new(instance).map_err(Stop::Link)?;
             let instance = instance.instantiate(&mut store).map_err(Stop::Trap)?;
@@ -132,8 +144,14 @@ pub(super) fn run(
         }),
         Ok(Ok(Ok(receipt))) => Outcome::Receipt(receipt),
     };
-    store.data_mut().tell(&Call::Done(outcome))?;
+    done(&mut store, outcome)?;
     linger(&mut store)
+}
+
+/// Says how a call of an export ended, after what it wrote.
+fn done(store: &mut Store<Host>, outcome: Outcome) -> Result<(), Lost> {
+    store.data_mut().flush_output()?;
+    store.data_mut().tell(&Call::Done(outcome))
 }
 
 /// Waits for the end, so that the job process can look at what this one has used.
@@ -166,7 +184,7 @@ pub(super) fn open_image(
     );
     let mut store = store(engine, host);
     let opened = component.map(|component| {
-        let linker = provider_linker(engine).map_err(Stop::Link)?;
+        let linker = provider_linker(engine, &order.wasi).map_err(Stop::Link)?;
         let instance = linker.instantiate_pre(&component).map_err(Stop::Link)?;
         let instance = provider::ProviderPre::new(instance).map_err(Stop::Link)?;
         let instance = instance.instantiate(&mut store).map_err(Stop::Trap)?;
@@ -184,26 +202,21 @@ pub(super) fn open_image(
     });
     let (instance, image) = match opened {
         Err(failure) => {
-            store
-                .data_mut()
-                .tell(&Call::Done(Outcome::Failed(failure)))?;
+            done(&mut store, Outcome::Failed(failure))?;
             return linger(&mut store);
         }
         Ok(Err(stop)) => {
             let failure = Stop::failure(stop, &store)?;
-            store
-                .data_mut()
-                .tell(&Call::Done(Outcome::Failed(failure)))?;
+            done(&mut store, Outcome::Failed(failure))?;
             return linger(&mut store);
         }
         Ok(Ok(Err(code))) => {
-            let failed = Outcome::GuestError(code.into());
-            store.data_mut().tell(&Call::Done(failed))?;
+            done(&mut store, Outcome::GuestError(code.into()))?;
             return linger(&mut store);
         }
         Ok(Ok(Ok(opened))) => opened,
     };
-    store.data_mut().tell(&Call::Done(Outcome::Opened))?;
+    done(&mut store, Outcome::Opened)?;
     loop {
         let ImageRead { offset, length } = store.data_mut().hear()?;
         store.data_mut().limits.begin_call();
@@ -215,9 +228,7 @@ pub(super) fn open_image(
             // An instance that did not return is never entered again.
             Err(error) => {
                 let failure = Stop::Trap(error).failure(&store)?;
-                store
-                    .data_mut()
-                    .tell(&Call::Done(Outcome::Failed(failure)))?;
+                done(&mut store, Outcome::Failed(failure))?;
                 return linger(&mut store);
             }
             Ok(Err(code)) => Outcome::GuestError(code.into()),
@@ -231,19 +242,20 @@ pub(super) fn open_image(
                 length: store.data_mut().give(&bytes)?,
             },
         };
-        store.data_mut().tell(&Call::Done(outcome))?;
+        done(&mut store, outcome)?;
     }
 }
 
-fn provider_linker(engine: &Engine) -> wasmtime::Result<Linker<Host>> {
+fn provider_linker(engine: &Engine, granted: &BTreeSet<Wasi>) -> wasmtime::Result<Linker<Host>> {
     let mut linker = Linker::new(engine);
     Provider::add_to_linker::<_, HasSelf<Host>>(&mut linker, |host| host)?;
+    wasi::add_to_linker(&mut linker, granted)?;
     Ok(linker)
 }
 
 fn store(engine: &Engine, host: Host) -> Store<Host> {
     let mut store = Store::new(engine, host);
-    store.limiter(|host| &mut host.limits);
+    store.limiter(|host| host);
     store.set_hostcall_fuel(MAX_PASSED);
     store.set_epoch_deadline(1);
     store.epoch_deadline_callback(|store| {

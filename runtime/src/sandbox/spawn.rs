@@ -1,11 +1,12 @@
 //! The job process's side of one sandbox process: starting it, speaking with it, and making sure of its end.
 
+use super::budget::{Budget, Share};
 use super::process::ARGUMENT;
 use super::trace::{Listener, Trace};
 use super::usage::Usage;
 use crate::channel::{
-    Answer, AsyncSocket, Bounds, Call, Confinement, Gap, ImageRead, Order, Payload, PayloadError,
-    SocketError, Violation, hand_over, listed,
+    Answer, AsyncSocket, Bounds, Call, Confinement, ErrorCode, Gap, ImageRead, Order, Payload,
+    PayloadError, SocketError, Violation, hand_over, listed,
 };
 use crate::recording::{Recorder, Track};
 use rustix::io::Errno;
@@ -18,10 +19,16 @@ use std::os::unix::net::UnixStream;
 use std::os::unix::process::{CommandExt, ExitStatusExt};
 use std::path::PathBuf;
 use std::process::{Command, ExitStatus, Stdio};
+use std::time::Duration;
 use tokio::sync::oneshot;
+use tokio::time::{Instant, timeout_at};
 
 /// How much of a dying sandbox's last words is kept, in bytes. They come from a process that may be hostile.
 const LAST_WORDS: usize = 300;
+
+/// How often a process's time is held against its job's: what a job may use too much is at most this for each of its
+/// processes.
+const CHECKED_EVERY: Duration = Duration::from_millis(250);
 
 /// The program that a sandbox process runs: one whose `main` calls [`super::serve`] for [`ARGUMENT`].
 #[derive(Debug, Clone)]
@@ -30,6 +37,7 @@ pub struct Program {
     confinement_required: bool,
     trace: Option<Trace>,
     recorder: Option<Recorder>,
+    budget: Option<Budget>,
 }
 
 impl Program {
@@ -45,6 +53,7 @@ impl Program {
             confinement_required: false,
             trace: None,
             recorder: None,
+            budget: None,
         }
     }
 
@@ -52,6 +61,14 @@ impl Program {
     pub fn require_confinement(self, required: bool) -> Self {
         Self {
             confinement_required: required,
+            ..self
+        }
+    }
+
+    /// The same, with all processes that run a provider within one budget.
+    pub fn within(self, budget: Budget) -> Self {
+        Self {
+            budget: Some(budget),
             ..self
         }
     }
@@ -87,9 +104,11 @@ pub struct Process {
     missing: Vec<Gap>,
     listener: Option<Listener>,
     track: Option<Track>,
+    share: Option<Share>,
+    next_check: Instant,
 }
 
-/// Why a sandbox process is of no more use. After any of these it has been killed.
+/// Why a sandbox process is of no more use. After any of these it has been killed, or is when it is dropped.
 #[derive(Debug, thiserror::Error)]
 pub enum Error {
     /// It could not be started.
@@ -112,6 +131,15 @@ pub enum Error {
     /// Bytes could not be copied in or out.
     #[error(transparent)]
     Payload(#[from] PayloadError),
+    /// All of the job's processes together have used more than they may.
+    #[error(
+        "it used more CPU time than its limit allows: {} s for all volumes together (cpu-seconds)",
+        .limit.as_secs()
+    )]
+    CpuTime {
+        /// The limit.
+        limit: Duration,
+    },
     /// It was given no order, because [`Program::require_confinement`] says so.
     #[error("a sandbox process is not confined as required: {}", listed(.missing))]
     Unconfined {
@@ -187,6 +215,12 @@ impl Process {
             missing: Vec::new(),
             listener: program.trace.as_ref().and_then(|trace| trace.begin(order)),
             track: program.recorder.as_ref().and_then(|it| it.begin(order)),
+            share: match order {
+                // It has limits of its own.
+                Order::Compile { .. } => None,
+                Order::Run(_) | Order::OpenImage(_) => program.budget.as_ref().map(Budget::share),
+            },
+            next_check: Instant::now() + CHECKED_EVERY,
         };
         // Nothing hostile has reached the process before it has its order, so this is true.
         let Confinement { missing } = process.hear().await?;
@@ -204,10 +238,19 @@ impl Process {
     /// one.
     pub async fn next(&mut self) -> Result<Call, Error> {
         loop {
-            let call = self.hear().await?;
+            let call = self.hear_within_budget().await?;
             if let Err(violation) = self.bounds.check(&call) {
                 self.signal_kill();
                 return Err(Error::Broken(violation));
+            }
+            if let Call::Grow { bytes } = call {
+                let granted = self.share.as_ref().is_none_or(|share| share.grow(bytes));
+                self.say(&match granted {
+                    true => Answer::Unit,
+                    false => Answer::Error(ErrorCode::TooLarge),
+                })
+                .await?;
+                continue;
             }
             if let Some(track) = &self.track {
                 track.called(&call, |length| self.take_payload(length).ok());
@@ -216,6 +259,35 @@ impl Process {
                 Some(code) => self.say(&Answer::Error(code)).await?,
                 None => return Ok(call),
             }
+        }
+    }
+
+    async fn hear_within_budget(&mut self) -> Result<Call, Error> {
+        if self.share.is_none() {
+            return self.hear().await;
+        }
+        loop {
+            if Instant::now() >= self.next_check {
+                self.next_check = Instant::now() + CHECKED_EVERY;
+                self.check_time()?;
+            }
+            // Only the waiting is given up in between, and not how an end is found out about.
+            match timeout_at(self.next_check, self.socket.receive()).await {
+                Ok(Ok(call)) => return Ok(call),
+                Ok(Err(error)) => return Err(self.end(error).await),
+                Err(_) => {}
+            }
+        }
+    }
+
+    /// One that has ended has used what it had when it was last looked at.
+    fn check_time(&self) -> Result<(), Error> {
+        match (&self.share, Usage::of(self.pid)) {
+            // Whoever kills it reads first what it has used.
+            (Some(share), Some(usage)) if !share.spend(usage.cpu) => Err(Error::CpuTime {
+                limit: share.cpu_limit(),
+            }),
+            _ => Ok(()),
         }
     }
 
@@ -260,6 +332,9 @@ impl Process {
     /// Returns what it has used, unless it had ended by itself or the system does not show it.
     pub async fn kill(mut self) -> Option<Usage> {
         let usage = Usage::of(self.pid);
+        if let (Some(share), Some(usage)) = (&self.share, &usage) {
+            share.spend(usage.cpu);
+        }
         // While it can be signalled nobody has waited for it, so that the number was its own until now.
         let own = pidfd_send_signal(&self.handle, Signal::KILL).is_ok();
         self.gone().await;

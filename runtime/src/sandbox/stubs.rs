@@ -6,11 +6,13 @@
 
 use super::bindings::{archive, content, job, stored, types, volume};
 use super::limits::Limits;
+use super::wasi;
 use crate::channel::{
     Answer, BitmapMode, Call, Context, Encoding, ErrorCode, LogLevel, MAX_NAME, MAX_REGIONS,
     MAX_TEXT, Payload, PayloadError, Quota, RawRange, Socket, SocketError, VolumeInfo,
 };
 use serde::de::DeserializeOwned;
+use wasmtime::ResourceLimiter;
 use wasmtime::component::Resource;
 
 /// What the guest's store holds.
@@ -24,6 +26,7 @@ pub(super) struct Host {
     max_read: u32,
     max_write: u32,
     pub(super) limits: Limits,
+    pub(super) wasi: wasi::State,
 }
 
 /// Why a stub gives the guest no result.
@@ -85,6 +88,7 @@ impl Host {
             max_read,
             max_write,
             limits,
+            wasi: wasi::State::default(),
         }
     }
 
@@ -103,6 +107,14 @@ impl Host {
         let length = self.payload.give(bytes)?;
         // The payload is far smaller than 4 GiB.
         Ok(length as u32)
+    }
+
+    /// A line of the guest's, cut to what a message takes.
+    pub(super) fn log(&mut self, level: LogLevel, message: String) -> Result<(), Refused> {
+        self.ask_unit(&Call::Log {
+            level,
+            message: cut(message),
+        })
     }
 
     fn ask(&mut self, call: &Call) -> Result<Answer, Refused> {
@@ -133,6 +145,50 @@ impl Host {
             Answer::Bytes { length } if length <= most => Ok(self.payload.take(length.into())?),
             _ => Err(Lost::WrongAnswer.into()),
         }
+    }
+}
+
+/// Its own limits first, and then its job's, which other instances use too.
+impl ResourceLimiter for Host {
+    fn memory_growing(
+        &mut self,
+        current: usize,
+        desired: usize,
+        maximum: Option<usize>,
+    ) -> wasmtime::Result<bool> {
+        if !self.limits.memory_growing(current, desired, maximum)? {
+            return Ok(false);
+        }
+        let bytes = desired.saturating_sub(current) as u64;
+        match self.ask_unit(&Call::Grow { bytes }) {
+            Ok(()) => Ok(true),
+            Err(Refused::Guest(_)) => {
+                self.limits.refuse_memory();
+                Ok(false)
+            }
+            Err(Refused::Ended(error)) => Err(error),
+        }
+    }
+
+    fn table_growing(
+        &mut self,
+        current: usize,
+        desired: usize,
+        maximum: Option<usize>,
+    ) -> wasmtime::Result<bool> {
+        self.limits.table_growing(current, desired, maximum)
+    }
+
+    fn instances(&self) -> usize {
+        self.limits.instances()
+    }
+
+    fn tables(&self) -> usize {
+        self.limits.tables()
+    }
+
+    fn memories(&self) -> usize {
+        self.limits.memories()
     }
 }
 
@@ -371,11 +427,7 @@ impl job::HostContext for Host {
             job::Level::Warn => LogLevel::Warn,
             job::Level::Error => LogLevel::Error,
         };
-        self.ask_unit(&Call::Log {
-            level,
-            message: cut(message),
-        })
-        .map_err(Refused::into_trap)
+        Self::log(self, level, message).map_err(Refused::into_trap)
     }
 
     fn drop(&mut self, _: Resource<job::Context>) -> wasmtime::Result<()> {

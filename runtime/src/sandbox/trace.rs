@@ -144,6 +144,7 @@ mod tests {
 
     fn listener(trace: &Trace) -> Listener {
         let open = OpenImage {
+            wasi: Default::default(),
             limits: GuestLimits {
                 memory: 0,
                 cpu_ms: 0,

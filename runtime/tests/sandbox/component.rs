@@ -106,8 +106,70 @@ pub(crate) fn provider(run: &str) -> Vec<u8> {
 /// A provider with the given bodies of `run` and of `image.read`; the latter has `$objects`, `$receipt` and
 /// `$receipt-length` as globals and `$offset`, `$length` as parameters.
 pub(crate) fn provider_with_image(run: &str, read: &str) -> Vec<u8> {
-    let core = format!(
-        r#"(module {imports}
+    component(
+        &sighted_core(run, read, ""),
+        "fleecebox:provider/provider",
+        "",
+    )
+}
+
+/// A provider with the given body of `run` that also imports parts of WASI, under short names.
+#[allow(dead_code)] // for tests elsewhere
+pub(crate) fn provider_with_wasi(run: &str) -> Vec<u8> {
+    let imports: String = WASI
+        .iter()
+        .filter(|(name, ..)| run.contains(&format!("call ${name}")))
+        .map(|(name, interface, function, signature)| {
+            format!(r#"(import "wasi:{interface}@0.2.0" "{function}" (func ${name} {signature}))"#)
+        })
+        .collect();
+    let wit = include_str!("../../src/sandbox/wasi.wit").replacen(
+        "world parts {",
+        "world with-wasi { include fleecebox:provider/provider@0.1.0; include parts; }\nworld parts {",
+        1,
+    );
+    let core = sighted_core(run, "(call $ok (i32.const 0) (i32.const 0))", &imports);
+    component(&core, "fleecebox:wasi/with-wasi", &wit)
+}
+
+/// What a guest may import of WASI, under short names.
+const WASI: &[(&str, &str, &str, &str)] = &[
+    ("wall", "clocks/wall-clock", "now", "(param i32)"),
+    ("monotonic", "clocks/monotonic-clock", "now", "(result i64)"),
+    (
+        "timer",
+        "clocks/monotonic-clock",
+        "subscribe-duration",
+        "(param i64) (result i32)",
+    ),
+    ("block", "io/poll", "[method]pollable.block", "(param i32)"),
+    (
+        "drop-timer",
+        "io/poll",
+        "[resource-drop]pollable",
+        "(param i32)",
+    ),
+    ("random", "random/random", "get-random-u64", "(result i64)"),
+    (
+        "random-bytes",
+        "random/random",
+        "get-random-bytes",
+        "(param i64 i32)",
+    ),
+    ("stdout", "cli/stdout", "get-stdout", "(result i32)"),
+    ("stderr", "cli/stderr", "get-stderr", "(result i32)"),
+    (
+        "print",
+        "io/streams",
+        "[method]output-stream.blocking-write-and-flush",
+        "(param i32 i32 i32 i32)",
+    ),
+    ("exit", "cli/exit", "exit", "(param i32)"),
+];
+
+fn sighted_core(run: &str, read: &str, more_imports: &str) -> String {
+    format!(
+        r#"(module {imports} {more_imports}
         (import "[export]fleecebox:provider/restore@0.1.0" "[resource-new]image" (func $new-image (param i32) (result i32)))
         {PRELUDE}
         (global $objects (mut i32) (i32.const 0))
@@ -123,8 +185,7 @@ pub(crate) fn provider_with_image(run: &str, read: &str) -> Vec<u8> {
         (func (export "fleecebox:provider/restore@0.1.0#[method]image.read")
           (param $self i32) (param $offset i64) (param $length i32) (result i32) {read}))"#,
         imports = imports(&[run, read]),
-    );
-    component(&core, "fleecebox:provider/provider", "")
+    )
 }
 
 /// A blind provider with the given body of `run`.

@@ -1,7 +1,9 @@
 //! Real sandbox processes, tiny providers, and a scripted job on the other side.
 
+mod budget;
 mod component;
 mod confinement;
+mod wasi;
 
 use bytes::Bytes;
 use cap_std::ambient_authority;
@@ -94,6 +96,7 @@ fn context() -> Context {
 fn run_order() -> Run {
     Run {
         world: World::Provider,
+        wasi: BTreeSet::new(),
         limits: limits(),
         context: context(),
         volume: VolumeInfo {
@@ -328,6 +331,7 @@ async fn an_image_is_opened_once_and_read_many_times() {
              (call $ok (i32.load (i32.const 20)) (i32.load (i32.const 24)))))",
     );
     let order = Order::OpenImage(OpenImage {
+        wasi: BTreeSet::new(),
         limits: limits(),
         context: context(),
         receipt: b"object".to_vec(),
@@ -472,7 +476,7 @@ async fn a_receipt_past_the_limit_fails_the_run() {
 #[tokio::test]
 async fn a_component_that_imports_a_socket_is_refused_by_name() {
     let compiled = bench().compile(provider_with_a_socket()).await;
-    match world_of(&compiled.interface) {
+    match world_of(&compiled.interface, &BTreeSet::new()) {
         Err(Refusal::NotGranted {
             import,
             world: Some(World::BlindProvider),
@@ -502,11 +506,20 @@ async fn a_component_of_another_world_is_not_run_even_if_somebody_tries() {
 async fn each_world_is_told_by_its_exports() {
     let bench = bench();
     let blind = bench.compile(blind_provider(OK_EMPTY)).await;
-    assert_eq!(world_of(&blind.interface), Ok(World::BlindProvider));
+    assert_eq!(
+        world_of(&blind.interface, &BTreeSet::new()),
+        Ok(World::BlindProvider)
+    );
     let seeing = bench.compile(provider(OK_EMPTY)).await;
-    assert_eq!(world_of(&seeing.interface), Ok(World::Provider));
+    assert_eq!(
+        world_of(&seeing.interface, &BTreeSet::new()),
+        Ok(World::Provider)
+    );
     let empty = bench.compile(empty()).await;
-    assert_eq!(world_of(&empty.interface), Err(Refusal::NoProvider));
+    assert_eq!(
+        world_of(&empty.interface, &BTreeSet::new()),
+        Err(Refusal::NoProvider)
+    );
 }
 
 #[tokio::test]
@@ -658,6 +671,8 @@ async fn a_sandbox_ends_when_the_other_end_of_its_socket_does() {
         ..run_order()
     };
     socket.send(&Order::Run(order)).unwrap();
+    assert!(matches!(socket.receive().unwrap(), Call::Grow { .. }));
+    socket.send(&Answer::Unit).unwrap();
     std::thread::sleep(Duration::from_millis(300));
     assert!(child.try_wait().unwrap().is_none(), "it should be spinning");
     drop(socket);

@@ -130,6 +130,7 @@ fn order(kind: Kind) -> Order {
     match kind {
         Kind::Compile => Order::Compile { length: 1 },
         Kind::OpenImage => Order::OpenImage(OpenImage {
+            wasi: Default::default(),
             limits,
             context,
             receipt: Vec::new(),
@@ -145,6 +146,7 @@ fn order(kind: Kind) -> Order {
             } else {
                 World::Provider
             },
+            wasi: Default::default(),
             limits,
             context,
             volume: VolumeInfo {

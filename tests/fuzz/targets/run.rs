@@ -378,6 +378,7 @@ impl Case {
         let script = Script { calls, ending };
         Order::Run(Run {
             world: World::Provider,
+            wasi: Default::default(),
             limits: GuestLimits {
                 memory: 1,
                 cpu_ms: 1,

@@ -122,7 +122,8 @@ pub(super) fn cases() -> Vec<Case> {
             ..run("makes-objects", "quota-exceeded(objects)")
         },
         Case {
-            policy: "[provider.limits]\noutput-bytes = 268435456\n",
+            // A call costs processor time on both sides.
+            policy: "[provider.limits]\noutput-bytes = 268435456\ncpu-seconds = 20\n",
             ..run("floods-calls", "quota-exceeded(output-bytes)")
         },
         Case {
@@ -259,6 +260,16 @@ pub(super) fn cases() -> Vec<Case> {
                 "it cannot be used as a provider: it imports `wasi:sockets/",
             )
         },
+        refused(
+            "tells-time",
+            raw::tells_time,
+            "it cannot be used as a provider: it imports `wasi:clocks/wall-clock@",
+        ),
+        refused(
+            "finds-randomness",
+            raw::finds_randomness,
+            "it cannot be used as a provider: it imports `wasi:random/random@",
+        ),
         Case {
             status: 2,
             ..run("wrong-world", "it cannot be used as a provider")

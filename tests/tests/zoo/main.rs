@@ -25,8 +25,8 @@ use std::io::Write;
 use std::process::ExitCode;
 use std::time::{Duration, Instant};
 
-/// What a provider of the zoo may have of memory, in bytes, unless its case says otherwise.
-const MEMORY: u64 = 64 * MIB;
+/// What a provider of the zoo may have of memory for both disks, in bytes, unless its case says otherwise.
+const MEMORY: u64 = 128 * MIB;
 
 /// What a sandbox process takes beside: the program itself, its stacks, machine code, and one message in each direction.
 const SANDBOX: u64 = 48 * MIB;
@@ -174,7 +174,8 @@ fn policy(case: &Case) -> String {
         .map(|how| format!("[provider.settings]\nhow = '{how}'\n"));
     let mut usual = format!("memory = {MEMORY}\n");
     if !case.policy.contains("cpu-seconds") {
-        usual += "cpu-seconds = 1\n";
+        // For both disks together.
+        usual += "cpu-seconds = 2\n";
     }
     let limits = "[provider.limits]\n";
     let policy = match case.policy.contains(limits) {

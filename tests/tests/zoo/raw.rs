@@ -91,6 +91,26 @@ pub(super) fn drops_twice(at: &Path) -> Result<PathBuf> {
     )
 }
 
+/// Attacks what a provider may know: asks what time it is.
+pub(super) fn tells_time(at: &Path) -> Result<PathBuf> {
+    keep(
+        at,
+        component::provider_with_wasi(
+            "(call $wall (i32.const 16)) (call $ok (i32.const 16) (i32.const 16))",
+        ),
+    )
+}
+
+/// Attacks the same: finds a number that nobody else knows.
+pub(super) fn finds_randomness(at: &Path) -> Result<PathBuf> {
+    keep(
+        at,
+        component::provider_with_wasi(
+            "(i64.store (i32.const 16) (call $random)) (call $ok (i32.const 16) (i32.const 8))",
+        ),
+    )
+}
+
 fn keep(at: &Path, bytes: Vec<u8>) -> Result<PathBuf> {
     fs::write(at, bytes)?;
     Ok(at.into())

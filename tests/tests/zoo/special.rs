@@ -23,6 +23,7 @@ pub(super) fn all() -> Vec<(&'static str, Test)> {
         ),
         ("replays-a-receipt", another_takes_the_place_of_the_base),
         ("restores-as-proven", a_lie_after_the_proof_is_found),
+        ("trickles-while-the-guest-writes", the_fleecing_image_fills),
         ("stalled-server", a_server_stalls),
         ("stalled-archive", frozen_archive),
     ]
@@ -94,6 +95,19 @@ fn a_lie_after_the_proof_is_found(scene: &mut Scene) -> Result<Option<Row>> {
     ensure!(outcome.stderr.contains(says), "{}", outcome.stderr);
     scene.back_up_honestly()?;
     Ok(None)
+}
+
+/// A provider takes its time while the guest writes, and the old data of what it overwrites has to be kept: the job is
+/// given up before the fleecing images have taken more than they may, and the guest has not noticed.
+fn the_fleecing_image_fills(scene: &mut Scene) -> Result<Option<Row>> {
+    let policy = "[provider.limits]\nfleecing-bytes = 262144\n";
+    scene.configure("hostile", &component("trickles")?, policy)?;
+    let began = Instant::now();
+    let attack = scene.attack(&scene.site.backup_command(&scene.order("hostile")))?;
+    let row = row("trickles-while-the-guest-writes", &attack, began.elapsed());
+    check_told(&attack, 1, "more than the 262144 of `fleecing-bytes`")?;
+    scene.back_up_honestly()?;
+    Ok(Some(row))
 }
 
 /// QEMU's NBD server stops answering in the middle of a read: the run ends when its time is up, and QEMU, whose monitor

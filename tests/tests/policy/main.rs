@@ -1,16 +1,17 @@
 //! Policy: what no rule grants is denied before QEMU is asked anything; a limit that is passed costs the job and
 //! nothing else; and each job leaves a record of it.
 
+mod extra;
+mod scene;
+mod wasi;
+
 use std::fs;
 use std::path::Path;
-use std::process::Command;
 use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};
-use fleecebox_tests::{
-    Backup, Disk, Load, MIB, Order, Proxy, QemuState, Random, Site, StorageDaemon, Writer,
-    component,
-};
+use fleecebox_tests::{Backup, Load, MIB, Order, Proxy, QemuState, Site, Writer, component};
+use scene::{Scene, sha256};
 use serde_json::Value;
 
 const SOON: Duration = Duration::from_secs(60);
@@ -259,7 +260,21 @@ fn jobs_at_once_hold_over_processes_and_a_killed_job_frees_its_place() -> Result
     second.assert_refused(1, says);
     running.kill()?;
     let backup = scene.site.backup(&twin)?;
-    scene.site.verify(&twin.archive, &backup.id)
+    scene.site.verify(&twin.archive, &backup.id)?;
+    // It could not say so itself.
+    let audit = scene.site.command(&["audit", "acme", "--json"]).run()?;
+    let records = audit.assert_success().document()?;
+    let told: Vec<_> = records
+        .as_array()
+        .context("no list")?
+        .iter()
+        .map(|it| (it["provider"].as_str(), it["outcome"].as_str()))
+        .collect();
+    let refused = (Some("honest"), Some("failed"));
+    let died = (Some("limited"), Some("died"));
+    let done = (Some("honest"), Some("done"));
+    assert_eq!(told, [refused, died, done, done], "{records:#}");
+    Ok(())
 }
 
 #[test]
@@ -484,107 +499,4 @@ fn the_policy_in_the_readme_is_sound() -> Result<()> {
         "{said}"
     );
     Ok(())
-}
-
-/// Two disks with 2 MiB of data each, and two tenants of which one has two providers: `honest` and `limited`.
-struct Scene {
-    site: Site,
-    daemon: StorageDaemon,
-}
-
-impl Scene {
-    fn new(limited: &str, rule: &str) -> Result<Self> {
-        let size = 16 * MIB;
-        let disks = [Disk::raw("da", size), Disk::qcow2("db", size + 512)];
-        let scene = Self {
-            site: Site::new()?,
-            daemon: StorageDaemon::start_with_writer_exports(&disks)?,
-        };
-        scene.change(0)?;
-        let (honest, limited) = (component("chunked")?, component(limited)?);
-        scene.site.configure(&format!(
-            "[archive.main]\npath = '{archive}'\n[archive.spare]\npath = '{archive}'\n\
-             [tenant.acme]\nvms = ['web', 'twin']\narchives = ['main']\n\
-             [tenant.acme.provider.honest]\ncomponent = '{}'\nsha256 = '{}'\n\
-             [tenant.acme.provider.limited]\ncomponent = '{}'\nsha256 = '{}'\n\
-             [[tenant.acme.grant]]\nprovider = 'honest'\nvms = 'all'\nvolumes = 'all'\n\
-             [[tenant.acme.grant]]\nprovider = 'limited'\nvms = ['web', 'twin']\nvolumes = 'all'\n{rule}\n\
-             [tenant.beta]\nvms = ['other']\narchives = ['spare']\n\
-             [tenant.beta.provider.limited]\ncomponent = '{}'\nsha256 = '{}'\n",
-            honest.display(),
-            sha256(&honest)?,
-            limited.display(),
-            sha256(&limited)?,
-            honest.display(),
-            sha256(&honest)?,
-            archive = scene.site.archive().display(),
-        ))?;
-        Ok(scene)
-    }
-
-    fn configure_with(&self, change: impl Fn(&str) -> String) -> Result<()> {
-        let text = fs::read_to_string(self.site.path("fleecebox.toml"))?;
-        let changed = change(&text);
-        ensure!(changed != text, "nothing was changed in {text}");
-        self.site.configure(&changed)
-    }
-
-    fn order(&self, provider: &str) -> Result<Order> {
-        Ok(Order {
-            provider: provider.into(),
-            archive: "main".into(),
-            ..self.site.order(&self.daemon, "chunked")?
-        })
-    }
-
-    /// Overwrites the first 2 MiB of each disk.
-    fn change(&self, seed: u64) -> Result<()> {
-        let mut random = Random::new(seed);
-        for disk in ["da", "db"] {
-            let mut bytes = vec![0; 2 * MIB as usize];
-            random.fill(&mut bytes);
-            let mut access = self.daemon.writer_access(disk)?;
-            access.write(0, &bytes)?;
-            access.flush()?;
-        }
-        Ok(())
-    }
-
-    /// Sees a backup refused before QEMU is asked anything, and a record of it.
-    fn denies(&self, order: &Order, says: &str) -> Result<()> {
-        self.refuses(order, says)?;
-        let record = self.last_record()?;
-        ensure!(
-            record["outcome"] == "refused" && record["vm"] == *order.vm,
-            "{record}"
-        );
-        let error = record["error"].as_str().unwrap_or_default();
-        ensure!(error.contains(says), "{record}");
-        Ok(())
-    }
-
-    fn refuses(&self, order: &Order, says: &str) -> Result<()> {
-        let proxy = Proxy::start(self.daemon.monitors())?;
-        let order = order.clone().through(&proxy);
-        let command = self.site.backup_command(&order).arg("--quiet");
-        command.run()?.assert_refused(2, says);
-        let asked = proxy.commands();
-        ensure!(asked.is_empty(), "QEMU was asked: {asked:?}");
-        self.site.check_no_fleecing_images()
-    }
-
-    fn last_record(&self) -> Result<Value> {
-        let file = self.site.path("state/audit.jsonl");
-        let text = fs::read_to_string(&file)?;
-        let last = text.lines().last().context("no record")?;
-        Ok(serde_json::from_str(last)?)
-    }
-}
-
-/// As coreutils know it.
-fn sha256(file: &Path) -> Result<String> {
-    let output = Command::new("sha256sum").arg(file).output()?;
-    let text = String::from_utf8(output.stdout)?;
-    let digest = text.split_whitespace().next();
-    Ok(digest.context("sha256sum printed nothing")?.to_owned())
 }
