@@ -176,13 +176,20 @@ fn take(step: Step, world: &mut World) -> Result<()> {
         Step::Backup => world.back_up(false),
         Step::FullBackup => world.back_up(true),
         Step::KillAtCommand => world.kill_at_command(),
-        Step::KillAtSomeTime => world.disturb(Ended::Killed, |running, _| running.process().kill()),
+        Step::KillAtSomeTime => world.disturb(Ended::Killed, |running, _| {
+            let _ = running.process().kill();
+            Ok(())
+        }),
         Step::KillSandbox => world.disturb(Ended::Failed, |running, random| {
             let family: Vec<_> = running.family()?.into_iter().collect();
             match family.len() as u64 {
-                0 => Ok(()),
-                some => family[random.below(some) as usize].kill(),
+                0 => {}
+                some => {
+                    // It may have ended by itself since.
+                    let _ = family[random.below(some) as usize].kill();
+                }
             }
+            Ok(())
         }),
         Step::Cancel => world.disturb(Ended::Failed, |running, _| {
             let pid = rustix::process::Pid::from_raw(running.process().pid);
