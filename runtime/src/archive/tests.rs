@@ -470,6 +470,37 @@ fn objects_are_what_was_written_to_any_zstd() {
     }
 }
 
+/// Found by the fuzz target `block_table`: the error of the page behind swallowed the zeroes.
+#[test]
+fn zeroes_before_a_damaged_page_are_told() {
+    let fixture = Fixture::new();
+    let writer = fixture.begin();
+    // Two leaves of 128 blocks, of which the first is all zero.
+    let table = writer
+        .block_table(256 * u64::from(BLOCK), BLOCK, None)
+        .unwrap();
+    let bytes = data(1, 1);
+    let entry = Entry::Placed {
+        digest: Digest::of(&bytes),
+        frame: put(&writer, &bytes),
+        skip: 0,
+    };
+    table.set(128, entry).unwrap();
+    let root = table.finish().unwrap();
+    let id = writer.id();
+    writer.commit(record(vec![volume(root)])).unwrap();
+
+    // The leaf comes before the page that refers to it.
+    flip(&fixture.path(&format!("backups/{id}/pages")), 0);
+    let table = fixture.namespace().table(root);
+    assert!(table.get(127).is_ok());
+    let mut runs = table.entries(0..256).unwrap();
+    let zeroes = runs.next().unwrap().unwrap();
+    assert_eq!((zeroes.blocks, zeroes.content), (0..128, RunContent::Zero));
+    assert!(matches!(runs.next(), Some(Err(Error::Damaged { .. }))));
+    assert!(runs.next().is_none());
+}
+
 #[test]
 fn damage_to_any_file_is_noticed() {
     let fixture = Fixture::new();

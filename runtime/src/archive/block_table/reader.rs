@@ -117,15 +117,15 @@ struct Runs<'a> {
     table: &'a BlockTable,
     rest: Range<u64>,
     leaf: Option<Arc<Leaf>>,
-    /// Found while looking for the end of zeroes.
-    ahead: Option<Run>,
+    /// Found, or met, while looking for the end of zeroes.
+    ahead: Option<Result<Run, Error>>,
 }
 
 impl Runs<'_> {
     /// The next run, where zeroes may go on in the one after.
     fn piece(&mut self) -> Result<Option<Run>, Error> {
-        if let Some(run) = self.ahead.take() {
-            return Ok(Some(run));
+        if let Some(ahead) = self.ahead.take() {
+            return ahead.map(Some);
         }
         if self.rest.is_empty() {
             return Ok(None);
@@ -160,8 +160,11 @@ impl Runs<'_> {
             return Ok(None);
         };
         while run.content == RunContent::Zero {
-            match self.piece()? {
-                Some(next) if next.content == RunContent::Zero => run.blocks.end = next.blocks.end,
+            match self.piece().transpose() {
+                Some(Ok(next)) if next.content == RunContent::Zero => {
+                    run.blocks.end = next.blocks.end;
+                }
+                // These zeroes are sound, whatever comes after them.
                 other => {
                     self.ahead = other;
                     break;
