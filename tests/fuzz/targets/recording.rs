@@ -13,8 +13,8 @@ use serde_json::Value;
 /// Keys, and texts that decide something.
 const WORDS: &[&str] = &[
     "process", "order", "call", "answer", "ask", "payload", "cut", "run", "open-image", "compile", "world", "limits",
-    "memory", "cpu_ms", "context", "id", "settings", "volume", "name", "size", "block_size", "mode", "reader",
-    "discarder", "base", "receipt", "max_read", "max_write", "offset", "length", "limit", "stream", "range", "encoding",
+    "memory", "cpu-ms", "context", "id", "settings", "volume", "name", "size", "block-size", "mode", "reader",
+    "discarder", "base", "receipt", "max-read", "max-write", "offset", "length", "limit", "stream", "range", "encoding",
     "next-regions", "discard", "read", "put", "create", "write", "splice", "claim", "finish", "drop-stream",
     "attachment", "log", "level", "message", "object-size", "object-read", "done", "opened", "bytes", "guest-error",
     "failed", "unit", "regions", "nothing", "error", "other", "zero", "withheld", "hex", "00ff", "zstd", "identity",
@@ -23,8 +23,8 @@ const WORDS: &[&str] = &[
 
 const HEADER: &str =
     r#"{"fleecebox-recording":1,"program":"0.1.0","provider":"p","component":"00","bytes":true,"tells":""}"#;
-const ORDERS: &str = r#"{"process":0,"order":{"run":{"world":"provider","limits":{"memory":1,"cpu_ms":1},"context":{"id":"i","settings":""},"volume":{"name":"a","size":65536,"block_size":65536,"mode":"reuse"},"reader":true,"discarder":true,"base":null,"max_read":4194304,"max_write":4194304}}}
-{"process":1,"order":{"open-image":{"limits":{"memory":1,"cpu_ms":1},"context":{"id":"i","settings":""},"receipt":"","max_read":4194304}}}"#;
+const ORDERS: &str = r#"{"process":0,"order":{"run":{"world":"provider","limits":{"memory":1,"cpu-ms":1},"context":{"id":"i","settings":""},"volume":{"name":"a","size":65536,"block-size":65536,"mode":"reuse"},"reader":true,"discarder":true,"base":null,"max-read":4194304,"max-write":4194304}}}
+{"process":1,"order":{"open-image":{"limits":{"memory":1,"cpu-ms":1},"context":{"id":"i","settings":""},"receipt":"","max-read":4194304}}}"#;
 
 #[derive(Debug)]
 enum Case {
