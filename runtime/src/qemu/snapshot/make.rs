@@ -1,0 +1,389 @@
+//! The steps to a point in time, in their order, and the way back.
+
+use super::{
+    CBW_TIMEOUT_SECONDS, Cause, FleecingFormat, Form, NbdServer, Nodes, Plan, Readers, Request,
+    UndoError, id, remains,
+};
+use crate::qemu::agent::{Agent, AgentError};
+use crate::qemu::backup_access::{self, AccessError};
+use crate::qemu::bitmap::{self, Tracking};
+use crate::qemu::descriptor;
+use crate::qemu::filter::{self, Stopped};
+use crate::qemu::ids::{JobId, Role};
+use crate::qemu::machine::Unusable;
+use crate::qemu::monitor::{Monitor, MonitorError};
+use crate::qemu::present;
+use crate::qemu::removal::{self, ServerFate};
+use crate::qemu::schema::Schema;
+use serde_json::{Value, json};
+use std::os::fd::AsFd;
+use std::path::Path;
+use std::time::Duration;
+use tokio::time::Instant;
+
+/// What is known of the guest's file systems.
+#[derive(Default)]
+pub(super) struct Frozen {
+    pub(super) time: Option<Duration>,
+    pub(super) still: Option<AgentError>,
+    pub(super) stopped: Stopped,
+    pub(super) notes: Vec<String>,
+}
+
+pub(super) async fn make(
+    monitor: &Monitor,
+    schema: &Schema,
+    request: &Request,
+    agent: Option<&mut Agent>,
+    server: &mut ServerFate,
+    frozen: &mut Frozen,
+    nodes: &mut Nodes,
+) -> Result<(), Cause> {
+    for plan in &request.plans {
+        check_bitmap(plan)?;
+    }
+    if request.form == Form::BackupAccess
+        && !backup_access::is_offered(monitor, schema)
+            .await
+            .map_err(Cause::Monitor)?
+    {
+        return Err(AccessError::Missing.into());
+    }
+    *nodes = Nodes::of(monitor, request).await?;
+    if request.form == Form::Job {
+        refuse_exports_on_iothreads(monitor, &request.plans).await?;
+    }
+    for ((index, plan), node) in (0..).zip(&request.plans).zip(&nodes.fleecing) {
+        add_fleecing(monitor, request, index, plan, node).await?;
+    }
+
+    match agent {
+        None => freeze_disks(monitor, schema, request, frozen, nodes).await?,
+        Some(agent) => {
+            let start = Instant::now();
+            if let Err(e) = agent.freeze().await {
+                return Err(match e {
+                    // Freezing failed, and so did thawing after it.
+                    AgentError::StillFrozen { .. } => {
+                        frozen.still = Some(e);
+                        Cause::Thaw
+                    }
+                    e => Cause::Freeze(e),
+                });
+            }
+            let taken = freeze_disks(monitor, schema, request, frozen, nodes).await;
+            frozen.still = agent.thaw().await.err();
+            frozen.time = Some(start.elapsed());
+            taken?;
+            if frozen.still.is_some() {
+                return Err(Cause::Thaw);
+            }
+        }
+    }
+
+    if request.form != Form::BackupAccess {
+        for (index, plan) in (0..).zip(&request.plans) {
+            add_access(monitor, request.job, index)
+                .await
+                .map_err(|source| Cause::Access {
+                    disk: plan.disk.name.clone(),
+                    source,
+                })?;
+        }
+    }
+    if let NbdServer::Start(path) = &request.server {
+        start_server(monitor, path).await?;
+        *server = ServerFate::StopIfUnused;
+    }
+    for ((index, plan), access) in (0..).zip(&request.plans).zip(&nodes.access) {
+        add_export(monitor, request, index, plan, access)
+            .await
+            .map_err(|source| Cause::Export {
+                disk: plan.disk.name.clone(),
+                source,
+            })?;
+    }
+    Ok(())
+}
+
+/// Takes back what [`make`] got done: everything is looked for, so it need not say how far it came.
+pub(super) async fn undo(
+    monitor: &Monitor,
+    request: &Request,
+    server: ServerFate,
+    nodes: &Nodes,
+) -> Vec<UndoError> {
+    let remains = remains(request.job, request.form, request.plans.iter(), nodes);
+    let removed = removal::remove(monitor, &remains, server).await;
+    let mut left: Vec<_> = removed.into_iter().map(UndoError::from).collect();
+    if left.iter().any(UndoError::is_lost) {
+        // No bitmap can be put back either.
+        return left;
+    }
+    for plan in &request.plans {
+        // A bitmap that was found unusable is left for the caller to judge.
+        if check_bitmap(plan).is_err() {
+            continue;
+        }
+        match bitmap::back_out(monitor, &plan.disk.node, &plan.bitmap).await {
+            Ok(Tracking::Restored) => {}
+            Ok(Tracking::Lost) => {
+                tracing::warn!("disk {}: the next backup reads it in full", plan.disk.name);
+            }
+            Err(source) => left.push(UndoError::Bitmap {
+                disk: plan.disk.name.clone(),
+                source,
+            }),
+        }
+    }
+    left
+}
+
+/// A disabled bitmap must not be taken for the base, nor be enabled again by a later undo.
+fn check_bitmap(plan: &Plan) -> Result<(), Cause> {
+    let Some(old) = plan.bitmap.old() else {
+        return Ok(());
+    };
+    let name = old.to_string();
+    let state = plan.disk.bitmap(&name).ok_or(Unusable::Missing);
+    state
+        .and_then(|bitmap| bitmap.usable())
+        .map_err(|reason| Cause::Bitmap {
+            disk: plan.disk.name.clone(),
+            bitmap: name,
+            reason,
+        })
+}
+
+/// A backup job on a disk that an export runs in an iothread aborts QEMU 10.0.2. QEMU does not say which exports do, so
+/// where there are iothreads, each export of a disk that no device has is one of them.
+async fn refuse_exports_on_iothreads(monitor: &Monitor, plans: &[Plan]) -> Result<(), Cause> {
+    let exports = present::exports(monitor).await.map_err(Cause::Monitor)?;
+    let export_of = |plan: &Plan| exports.iter().find(|export| export.node == plan.disk.node);
+    if !plans.iter().any(|plan| export_of(plan).is_some())
+        || !present::has_iothreads(monitor)
+            .await
+            .map_err(Cause::Monitor)?
+    {
+        return Ok(());
+    }
+    let devices = present::devices(monitor).await.map_err(Cause::Monitor)?;
+    let has = |plan: &Plan, device: &present::Device| {
+        let inserted = device.inserted.as_ref();
+        inserted.is_some_and(|inserted| inserted.name == plan.disk.node)
+    };
+    for plan in plans {
+        if let Some(export) = export_of(plan)
+            && !devices.iter().any(|device| has(plan, device))
+        {
+            return Err(Cause::ExportOnIothread {
+                disk: plan.disk.name.clone(),
+                export: export.id.clone(),
+            });
+        }
+    }
+    Ok(())
+}
+
+async fn add_fleecing(
+    monitor: &Monitor,
+    request: &Request,
+    index: u16,
+    plan: &Plan,
+    node: &str,
+) -> Result<(), Cause> {
+    let file =
+        |filename: Value| json!({ "driver": "file", "filename": filename, "discard": "unmap" });
+    let image = id(request.job, Role::Image, index);
+    let options = |filename| match request.format {
+        FleecingFormat::Raw => {
+            json!({ "driver": "raw", "node-name": node, "discard": "unmap", "file": file(filename) })
+        }
+        FleecingFormat::Qcow2 => {
+            let mut file = file(filename);
+            file["node-name"] = json!(image);
+            file
+        }
+    };
+    let (path, file) = (&plan.fleecing, plan.descriptor.as_ref().map(AsFd::as_fd));
+    let added = descriptor::add_node(monitor, path, file, options).await;
+    let added = match request.format {
+        FleecingFormat::Raw => added,
+        FleecingFormat::Qcow2 => match added {
+            Ok(()) => format_qcow2(monitor, request.job, index, plan.disk.size, node).await,
+            error => error,
+        },
+    };
+    match added {
+        Ok(()) => Ok(()),
+        Err(source) if source.is_refusal() => Err(Cause::Fleecing {
+            path: plan.fleecing.clone(),
+            source,
+        }),
+        Err(error) => Err(Cause::Monitor(error)),
+    }
+}
+
+/// Makes the file below a qcow2 image, and adds its node.
+async fn format_qcow2(
+    monitor: &Monitor,
+    job: JobId,
+    index: u16,
+    size: u64,
+    node: &str,
+) -> Result<(), MonitorError> {
+    let (image, create) = (id(job, Role::Image, index), id(job, Role::Create, index));
+    let mut events = monitor.events();
+    let options = json!({ "driver": "qcow2", "file": image, "size": size });
+    let arguments = json!({ "job-id": create, "options": options });
+    monitor.execute_raw("blockdev-create", arguments).await?;
+    loop {
+        let jobs = present::jobs(monitor).await?;
+        let Some(job) = jobs.into_iter().find(|job| job.id == create) else {
+            break;
+        };
+        if job.status == "concluded" {
+            let dismiss = json!({ "id": create });
+            monitor.execute_raw("job-dismiss", dismiss).await?;
+            if let Some(description) = job.error {
+                return Err(MonitorError::Refused {
+                    command: "blockdev-create".into(),
+                    class: "GenericError".into(),
+                    description,
+                });
+            }
+            break;
+        }
+        events.nudge(Duration::from_millis(20)).await;
+    }
+    let qcow2 = json!({ "driver": "qcow2", "node-name": node, "discard": "unmap", "file": image });
+    monitor.execute_raw("blockdev-add", qcow2).await.map(drop)
+}
+
+/// The moment itself.
+async fn freeze_disks(
+    monitor: &Monitor,
+    schema: &Schema,
+    request: &Request,
+    frozen: &mut Frozen,
+    nodes: &mut Nodes,
+) -> Result<(), Cause> {
+    let switch = bitmap::switch(&request.plans, request.block_size);
+    let stopped = &mut frozen.stopped;
+    match request.form {
+        Form::BackupAccess => {
+            let (adds, disables) = switch.into_iter().partition(bitmap::is_add);
+            bitmap_actions(monitor, adds).await?;
+            let mut disks = Vec::new();
+            for (plan, fleecing) in request.plans.iter().zip(&nodes.fleecing) {
+                let device = fleecing.strip_suffix(backup_access::FLEECING);
+                disks.push((&plan.disk, device.unwrap_or(fleecing).to_owned()));
+            }
+            let access = backup_access::set_up(monitor, schema, request.job, &disks).await?;
+            nodes.access = access.nodes;
+            frozen.notes = access.notes;
+            bitmap_actions(monitor, disables).await
+        }
+        Form::Job => transaction(monitor, backups(request, schema).chain(switch).collect()).await,
+        Form::Filter => {
+            let plans = &request.plans;
+            filter::insert(monitor, schema, request.job, plans, switch, stopped).await?;
+            match stopped.still {
+                Some(_) => Err(Cause::Cont),
+                None => Ok(()),
+            }
+        }
+    }
+}
+
+/// All at once, where there are any.
+async fn bitmap_actions(monitor: &Monitor, actions: Vec<Value>) -> Result<(), Cause> {
+    match actions.is_empty() {
+        true => Ok(()),
+        false => transaction(monitor, actions).await,
+    }
+}
+
+async fn transaction(monitor: &Monitor, actions: Vec<Value>) -> Result<(), Cause> {
+    let arguments = json!({ "actions": actions });
+    let taken = monitor.execute_raw("transaction", arguments).await;
+    taken.map(drop).map_err(Cause::Transaction)
+}
+
+/// They come before all actions on bitmaps. A backup action drains its disk and holds the drain to the end of the
+/// transaction, while bitmap actions do not drain: with all backups first, no write falls between any
+/// two actions. Adding before disabling loses nothing even so.
+fn backups(request: &Request, schema: &Schema) -> impl Iterator<Item = Value> {
+    (0..).zip(&request.plans).map(|(index, plan)| {
+        let mut data = json!({
+            "job-id": id(request.job, Role::Job, index),
+            "device": plan.disk.node,
+            "target": id(request.job, Role::Fleecing, index),
+            "sync": "none",
+            "filter-node-name": id(request.job, Role::Filter, index),
+            "auto-dismiss": false,
+        });
+        // A full fleecing image then breaks the snapshot instead of the guest's write.
+        if schema.command_has_argument("blockdev-backup", "on-cbw-error") {
+            data["on-cbw-error"] = json!("break-snapshot");
+        }
+        if schema.command_has_argument("blockdev-backup", "cbw-timeout") {
+            data["cbw-timeout"] = json!(CBW_TIMEOUT_SECONDS);
+        }
+        json!({ "type": "blockdev-backup", "data": data })
+    })
+}
+
+async fn add_access(monitor: &Monitor, job: JobId, index: u16) -> Result<(), MonitorError> {
+    let arguments = json!({
+        "driver": "snapshot-access",
+        "node-name": id(job, Role::Access, index),
+        "file": id(job, Role::Filter, index),
+        "discard": "unmap",
+    });
+    let added = monitor.execute_raw("blockdev-add", arguments).await;
+    added.map(drop)
+}
+
+async fn start_server(monitor: &Monitor, path: &Path) -> Result<(), Cause> {
+    let arguments = json!({ "addr": { "type": "unix", "data": { "path": path } } });
+    match monitor.execute_raw("nbd-server-start", arguments).await {
+        Ok(_) => Ok(()),
+        // QMP has no class of its own for this; the words are QEMU's since the command exists.
+        Err(MonitorError::Refused { description, .. })
+            if description.contains("already running") =>
+        {
+            Err(Cause::ServerRunning)
+        }
+        Err(source) => match descriptor::start_server(monitor, path).await {
+            Ok(()) => Ok(()),
+            Err(_) => Err(Cause::Server {
+                path: path.into(),
+                source,
+            }),
+        },
+    }
+}
+
+/// Never with an `iothread`: a later `blockdev-backup` of that node would abort QEMU.
+async fn add_export(
+    monitor: &Monitor,
+    request: &Request,
+    index: u16,
+    plan: &Plan,
+    access: &str,
+) -> Result<(), MonitorError> {
+    let export = id(request.job, Role::Export, index);
+    let mut arguments = json!({
+        "type": "nbd",
+        "id": export,
+        "node-name": access,
+        "name": export,
+        "writable": request.readers == Readers::Discard,
+    });
+    if let Some(old) = plan.bitmap.old() {
+        arguments["bitmaps"] = json!([{ "node": plan.disk.node, "name": old.to_string() }]);
+    }
+    let added = monitor.execute_raw("block-export-add", arguments).await;
+    added.map(drop)
+}

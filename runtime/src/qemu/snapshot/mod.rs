@@ -1,0 +1,430 @@
+//! The point in time of all disks, in one transaction, and the exports that read as of it.
+//!
+//! [`take`] either makes all of it or takes back what it made. If its future is dropped half-way,
+//! things stay inside QEMU (see [`super::leftovers`]) and the guest may stay frozen (see
+//! [`super::watchdog`]).
+
+mod error;
+mod make;
+
+use super::agent::Agent;
+use super::backup_access::{self};
+use super::bitmap::BitmapPlan;
+use super::filter::{self};
+use super::ids::{JobId, OwnId, Role};
+use super::machine::Disk;
+use super::monitor::{Monitor, MonitorError};
+use super::present;
+use super::removal::{self, Remains, RemovalError, ServerFate};
+use super::schema::Schema;
+pub use error::{Cause, SnapshotError, UndoError};
+use make::{Frozen, make, undo};
+use serde_json::json;
+use std::os::fd::OwnedFd;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::time::Duration;
+
+/// Seconds that a guest's write may wait for its old data to be copied before the snapshot is given
+/// up instead, where QEMU offers that. Guests give up on a request after 30 to 60 s.
+pub(super) const CBW_TIMEOUT_SECONDS: u32 = 20;
+
+/// How QEMU keeps the old data of overwritten blocks.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, serde::Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Form {
+    /// A backup job per disk, all in one transaction: the VM runs on. Where QEMU's jobs do not offer otherwise, a
+    /// guest's write fails if its old data cannot be kept.
+    Job,
+    /// A filter between each device and its disk, put in while the VM is stopped for a moment. A snapshot that cannot
+    /// be kept is given up, the guest's writes succeed.
+    Filter,
+    /// Proxmox's QEMU does it, by its backup-access API: filters as well, and the VM runs on.
+    BackupAccess,
+}
+
+impl Form {
+    /// What is best where nothing else is asked for.
+    ///
+    /// # Errors
+    /// Those of [`Monitor::query`].
+    pub async fn offered(monitor: &Monitor, schema: &Schema) -> Result<Self, MonitorError> {
+        Ok(match backup_access::is_offered(monitor, schema).await? {
+            true => Self::BackupAccess,
+            false => Self::Job,
+        })
+    }
+}
+
+/// What a fleecing file is.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, serde::Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum FleecingFormat {
+    /// As large as the disk, with holes.
+    #[default]
+    Raw,
+    /// QEMU's own format, for file systems without holes: empty, made by QEMU.
+    Qcow2,
+}
+
+/// What to freeze, and for whom.
+#[derive(Debug, Clone)]
+pub struct Request {
+    /// Goes into every id.
+    pub job: JobId,
+    /// Granularity of new bitmaps in bytes: a power of two, 512 or more (QMP `block-dirty-bitmap-add`).
+    pub block_size: u32,
+    /// One for each disk.
+    pub plans: Vec<Plan>,
+    /// Where the exports go.
+    pub server: NbdServer,
+    /// What may be asked of the exports.
+    pub readers: Readers,
+    /// How old data is kept.
+    pub form: Form,
+    /// What the fleecing files are.
+    pub format: FleecingFormat,
+}
+
+/// What may be asked of an export.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Readers {
+    /// Reads, and giving back what has been read (NBD `TRIM`), which needs an export that calls itself writable;
+    /// writes are refused by the node itself.
+    Discard,
+    /// Reads only. QEMU's FUSE exports share a node with no export that calls itself writable.
+    ReadOnly,
+}
+
+/// One disk of a point in time.
+#[derive(Debug, Clone)]
+pub struct Plan {
+    /// The disk, as [`super::machine::disks`] found it just before.
+    pub disk: Disk,
+    /// A sparse file of exactly the disk's size, or an empty one for qcow2, made by the caller, by an absolute path that QEMU can
+    /// open for writing. The caller keeps a descriptor, and deletes the file in the end.
+    pub fleecing: PathBuf,
+    /// The same file, for a QEMU that may not open it.
+    pub descriptor: Option<Arc<OwnedFd>>,
+    /// What happens to its bitmaps.
+    pub bitmap: BitmapPlan,
+}
+
+/// Which NBD server the exports are added to. QEMU has one per process.
+#[derive(Debug, Clone)]
+pub enum NbdServer {
+    /// One that is started on this unix socket, by an absolute path that QEMU can create.
+    Start(PathBuf),
+    /// One that somebody else started and keeps running, on this unix socket.
+    Shared(PathBuf),
+}
+
+impl NbdServer {
+    /// The socket.
+    pub fn socket(&self) -> &Path {
+        match self {
+            Self::Start(socket) | Self::Shared(socket) => socket,
+        }
+    }
+}
+
+/// All disks as of one moment, ready to be read. Dropping it leaves everything in place.
+#[derive(Debug)]
+pub struct PointInTime {
+    /// In the order of the request.
+    pub volumes: Vec<Volume>,
+    /// The unix socket of the NBD server.
+    pub socket: PathBuf,
+    /// How long the guest's file systems were frozen, where they were, the agent's part included.
+    pub frozen: Option<Duration>,
+    /// How long the VM was stopped, where it was.
+    pub stopped: Option<Duration>,
+    /// What QEMU told on the way that is worth a line in the log.
+    pub notes: Vec<String>,
+    job: JobId,
+    server: ServerFate,
+    form: Form,
+    nodes: Nodes,
+}
+
+/// What the nodes of a point in time are called, in the order of the disks.
+#[derive(Debug, Clone, Default)]
+struct Nodes {
+    /// Of the fleecing images.
+    fleecing: Vec<String>,
+    /// That read as of the point in time.
+    access: Vec<String>,
+}
+
+impl Nodes {
+    /// By our ids, but where Proxmox's QEMU looks for them by names of its own.
+    async fn of(monitor: &Monitor, request: &Request) -> Result<Self, Cause> {
+        let all = |role| {
+            (0..)
+                .zip(&request.plans)
+                .map(move |(index, _)| id(request.job, role, index))
+        };
+        let mut nodes = Self {
+            fleecing: all(Role::Fleecing).collect(),
+            access: all(Role::Access).collect(),
+        };
+        if request.form == Form::BackupAccess {
+            for (name, plan) in nodes.fleecing.iter_mut().zip(&request.plans) {
+                let device = backup_access::device_of(monitor, &plan.disk).await;
+                *name = backup_access::fleecing_node(&device.map_err(Cause::Monitor)?)?;
+            }
+            // QEMU's own, known once they are there.
+            nodes.access.clear();
+        }
+        Ok(nodes)
+    }
+}
+
+/// One disk of a [`PointInTime`].
+#[derive(Debug, Clone)]
+pub struct Volume {
+    /// The NBD name of its export, which is also the export's id.
+    pub export: String,
+    /// The NBD meta context that tells what is dirty, where the old bitmap is used.
+    pub dirty_context: Option<String>,
+    /// What was asked for.
+    pub plan: Plan,
+}
+
+/// Why the snapshot can no longer be believed.
+#[derive(Debug, thiserror::Error)]
+pub enum Broken {
+    /// The monitor failed.
+    #[error(transparent)]
+    Monitor(#[from] MonitorError),
+    /// The job that keeps old data is gone.
+    #[error("the snapshot of disk {disk} is gone: its job does not exist any more")]
+    Gone {
+        /// The disk.
+        disk: String,
+    },
+    /// The job ended, is ending, or met an error.
+    #[error("the snapshot of disk {disk} is broken: its job is {status}{}", .error.as_ref().map(|e| format!(" ({e})")).unwrap_or_default())]
+    Failed {
+        /// The disk.
+        disk: String,
+        /// QMP's `JobStatus`, or `BlockDeviceIoStatus`.
+        status: String,
+        /// What QEMU said.
+        error: Option<String>,
+    },
+}
+
+/// Takes the point in time: fleecing nodes; freeze, where there is an agent; one transaction; thaw;
+/// then the nodes and exports to read by.
+///
+/// The caller arms the watchdog before, where there is an agent, and disarms it afterwards unless
+/// [`SnapshotError::frozen`] says that the guest is still frozen.
+///
+/// # Errors
+/// A [`SnapshotError`]; tracking then is what it was before.
+pub async fn take(
+    monitor: &Monitor,
+    schema: &Schema,
+    request: Request,
+    agent: Option<&mut Agent>,
+) -> Result<PointInTime, SnapshotError> {
+    let mut server = ServerFate::Keep;
+    let mut frozen = Frozen::default();
+    let mut nodes = Nodes::default();
+    let made = make(
+        monitor,
+        schema,
+        &request,
+        agent,
+        &mut server,
+        &mut frozen,
+        &mut nodes,
+    )
+    .await;
+    match made {
+        Ok(()) => Ok(PointInTime {
+            volumes: volumes(&request),
+            socket: request.server.socket().into(),
+            frozen: frozen.time,
+            stopped: frozen.stopped.time,
+            notes: frozen.notes,
+            job: request.job,
+            server,
+            form: request.form,
+            nodes,
+        }),
+        Err(cause) => Err(SnapshotError {
+            cause,
+            frozen: frozen.still,
+            stopped: frozen.stopped.still,
+            left: undo(monitor, &request, server, &nodes).await,
+        }),
+    }
+}
+
+impl PointInTime {
+    /// The job in whose name all was made.
+    pub fn job(&self) -> JobId {
+        self.job
+    }
+
+    /// Whether we started the NBD server: the journal needs it, as QEMU cannot say so later.
+    pub fn server(&self) -> ServerFate {
+        self.server
+    }
+
+    /// Whether every disk's job still keeps old data (QMP `query-jobs`, `query-block-jobs`).
+    ///
+    /// A snapshot that QEMU gave up (`break-snapshot`) may show nowhere but in reads: read a cluster
+    /// that was never trimmed as well.
+    ///
+    /// # Errors
+    /// A [`Broken`].
+    pub async fn check_alive(&self, monitor: &Monitor) -> Result<(), Broken> {
+        match self.form {
+            Form::Job => self.check_jobs(monitor).await,
+            Form::Filter => self.check_filters(monitor).await,
+            Form::BackupAccess => self.check_access(monitor).await,
+        }
+    }
+
+    async fn check_filters(&self, monitor: &Monitor) -> Result<(), Broken> {
+        for (index, volume) in (0..).zip(&self.volumes) {
+            let filter = id(self.job, Role::Filter, index);
+            if !filter::holds(monitor, &filter, &volume.plan.disk).await? {
+                return Err(Broken::Gone {
+                    disk: volume.plan.disk.name.clone(),
+                });
+            }
+        }
+        Ok(())
+    }
+
+    async fn check_access(&self, monitor: &Monitor) -> Result<(), Broken> {
+        let nodes = present::nodes(monitor).await?;
+        for (volume, access) in self.volumes.iter().zip(&self.nodes.access) {
+            if !nodes.iter().any(|node| node.name == *access) {
+                return Err(Broken::Gone {
+                    disk: volume.plan.disk.name.clone(),
+                });
+            }
+        }
+        Ok(())
+    }
+
+    async fn check_jobs(&self, monitor: &Monitor) -> Result<(), Broken> {
+        let jobs = present::jobs(monitor).await?;
+        let block_jobs = present::block_jobs(monitor).await?;
+        for (index, volume) in (0..).zip(&self.volumes) {
+            let id = id(self.job, Role::Job, index);
+            let disk = || volume.plan.disk.name.clone();
+            let Some(job) = jobs.iter().find(|job| job.id == id) else {
+                return Err(Broken::Gone { disk: disk() });
+            };
+            let failed = |status: &str| Broken::Failed {
+                disk: disk(),
+                status: status.into(),
+                error: job.error.clone(),
+            };
+            // A drain pauses a job for a moment; that is no harm.
+            let keeps = ["running", "paused", "ready", "standby"].contains(&job.status.as_str());
+            if !keeps || job.error.is_some() {
+                return Err(failed(&job.status));
+            }
+            let trouble = block_jobs
+                .iter()
+                .find(|job| job.id == id && !["ok", ""].contains(&job.io_status.as_str()));
+            if let Some(job) = trouble {
+                return Err(failed(&job.io_status));
+            }
+        }
+        Ok(())
+    }
+
+    /// Lets a disk, which must be exported with [`Readers::ReadOnly`], be read as the file `path` too, which is there and
+    /// empty, by QEMU's own FUSE export. It takes no discard, and goes with [`PointInTime::teardown`].
+    ///
+    /// # Errors
+    /// Those of [`Monitor::execute_raw`].
+    pub async fn add_file(
+        &self,
+        monitor: &Monitor,
+        index: u16,
+        path: &Path,
+    ) -> Result<(), MonitorError> {
+        let arguments = json!({
+            "type": "fuse",
+            "id": id(self.job, Role::File, index),
+            "node-name": self.nodes.access.get(usize::from(index)),
+            "mountpoint": path,
+            "writable": false,
+        });
+        let added = monitor.execute_raw("block-export-add", arguments).await;
+        added.map(drop)
+    }
+
+    /// Takes everything down but the bitmaps, which [`bitmap::accept`] or [`bitmap::back_out`] settle
+    /// next. May be called again after a failure. The fleecing files are the caller's to delete.
+    ///
+    /// Returns what could not be removed; all steps are tried.
+    pub async fn teardown(&self, monitor: &Monitor) -> Vec<RemovalError> {
+        let plans = self.volumes.iter().map(|volume| &volume.plan);
+        removal::remove(
+            monitor,
+            &remains(self.job, self.form, plans, &self.nodes),
+            self.server,
+        )
+        .await
+    }
+}
+
+fn volumes(request: &Request) -> Vec<Volume> {
+    let volume = |(index, plan): (u16, &Plan)| Volume {
+        export: id(request.job, Role::Export, index),
+        dirty_context: plan
+            .bitmap
+            .old()
+            .map(|old| format!("qemu:dirty-bitmap:{old}")),
+        plan: plan.clone(),
+    };
+    (0..).zip(&request.plans).map(volume).collect()
+}
+
+fn remains<'a>(
+    job: JobId,
+    form: Form,
+    plans: impl Iterator<Item = &'a Plan>,
+    nodes: &Nodes,
+) -> Remains {
+    let sources: Vec<_> = plans.map(|plan| &plan.disk.node).collect();
+    let disks = sources.len();
+    let is_ours = |node: &&&String| OwnId::parse(node).is_some();
+    let all = |role| (0..).take(disks).map(move |index| id(job, role, index));
+    Remains {
+        exports: all(Role::Export).chain(all(Role::File)).collect(),
+        backup_access: (form == Form::BackupAccess).then(|| backup_access::target(job)),
+        access: match form {
+            // They go with the rest that QEMU set up.
+            Form::BackupAccess => Vec::new(),
+            Form::Job | Form::Filter => nodes.access.clone(),
+        },
+        filters: match form {
+            // Each goes with its job.
+            Form::Job | Form::BackupAccess => Vec::new(),
+            Form::Filter => all(Role::Filter).collect(),
+        },
+        jobs: all(Role::Create).chain(all(Role::Job)).collect(),
+        fleecing: nodes.fleecing.clone(),
+        images: all(Role::Image).collect(),
+        extra: sources
+            .iter()
+            .filter(is_ours)
+            .map(|&node| node.clone())
+            .collect(),
+    }
+}
+
+fn id(job: JobId, role: Role, index: u16) -> String {
+    OwnId { job, role, index }.to_string()
+}
