@@ -6,6 +6,8 @@ export CARGO_TARGET_DIR
 # Where things go that are slow to make and do not depend on our code: the wasm target's standard library, the tests'
 # guest.
 FLEECEBOX_CACHE ?= .cache
+# Absolute: what is called from here runs in other folders too, and would begin a cache of its own there.
+override FLEECEBOX_CACHE := $(abspath $(FLEECEBOX_CACHE))
 export FLEECEBOX_CACHE
 
 COMPONENTS = $(CARGO_TARGET_DIR)/components

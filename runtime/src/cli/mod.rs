@@ -248,7 +248,7 @@ fn run(cli: Cli) -> Result<(), Failure> {
         cancel: cancel.clone(),
     };
     let ended = runtime.block_on(async {
-        tokio::spawn(cancel_on_signals(cancel));
+        cancel_on_signals(cancel);
         match cli.command {
             Command::Backup(command) => command.run(&session).await,
             Command::Recover(command) => command.run(&session).await,
@@ -288,8 +288,9 @@ fn refuse_suspension(what: &'static str) {
     });
 }
 
-/// Each of these ends the job in order: QEMU is cleaned up before the process ends.
-async fn cancel_on_signals(cancel: CancellationToken) {
+/// Each of these ends the job in order: QEMU is cleaned up before the process ends. They are caught from when this
+/// returns on, so nothing may be done to a VM before.
+fn cancel_on_signals(cancel: CancellationToken) {
     use tokio::signal::unix::{SignalKind, signal};
     let kinds = [
         SignalKind::interrupt(),
@@ -300,9 +301,11 @@ async fn cancel_on_signals(cancel: CancellationToken) {
     let Ok(mut signals) = kinds.into_iter().map(signal).collect::<Result<Vec<_>, _>>() else {
         return;
     };
-    let waits = signals.iter_mut().map(|signal| Box::pin(signal.recv()));
-    futures_util::future::select_all(waits).await;
-    cancel.cancel();
+    tokio::spawn(async move {
+        let waits = signals.iter_mut().map(|signal| Box::pin(signal.recv()));
+        futures_util::future::select_all(waits).await;
+        cancel.cancel();
+    });
 }
 
 impl From<Denied> for Failure {

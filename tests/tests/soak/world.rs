@@ -190,7 +190,11 @@ impl World {
         match ended {
             _ if through => {}
             Ended::Killed => ensure!(outcome.signal() == Some(9), "{outcome:?}"),
-            Ended::Failed => ensure!(outcome.code() == Some(1), "{outcome:?}"),
+            // Or by the cancel's SIGINT itself, before the job listened: it had done nothing yet.
+            Ended::Failed => ensure!(
+                outcome.code() == Some(1) || outcome.signal() == Some(2),
+                "{outcome:?}"
+            ),
         }
         let killed = outcome.signal().is_some();
         self.littered |= killed;
