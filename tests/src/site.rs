@@ -185,12 +185,20 @@ impl Site {
         Ok(backup)
     }
 
+    /// The files in the fleecing folder, by their paths in it.
+    ///
+    /// # Errors
+    /// When the folder cannot be read.
+    pub fn fleecing_images(&self) -> Result<BTreeSet<PathBuf>> {
+        files_below(&self.path("fleecing"))
+    }
+
     /// Fails if the fleecing folder is not empty.
     ///
     /// # Errors
     /// With what is in it.
     pub fn check_no_fleecing_images(&self) -> Result<()> {
-        let left = files_below(&self.path("fleecing"))?;
+        let left = self.fleecing_images()?;
         ensure!(left.is_empty(), "fleecing images were left: {left:?}");
         let jobs = fs::read_dir(self.path("fleecing"))?.count();
         ensure!(jobs == 0, "a job's folder was left in the fleecing folder");

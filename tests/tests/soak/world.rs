@@ -3,8 +3,8 @@
 
 use anyhow::{Context, Result, bail, ensure};
 use fleecebox_tests::{
-    At, Disk, Fault, Fleecebox, Load, MIB, Order, Proxy, QemuState, Random, ReferenceImage,
-    Running, Site, Stage, StorageDaemon, What, Writer, compare, eventually,
+    At, Disk, Fault, Fleecebox, Load, MIB, Order, Outcome, Proxy, QemuState, Random,
+    ReferenceImage, Running, Site, Stage, StorageDaemon, What, Writer, compare, eventually,
 };
 use std::collections::BTreeSet;
 use std::fs;
@@ -174,13 +174,15 @@ impl World {
         self.check_tracking(&backup.id, &order)
     }
 
-    /// Lets a backup run for a moment, disturbs it, and sees what came of it.
+    /// Lets a backup run for a moment, disturbs it, and sees what came of it. Where it was not killed, nothing of its own
+    /// is left; what a dead one had left before may be, if it did not come to that.
     pub(crate) fn disturb(
         &mut self,
         ended: Ended,
         how: impl FnOnce(&Running, &mut Random) -> Result<()>,
     ) -> Result<()> {
         let order = self.order()?;
+        let litter = self.litter()?;
         let moment = Duration::from_millis(self.random.below(LONG_ENOUGH));
         let running = self.site.backup_command(&order).start()?;
         std::thread::sleep(moment);
@@ -201,8 +203,7 @@ impl World {
         let new = self.take_in(&order)?;
         ensure!(killed || through == new.is_some(), "{new:?}: {outcome:?}");
         if !killed {
-            self.littered = false;
-            self.check_clean()?;
+            self.check_nothing_new(&litter, &outcome)?;
         }
         Ok(())
     }
@@ -235,18 +236,14 @@ impl World {
     /// The monitor goes away under a job; a new connection can be made at once.
     pub(crate) fn cut_monitor(&mut self) -> Result<()> {
         let order = self.order()?;
+        let litter = self.litter()?;
         self.inject(What::Cut);
         let outcome = self.site.backup_command(&order).run()?;
         let new = self.take_in(&order)?;
         let through = outcome.code() == Some(0);
         ensure!(through || outcome.code() == Some(1), "{outcome:?}");
         ensure!(through == new.is_some(), "{new:?}: {outcome:?}");
-        // One that is cut while it cleans up after a dead one leaves that to the next.
-        if through || !self.littered {
-            self.littered = false;
-            self.check_clean().with_context(|| outcome.stderr.clone())?;
-        }
-        Ok(())
+        self.check_nothing_new(&litter, &outcome)
     }
 
     fn inject(&mut self, what: What) {
@@ -381,6 +378,29 @@ impl World {
         }
         self.counts.compared += 1;
         Ok(fs::remove_dir_all(restored)?)
+    }
+
+    /// What jobs have left in QEMU, but for bitmaps, and in the fleecing folder.
+    fn litter(&self) -> Result<BTreeSet<String>> {
+        let state = QemuState::read(self.daemon.monitors())?;
+        let mut litter = BTreeSet::from_iter(state.differences(&self.before, |_| true));
+        let images = self.site.fleecing_images()?.into_iter();
+        litter.extend(images.map(|image| image.display().to_string()));
+        Ok(litter)
+    }
+
+    /// A job that ended by itself has left nothing; if it failed, dead ones before it may have, as it may have been cut
+    /// off before it had cleaned up after them.
+    fn check_nothing_new(&mut self, before: &BTreeSet<String>, outcome: &Outcome) -> Result<()> {
+        let litter = self.litter()?;
+        let may_be = match outcome.code() {
+            Some(0) => &BTreeSet::new(),
+            _ => before,
+        };
+        let left: Vec<_> = litter.difference(may_be).collect();
+        ensure!(left.is_empty(), "left: {left:#?}: {outcome:?}");
+        self.littered = !litter.is_empty();
+        Ok(())
     }
 
     /// Nothing is left in QEMU but bitmaps, and nothing in the fleecing folder.
