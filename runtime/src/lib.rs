@@ -36,6 +36,7 @@
 #![deny(missing_docs)]
 
 pub mod archive;
+pub mod buffer;
 pub mod channel;
 pub mod cli;
 pub mod config;

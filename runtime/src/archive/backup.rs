@@ -101,11 +101,18 @@ impl BackupWriter {
         let (frame, new) = match known {
             Some(frame) => (frame, false),
             None => {
-                let encoded = self.compressors.encode(data, encoding);
-                let (stored, encoding) = encoded.map_err(Error::Encode)?;
-                self.packs
-                    .append(id, &stored, length, encoding)
-                    .inspect_err(|error| self.fail(error))?
+                let compressed = match encoding {
+                    Encoding::Identity => None,
+                    Encoding::Zstd => {
+                        let compressed = self.compressors.compress_if_smaller(data);
+                        compressed.map_err(Error::Encode)?
+                    }
+                };
+                let stored = match &compressed {
+                    Some(compressed) => self.packs.append(id, compressed, length, Encoding::Zstd),
+                    None => self.packs.append(id, data, length, Encoding::Identity),
+                };
+                stored.inspect_err(|error| self.fail(error))?
             }
         };
         let mut stats = lock(&self.stats);

@@ -3,11 +3,12 @@
 use super::error::Damage;
 use super::frame::{FRAME_LIMIT, STORED_LIMIT};
 use super::lock;
+use crate::buffer::Buffer;
 use crate::channel::Encoding;
-use std::borrow::Cow;
 use std::io;
 use std::sync::Mutex;
 use zstd::bulk::{Compressor, Decompressor};
+use zstd::zstd_safe::compress_bound;
 
 /// zstd's own default: a higher level costs more time than a link or disk saves.
 const LEVEL: i32 = 3;
@@ -21,30 +22,22 @@ pub(super) struct Compressors {
 
 impl Compressors {
     /// One zstd frame that decodes to `data`.
-    pub(super) fn compress(&self, data: &[u8]) -> io::Result<Vec<u8>> {
+    pub(super) fn compress(&self, data: &[u8]) -> io::Result<Buffer> {
         let idle = lock(&self.idle).pop();
         let mut compressor = match idle {
             Some(compressor) => compressor,
             None => Compressor::new(LEVEL)?,
         };
-        let compressed = compressor.compress(data)?;
+        let mut compressed = Buffer::for_bytes(compress_bound(data.len()));
+        compressor.compress_to_buffer(data, &mut *compressed)?;
         lock(&self.idle).push(compressor);
         Ok(compressed)
     }
 
-    /// `data` as it is to be stored: as it is, where the encoding says so or compressing gains nothing.
-    pub(super) fn encode<'a>(
-        &self,
-        data: &'a [u8],
-        encoding: Encoding,
-    ) -> io::Result<(Cow<'a, [u8]>, Encoding)> {
-        if encoding == Encoding::Zstd {
-            let compressed = self.compress(data)?;
-            if compressed.len() < data.len() {
-                return Ok((Cow::Owned(compressed), Encoding::Zstd));
-            }
-        }
-        Ok((Cow::Borrowed(data), Encoding::Identity))
+    /// One zstd frame that decodes to `data`, where that is smaller.
+    pub(super) fn compress_if_smaller(&self, data: &[u8]) -> io::Result<Option<Buffer>> {
+        let compressed = self.compress(data)?;
+        Ok((compressed.len() < data.len()).then_some(compressed))
     }
 }
 
@@ -77,27 +70,26 @@ mod tests {
 
     #[test]
     fn no_frame_of_the_largest_size_is_stored_in_more_than_the_limit() {
-        let bound = zstd::zstd_safe::compress_bound(FRAME_LIMIT as usize);
+        let bound = compress_bound(FRAME_LIMIT as usize);
         assert_eq!(bound, STORED_LIMIT as usize);
     }
 
     #[test]
-    fn bytes_that_do_not_compress_are_stored_as_they_are() {
+    fn bytes_that_do_not_compress_are_left_as_they_are() {
         let noise = super::super::name::random::<4096>().unwrap();
         let compressors = Compressors::default();
-        let (stored, encoding) = compressors.encode(&noise, Encoding::Zstd).unwrap();
-        assert_eq!((&*stored, encoding), (&noise[..], Encoding::Identity));
-        let (stored, encoding) = compressors.encode(&[7; 4096], Encoding::Zstd).unwrap();
-        assert!(stored.len() < 100 && encoding == Encoding::Zstd);
+        assert_eq!(compressors.compress_if_smaller(&noise).unwrap(), None);
+        let stored = compressors.compress_if_smaller(&[7; 4096]).unwrap();
+        assert!(stored.is_some_and(|stored| stored.len() < 100));
     }
 
     #[test]
     fn a_frame_that_holds_more_than_was_recorded_is_refused() {
         let stored = Compressors::default().compress(&[0; 1 << 20]).unwrap();
-        assert!(decode(stored.clone(), 1 << 20, Encoding::Zstd).is_ok());
+        assert!(decode(stored.to_vec(), 1 << 20, Encoding::Zstd).is_ok());
         for wrong in [1, (1 << 20) - 1] {
             assert_eq!(
-                decode(stored.clone(), wrong, Encoding::Zstd),
+                decode(stored.to_vec(), wrong, Encoding::Zstd),
                 Err(Damage::Frame)
             );
         }
@@ -106,8 +98,8 @@ mod tests {
     proptest! {
         #[test]
         fn frames_decode_to_what_was_encoded(data in prop::collection::vec(0u8..4, 1..5000)) {
-            let (stored, encoding) = Compressors::default().encode(&data, Encoding::Zstd).unwrap();
-            prop_assert_eq!(decode(stored.into_owned(), data.len() as u32, encoding).unwrap(), data);
+            let stored = Compressors::default().compress(&data).unwrap().to_vec();
+            prop_assert_eq!(decode(stored, data.len() as u32, Encoding::Zstd).unwrap(), data);
         }
 
         #[test]

@@ -8,6 +8,7 @@ use super::lock;
 use super::name::{BackupId, ObjectName};
 use super::seek_table::{self, Lengths};
 use super::store::{Store, object_path};
+use crate::buffer::Buffer;
 use crate::channel::Encoding;
 use crate::digest::Digest;
 use crate::extent::Extent;
@@ -78,7 +79,7 @@ impl Objects {
                 compressors: self.compressors.clone(),
             },
             file,
-            pending: Vec::new(),
+            pending: Buffer::default(),
             size: 0,
             stored: 0,
             hasher: blake3::Hasher::new(),
@@ -110,7 +111,7 @@ pub struct ObjectWriter {
     file: File,
     /// Written by the provider and not yet a frame; less than [`FRAME_LIMIT`] bytes, none where there is nothing to
     /// encode.
-    pending: Vec<u8>,
+    pending: Buffer,
     /// Before encoding, `pending` included.
     size: u64,
     stored: u64,
@@ -209,7 +210,7 @@ impl ObjectWriter {
 
     fn flush(&mut self) -> Result<(), Error> {
         if !self.pending.is_empty() {
-            let room = Vec::with_capacity(FRAME_LIMIT as usize);
+            let room = Buffer::for_bytes(FRAME_LIMIT as usize);
             let pending = std::mem::replace(&mut self.pending, room);
             // What was pending is in the frame or lost.
             let frame = self.encoder.encode(pending).inspect_err(|_| self.fail())?;
@@ -288,14 +289,14 @@ pub struct FrameEncoder {
 
 /// A frame's bytes as they are stored, with no place in an object yet.
 pub struct EncodedFrame {
-    stored: Vec<u8>,
+    stored: Buffer,
     decoded: u32,
     encoding: Encoding,
 }
 
 impl FrameEncoder {
     /// One frame of `bytes`, of which there are 1 to [`FRAME_LIMIT`]; [`Error::TooLarge`] where there are more.
-    pub fn encode(&self, bytes: Vec<u8>) -> Result<EncodedFrame, Error> {
+    pub fn encode(&self, bytes: Buffer) -> Result<EncodedFrame, Error> {
         let decoded = u32::try_from(bytes.len()).unwrap_or(u32::MAX);
         if decoded > FRAME_LIMIT {
             return Err(Error::TooLarge {

@@ -403,7 +403,7 @@ fn objects_are_what_was_written_to_any_zstd() {
         let splice = |object: &mut ObjectWriter, bytes: &[u8]| -> Vec<Frame> {
             bytes
                 .chunks(FRAME_LIMIT as usize)
-                .map(|piece| encoder.encode(piece.to_vec()).unwrap())
+                .map(|piece| encoder.encode(piece.to_vec().into()).unwrap())
                 .map(|frame| object.append(&frame).unwrap())
                 .collect()
         };

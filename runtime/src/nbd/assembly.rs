@@ -31,12 +31,14 @@ pub(super) fn push_run(runs: &mut Vec<StatusRun>, run: StatusRun) {
 
 /// The bytes of a read while its chunks come in, in any order.
 ///
-/// The buffer always ends with a byte that was received. What lies before that and was not received
-/// yet has been filled with zeroes, so holes there need no work and data there overwrites.
+/// The buffer always ends with a byte that was received, or with those that were lent with it. What lies between and was
+/// not received yet has been filled with zeroes, so holes there need no work and data there overwrites.
 #[derive(Debug)]
 pub(super) struct ReadAssembly {
     extent: Extent,
     buffer: Vec<u8>,
+    /// Length of the buffer as it was lent: where the extent begins in it.
+    start: usize,
     received: ExtentSet,
     chunks: u64,
 }
@@ -51,12 +53,12 @@ pub(super) enum Place<'a> {
 }
 
 impl ReadAssembly {
-    /// Begins to put together `extent`, of `length` bytes, in a buffer of which only the capacity is kept.
+    /// Begins to put together `extent`, of `length` bytes, at the end of a buffer.
     pub(super) fn new(extent: Extent, length: u32, mut buffer: Vec<u8>) -> Self {
-        buffer.clear();
         buffer.reserve_exact(length as usize);
         Self {
             extent,
+            start: buffer.len(),
             buffer,
             received: ExtentSet::new(),
             chunks: 0,
@@ -88,7 +90,7 @@ impl ReadAssembly {
         Ok(())
     }
 
-    /// The bytes, if each has been received.
+    /// The buffer, if each byte has been received.
     pub(super) fn finish(self) -> Result<Vec<u8>, Violation> {
         // Chunks do not overlap and lie inside, so the counts are equal only if nothing is missing.
         let received = self.received.bytes();
@@ -124,7 +126,8 @@ impl ReadAssembly {
         }
         self.received.insert(chunk);
         // Within the extent, whose length was given as 32 bits.
-        Ok(((offset - extent.start()) as usize, length as usize))
+        let at = self.start + (offset - extent.start()) as usize;
+        Ok((at, length as usize))
     }
 }
 
@@ -239,8 +242,8 @@ mod tests {
 
     fn assemble(content: &[u8], pieces: &[(u64, u64, bool)]) -> Result<Vec<u8>, Violation> {
         let extent = Extent::new(START, content.len() as u64).unwrap();
-        // What was in a lent buffer must never show.
-        let mut assembly = ReadAssembly::new(extent, content.len() as u32, vec![0xa5; 3000]);
+        let lent = vec![0xa5; 3000];
+        let mut assembly = ReadAssembly::new(extent, content.len() as u32, lent.clone());
         let capacity = assembly.buffer.capacity();
         for &(offset, length, hole) in pieces {
             if hole {
@@ -251,7 +254,10 @@ mod tests {
             }
         }
         assert_eq!(assembly.buffer.capacity(), capacity);
-        assembly.finish()
+        let mut bytes = assembly.finish()?;
+        let read = bytes.split_off(lent.len());
+        assert_eq!(bytes, lent);
+        Ok(read)
     }
 
     proptest! {

@@ -113,10 +113,9 @@ impl Connection {
         &self.link().session.info
     }
 
-    /// Reads `extent`, at most [`max_block`](ExportInfo::max_block) bytes.
+    /// Reads `extent`, at most [`max_block`](ExportInfo::max_block) bytes, and appends it to `buffer`.
     ///
-    /// `buffer` is any vector to reuse; the returned one is it, grown where its capacity was too
-    /// small, with exactly the bytes of `extent`. It is lost with an error.
+    /// The returned vector is that buffer, grown where its capacity was too small. It is lost with an error.
     pub async fn read(&self, extent: Extent, buffer: Vec<u8>) -> Result<Vec<u8>, Error> {
         self.check(extent)?;
         let max = self.info().max_block;

@@ -2,6 +2,7 @@
 
 use super::plan::Plan;
 use super::reader::{Permit, Reader};
+use crate::buffer::Buffer;
 use crate::extent::Extent;
 use crate::nbd;
 
@@ -18,13 +19,13 @@ pub struct Frozen {
 #[derive(Debug)]
 pub struct Held {
     /// Exactly as many as were asked for.
-    pub bytes: Vec<u8>,
+    pub bytes: Buffer,
     permit: Permit,
 }
 
 impl Held {
     /// The bytes and the right to hold them, for whoever makes something else of them.
-    pub fn into_parts(self) -> (Vec<u8>, Permit) {
+    pub fn into_parts(self) -> (Buffer, Permit) {
         (self.bytes, self.permit)
     }
 }
@@ -41,7 +42,9 @@ impl Frozen {
         let bytes = if !self.plan.zero().overlaps(extent) {
             self.reader.read(extent).await?
         } else {
-            let mut bytes = vec![0; extent.len() as usize];
+            let length = extent.len() as usize;
+            let mut bytes = Buffer::for_bytes(length);
+            bytes.resize(length, 0);
             for data in self.plan.zero().gaps(extent) {
                 let at = (data.start() - extent.start()) as usize;
                 bytes[at..at + data.len() as usize].copy_from_slice(&self.reader.read(data).await?);

@@ -6,6 +6,7 @@
 //! its processors, for as long as it does not read; not even its `shutdown` of the socket ends that, as QEMU 10.0.2 waits
 //! for room in it. Nothing that this process could do later helps, so nothing larger is ever asked for.
 
+use crate::buffer::Buffer;
 use crate::extent::Extent;
 use crate::nbd::{self, Connection};
 use std::future::Future;
@@ -43,22 +44,33 @@ impl Lane {
         self.connection.info()
     }
 
-    /// Reads `extent`, at most [`REPLY`] bytes.
-    pub async fn read(&self, extent: Extent) -> Result<Vec<u8>, nbd::Error> {
-        self.ask(move |connection| async move { connection.read(extent, Vec::new()).await })
-            .await
+    /// Reads `extent`, by one answer after the other.
+    pub async fn read(&self, extent: Extent) -> Result<Buffer, nbd::Error> {
+        self.ask(move |connection| async move {
+            let mut bytes = Buffer::for_bytes(extent.len() as usize);
+            for piece in extent.pieces(REPLY) {
+                let before = std::mem::take(&mut *bytes);
+                *bytes = in_time(&connection, connection.read(piece, before)).await?;
+            }
+            Ok(bytes)
+        })
+        .await
     }
 
     /// What the meta context of the connection says about `extent`, which has at most [`REPLY`] bytes' worth of runs.
     pub async fn block_status(&self, extent: Extent) -> Result<Vec<nbd::StatusRun>, nbd::Error> {
-        self.ask(move |connection| async move { connection.block_status(extent).await })
-            .await
+        self.ask(move |connection| async move {
+            in_time(&connection, connection.block_status(extent)).await
+        })
+        .await
     }
 
     /// As [`Connection::trim`].
     pub async fn trim(&self, extent: Extent) -> Result<(), nbd::Error> {
-        self.ask(move |connection| async move { connection.trim(extent).await })
-            .await
+        self.ask(
+            move |connection| async move { in_time(&connection, connection.trim(extent)).await },
+        )
+        .await
     }
 
     /// Closes the connection; whoever still waits for an answer gets an error at once.
@@ -67,30 +79,37 @@ impl Lane {
     }
 
     /// Waits for the turn and asks. Whoever asked may go away meanwhile; the turn ends with the answer all the same.
-    async fn ask<T, F>(&self, request: impl FnOnce(Connection) -> F) -> Result<T, nbd::Error>
+    async fn ask<T, F>(&self, requests: impl FnOnce(Connection) -> F) -> Result<T, nbd::Error>
     where
         T: Send + 'static,
         F: Future<Output = Result<T, nbd::Error>> + Send + 'static,
     {
         let turn = Arc::clone(&self.turn).lock_owned().await;
-        let connection = self.connection.clone();
-        let request = request(connection.clone());
+        let requests = requests(self.connection.clone());
         let answered = tokio::spawn(async move {
-            let answer = tokio::time::timeout(REQUEST_TIME, request).await;
-            if answer.is_err() {
-                // The answer may still come, so that nothing more may be asked.
-                connection.disconnect().await;
-            }
+            let answer = requests.await;
             drop(turn);
             answer
         });
-        match answered.await.map_err(io::Error::other)? {
-            Ok(answer) => answer,
-            Err(_) => Err(io::Error::new(
+        answered.await.map_err(io::Error::other)?
+    }
+}
+
+/// The answer to one request on `connection`, which is given up where it takes too long.
+async fn in_time<T>(
+    connection: &Connection,
+    request: impl Future<Output = Result<T, nbd::Error>>,
+) -> Result<T, nbd::Error> {
+    match tokio::time::timeout(REQUEST_TIME, request).await {
+        Ok(answer) => answer,
+        Err(_) => {
+            // The answer may still come, so that nothing more may be asked.
+            connection.clone().disconnect().await;
+            Err(io::Error::new(
                 io::ErrorKind::TimedOut,
                 "QEMU did not answer a request in time",
             )
-            .into()),
+            .into())
         }
     }
 }

@@ -5,6 +5,7 @@
 
 use super::frozen::Frozen;
 use super::reader::PIECE;
+use crate::buffer::Buffer;
 use crate::digest::{self, Digest};
 use crate::extent::Extent;
 use crate::nbd;
@@ -28,7 +29,7 @@ const DIGESTS: usize = 1 << 16;
 /// One fetched window.
 #[derive(Debug)]
 struct Window {
-    bytes: Vec<u8>,
+    bytes: Buffer,
     digests: Vec<Digest>,
 }
 

@@ -1,7 +1,8 @@
 //! Reads and trims of one frozen disk, spread over several NBD connections.
 
 use super::bandwidth::Bandwidth;
-use super::lane::{Lane, REPLY};
+use super::lane::Lane;
+use crate::buffer::Buffer;
 use crate::extent::Extent;
 use crate::nbd::{self, Connection};
 use futures_util::future::try_join_all;
@@ -19,7 +20,7 @@ const CONNECTIONS: usize = 8;
 /// others too.
 const ALL_CONNECTIONS: usize = 64;
 
-/// Bytes that are best read together.
+/// Bytes that are best read together: by one connection, into one place, while the others do the same.
 pub const PIECE: u64 = 1 << 20;
 
 /// Bytes of one disk that are read but not stored yet. More than the
@@ -81,26 +82,30 @@ impl Reader {
     }
 
     /// The bytes of `extent`, exactly as many.
-    pub async fn read(&self, extent: Extent) -> Result<Vec<u8>, nbd::Error> {
+    pub async fn read(&self, extent: Extent) -> Result<Buffer, nbd::Error> {
         self.read_over(&self.lanes, extent).await
     }
 
     /// Reads on the connection that was made first: the one whose life proves that the snapshot was never replaced.
-    pub async fn read_on_first(&self, extent: Extent) -> Result<Vec<u8>, nbd::Error> {
+    pub async fn read_on_first(&self, extent: Extent) -> Result<Buffer, nbd::Error> {
         self.read_over(&self.lanes[..1], extent).await
     }
 
-    async fn read_over(&self, lanes: &[Lane], extent: Extent) -> Result<Vec<u8>, nbd::Error> {
-        if extent.len() <= REPLY {
+    async fn read_over(&self, lanes: &[Lane], extent: Extent) -> Result<Buffer, nbd::Error> {
+        if extent.len() <= PIECE {
             return self.read_from(self.turn(lanes), extent).await;
         }
-        let pieces = extent.pieces(REPLY);
+        let pieces = extent.pieces(PIECE);
         let pieces = pieces.map(|piece| self.read_from(self.turn(lanes), piece));
-        Ok(try_join_all(pieces).await?.concat())
+        let mut bytes = Buffer::for_bytes(extent.len() as usize);
+        for piece in try_join_all(pieces).await? {
+            bytes.extend_from_slice(&piece);
+        }
+        Ok(bytes)
     }
 
     /// The one place where bytes of a volume come in.
-    async fn read_from(&self, lane: &Lane, extent: Extent) -> Result<Vec<u8>, nbd::Error> {
+    async fn read_from(&self, lane: &Lane, extent: Extent) -> Result<Buffer, nbd::Error> {
         if let Some(bandwidth) = &self.bandwidth {
             bandwidth.take(extent.len()).await;
         }

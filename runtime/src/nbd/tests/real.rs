@@ -191,14 +191,11 @@ async fn what_is_read_from_qemu_is_what_the_image_holds() {
     for reader in 0..4u64 {
         let (connection, content) = (connection.clone(), content.clone());
         readers.spawn(async move {
-            let mut buffer = vec![0x5a; 100];
+            let mut buffer = Vec::new();
             let whole = extent(0, content.len() as u64);
             for piece in whole.pieces(300_000 + 77_824 * reader) {
                 buffer = connection.read(piece, buffer).await.unwrap();
-                assert!(
-                    buffer == content[piece.start() as usize..piece.end() as usize],
-                    "{piece}"
-                );
+                assert!(buffer == content[..piece.end() as usize], "{piece}");
             }
         });
     }
