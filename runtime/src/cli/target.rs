@@ -67,8 +67,15 @@ fn archive_folder(path: &Path) -> Result<Dir, Failure> {
         .map_err(Failure::Mistake)
 }
 
+/// A wrong folder is the user's mistake, and so is one that may not be used; a damaged archive is nobody's.
 fn unusable(path: &Path, error: archive::Error) -> Failure {
-    Failure::Mistake(anyhow!("the archive {}: {error}", path.display()))
+    use archive::Error::{NotAnArchive, NotEmpty};
+    let mistake = matches!(error, NotAnArchive | NotEmpty) || error.is_not_writable();
+    let said = anyhow!("the archive {}: {error}", path.display());
+    match mistake {
+        true => Failure::Mistake(said),
+        false => Failure::Failed(said),
+    }
 }
 
 /// The archive in a VM's state folder that records what tools have of it; an empty folder becomes one.

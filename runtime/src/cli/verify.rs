@@ -122,7 +122,7 @@ impl Verify {
             }
         }
         if !findings.is_empty() {
-            return Err(Failure::Failed(anyhow!(
+            return Err(Failure::Reported(anyhow!(
                 "backup {} is damaged ({} findings)",
                 manifest.backup,
                 findings.len()

@@ -301,7 +301,7 @@ impl Monitor {
     /// Negotiates on a connected socket; `name` is for error messages.
     ///
     /// # Errors
-    /// [`MonitorError::NotQmp`].
+    /// [`MonitorError::NotQmp`], and [`MonitorError::Lost`] from one that greeted and then went.
     pub async fn over(stream: UnixStream, name: &str) -> Result<Self, MonitorError> {
         let not_qmp = |reason| MonitorError::NotQmp {
             socket: name.into(),
@@ -320,7 +320,10 @@ impl Monitor {
         monitor
             .within(GREETING_LIMIT, "qmp_capabilities", json!({}), None)
             .await
-            .map_err(|e| not_qmp(NotQmp::Handshake(Box::new(e))))?;
+            .map_err(|error| match error.is_lost() {
+                true => error,
+                false => not_qmp(NotQmp::Handshake(Box::new(error))),
+            })?;
         Ok(monitor)
     }
 

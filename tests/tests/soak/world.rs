@@ -247,8 +247,7 @@ impl World {
     }
 
     fn inject(&mut self, what: What) {
-        // The first is the handshake: what closes that is no monitor.
-        let at = At::Number(2 + self.random.below(self.commands.max(1)) as usize);
+        let at = At::Number(1 + self.random.below(self.commands.max(1)) as usize);
         let stage = match self.random.below(2) {
             0 => Stage::BeforeQemu,
             _ => Stage::BeforeAnswer,

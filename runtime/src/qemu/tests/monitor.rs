@@ -208,10 +208,16 @@ async fn a_socket_that_is_no_monitor_is_told_apart() {
         error_of(&[b' '; 70_000]).await,
         NotQmp::OtherGreeting
     ));
-    assert!(matches!(
-        error_of(b"{\"QMP\": {}}\r\n").await,
-        NotQmp::Handshake(_)
-    ));
+}
+
+/// It is no mistake of the user's, who has named a monitor.
+#[tokio::test]
+async fn a_monitor_that_goes_in_its_handshake_is_lost() {
+    let (ours, mut theirs) = UnixStream::pair().unwrap();
+    theirs.write_all(b"{\"QMP\": {}}\r\n").await.unwrap();
+    theirs.shutdown().await.unwrap();
+    let error = Monitor::over(ours, "some.sock").await.unwrap_err();
+    assert!(error.is_lost(), "{error}");
 }
 
 #[tokio::test]
