@@ -16,8 +16,8 @@ PROVIDERS = chunked image
 # Those in other languages, and the projects that `fleecebox provider new` writes in them.
 LANGUAGES = qcow2 numbered watchful
 NEW_PROJECTS = $(foreach language,c python javascript,$(language)-sighted $(language)-blind)
-# One that only the benchmark needs.
-BENCH_PROVIDER = splices-everything
+# What only the benchmark and the tests need.
+TEST_PROVIDERS = splices-everything asks-everything
 # Hostile ones, and those with one mistake each that the conformance kit has to find.
 HOSTILE = $(basename $(notdir $(wildcard tests/hostile/examples/*.rs tests/planted/examples/*.rs)))
 WASM = $(CARGO_TARGET_DIR)/wasm32-unknown-unknown/release
@@ -99,10 +99,10 @@ providers:
 	@config=$$(guest-sdk/wasm-std.sh) && unset RUSTFLAGS CARGO_ENCODED_RUSTFLAGS CARGO_BUILD_TARGET && \
 	build="cargo build --release --locked --target wasm32-unknown-unknown" && \
 	echo "building the providers" && \
-	$$build --config "$$config" $(PROVIDERS:%=-p %) -p $(BENCH_PROVIDER) && \
+	$$build --config "$$config" $(PROVIDERS:%=-p %) $(TEST_PROVIDERS:%=-p %) && \
 	$$build --config "$$config" -p hostile -p planted --examples
 	@mkdir -p $(COMPONENTS)
-	@for name in $(PROVIDERS) $(BENCH_PROVIDER); do \
+	@for name in $(PROVIDERS) $(TEST_PROVIDERS); do \
 		install -C -m 644 "$(WASM)/$$(echo $$name | tr - _).wasm" "$(COMPONENTS)/$$name.wasm" || exit; done
 	@for name in $(HOSTILE); do \
 		install -C -m 644 "$(WASM)/examples/$$(echo $$name | tr - _).wasm" "$(COMPONENTS)/$$name.wasm" || exit; done

@@ -3,6 +3,7 @@
 #   COMPONENT = NAME              builds NAME.wasm
 #   SOURCES = NAME.c …
 #   WORLD = blind-provider        or `provider`, for one that reads the bytes
+#   TESTS = test.c …              run by `make test`, natively: see mock.h
 #
 # It needs a clang and an lld that know wasm32, with their runtime library, a C library for it, and what makes a
 # component of a module: `wasm-component-ld`, which is part of every Rust toolchain. On Debian:
@@ -43,6 +44,17 @@ $(OUT)/%.o: %.c $(SDK_FOLDER)fleecebox-guest.h
 $(OUT)/fleecebox-bindings.o: $(BINDINGS)/fleecebox.c
 	@mkdir -p $(@D)
 	$(CC) $(TARGET) -std=c17 $(CFLAGS) -ffunction-sections -fdata-sections -c $< -o $@
+
+# The machine's own compiler.
+HOST_CC ?= cc
+
+$(OUT)/test: $(SOURCES) $(TESTS) $(SDK_FOLDER)mock.c $(SDK_FOLDER)mock.h $(SDK_FOLDER)fleecebox-guest.h
+	@mkdir -p $(@D)
+	$(HOST_CC) -std=c17 -g $(WARNINGS) $(DEFINES) -I$(SDK_FOLDER) $(filter %.c,$^) -o $@
+
+.PHONY: test
+test: $(OUT)/test
+	$<
 
 .PHONY: clean
 clean:

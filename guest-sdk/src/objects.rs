@@ -56,6 +56,23 @@ impl StoredObject {
     pub fn size(&self) -> u64 {
         self.size
     }
+
+    /// Exactly `length` bytes from `offset` on, in as many calls as it takes, wherever the last read ended.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::OutOfRange`] if that ends past the object or touches what was spliced; [`Error::Io`].
+    pub fn read_at(&self, offset: u64, length: usize) -> Result<Vec<u8>, Error> {
+        let mut bytes = Vec::with_capacity(length);
+        while bytes.len() < length {
+            let position = offset
+                .checked_add(bytes.len() as u64)
+                .ok_or(Error::OutOfRange)?;
+            let part = (length - bytes.len()).min(READ_AT_ONCE) as u32;
+            bytes.extend(self.objects.handle.read(&self.name, position, part)?);
+        }
+        Ok(bytes)
+    }
 }
 
 impl Read for StoredObject {

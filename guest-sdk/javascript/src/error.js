@@ -47,7 +47,7 @@ export function exportCall(call) {
   }
 }
 
-function payloadOf(error) {
+export function payloadOf(error) {
   if (!(error instanceof ProviderError)) {
     const place = String(error?.stack ?? "").trim().split("\n")[0];
     return { tag: "other", val: `${error} (${place})` };

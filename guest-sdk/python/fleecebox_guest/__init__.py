@@ -25,7 +25,7 @@ A whole blind provider, which keeps each volume's changes as one object::
 `fleecebox-build mirror.py` makes `mirror.wasm` of it. Whatever a call fails with is raised as an `Error`; let it pass,
 and the host shows it to the operator. The contract itself, with the rules for ranges and names, is `provider.wit`.
 
-Everything imports in plain Python too, so that a provider's own logic is tested there.
+In plain Python, a provider runs against a host in memory: `fleecebox_guest.mock`, for its own tests.
 """
 
 from .archive import MAX_PUT, Archive, Encoding, OutputStream

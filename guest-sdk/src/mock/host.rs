@@ -210,6 +210,15 @@ impl State {
         &self.bytes[range.offset as usize..(range.offset + range.length) as usize]
     }
 
+    /// The object of that name.
+    fn finished(&self, name: &str) -> Result<&Object, ErrorCode> {
+        match self.finished.get(name) {
+            Some(object) => Ok(object),
+            None if is_plain(name) => Err(ErrorCode::NotFound),
+            None => Err(ErrorCode::InvalidName),
+        }
+    }
+
     /// Covers a range that nothing covers yet.
     fn cover(&mut self, range: types::Extent, cover: Cover) -> Result<(), ErrorCode> {
         let whole = self.whole(range)?;
@@ -320,7 +329,7 @@ pub(crate) mod imports {
     }
 
     pub(crate) mod volume {
-        use super::super::{BLOCK, Cover, Shared};
+        use super::super::{BLOCK, Block, Cover, Shared};
         use super::types::{ErrorCode, Extent, Region, RegionKind};
 
         #[derive(Debug, Clone, Copy)]
@@ -395,14 +404,13 @@ pub(crate) mod imports {
                 state.call()?;
                 let whole = state.whole(range)?;
                 let blocks = &mut state.blocks[whole];
-                let finished = |cover| match cover {
+                // A zero block is done without a cover, but not while an unfinished object covers it.
+                let finished = |it: &Block| match it.cover {
                     Cover::Done { .. } => true,
-                    Cover::Nothing | Cover::Pending { .. } => false,
+                    Cover::Nothing => it.zero,
+                    Cover::Pending { .. } => false,
                 };
-                if blocks
-                    .iter()
-                    .any(|it| !it.dirty || !(finished(it.cover) || it.zero))
-                {
+                if blocks.iter().any(|it| !it.dirty || !finished(it)) {
                     return Err(ErrorCode::NotDirty);
                 }
                 blocks.iter_mut().for_each(|it| it.discarded = true);
@@ -609,8 +617,7 @@ pub(crate) mod imports {
             pub(crate) fn size(&self, name: &str) -> Result<u64, ErrorCode> {
                 let mut state = self.0.state();
                 state.call()?;
-                let object = state.finished.get(name).ok_or(ErrorCode::NotFound)?;
-                Ok(object.bytes.len() as u64)
+                Ok(state.finished(name)?.bytes.len() as u64)
             }
 
             pub(crate) fn read(
@@ -624,7 +631,7 @@ pub(crate) mod imports {
                 if length > MAX_TRANSFER {
                     return Err(ErrorCode::TooLarge);
                 }
-                let object = state.finished.get(name).ok_or(ErrorCode::NotFound)?;
+                let object = state.finished(name)?;
                 let end = offset.checked_add(length.into());
                 let end = end.filter(|&end| length > 0 && end <= object.bytes.len() as u64);
                 let end = end.ok_or(ErrorCode::OutOfRange)?;

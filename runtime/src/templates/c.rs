@@ -2,7 +2,8 @@
 
 use super::{CONTRACT, File, Plan, Whole};
 
-const SDK: &[Whole] = sdk!["c/": "fleecebox-guest.h", "provider.mk", "bindings/README.md"];
+const SDK: &[Whole] =
+    sdk!["c/": "fleecebox-guest.h", "mock.c", "mock.h", "provider.mk", "bindings/README.md"];
 
 /// What the generator made of the contract's two worlds. The object file says what the component imports and exports.
 const SIGHTED: &[Whole] = sdk!["c/":
@@ -20,6 +21,7 @@ pub(super) fn project(plan: &Plan) -> Vec<File> {
     let source = plan.either(template!("c/sighted.c.in"), template!("c/blind.c.in"));
     let mut files = vec![
         plan.filled("main.c", source),
+        plan.filled("test.c", template!("c/test.c.in")),
         plan.filled("Makefile", template!("c/Makefile.in")),
         plan.filled("README.md", template!("c/README.md.in")),
         plan.filled(".gitignore", template!("c/gitignore.in")),

@@ -5,6 +5,7 @@ use super::{File, Plan, Whole};
 const SDK: &[Whole] = sdk!["javascript/":
     "build.js",
     "index.d.ts",
+    "mock.d.ts",
     "package.json",
     "provider.wit",
     "src/archive.js",
@@ -13,6 +14,8 @@ const SDK: &[Whole] = sdk!["javascript/":
     "src/exported.js",
     "src/extent.js",
     "src/index.js",
+    "src/mock/host.js",
+    "src/mock/index.js",
     "src/objects.js",
     "src/volume.js",
 ];
@@ -24,6 +27,7 @@ pub(super) fn project(plan: &Plan) -> Vec<File> {
     );
     let mut files = vec![
         plan.filled("main.js", source),
+        plan.filled("main.test.js", template!("javascript/main.test.js.in")),
         plan.filled("package.json", template!("javascript/package.json.in")),
         plan.filled("README.md", template!("javascript/README.md.in")),
         plan.filled(".gitignore", template!("javascript/gitignore.in")),

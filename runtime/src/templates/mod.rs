@@ -8,6 +8,7 @@
 //! | `{{name}}` | the project's name, such as `my-provider` |
 //! | `{{crate}}` | the same with `_` for `-` |
 //! | `{{Type}}` | the same in camel case, `MyProvider` |
+//! | `{{backUp}}` | what the mock's disk does with it in JavaScript, `backUp` or `backUpBlindly` |
 //! | `{{world}}` | the contract's world, `provider` or `blind-provider` |
 //! | `{{version}}` | this program's version |
 
@@ -61,7 +62,7 @@ pub enum Language {
 const TAKEN: [&str; 5] = ["test", "core", "std", "alloc", "fleecebox-guest"];
 
 /// What the templates use by these names; a provider's type would hide it.
-const TAKEN_TYPES: [&str; 30] = [
+const TAKEN_TYPES: [&str; 31] = [
     "Archive",
     "BigInt",
     "BlindProvider",
@@ -75,6 +76,7 @@ const TAKEN_TYPES: [&str; 30] = [
     "Error",
     "Extent",
     "Fault",
+    "GaveUp",
     "Image",
     "None",
     "Number",
@@ -165,6 +167,7 @@ impl Plan<'_> {
             .replace("{{name}}", &self.name.0)
             .replace("{{crate}}", &self.name.snake_case())
             .replace("{{Type}}", &self.name.camel_case())
+            .replace("{{backUp}}", self.either("backUp", "backUpBlindly"))
             .replace("{{world}}", world)
             .replace("{{version}}", env!("CARGO_PKG_VERSION"));
         File::copy((path, text.as_bytes()))

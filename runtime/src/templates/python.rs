@@ -15,6 +15,8 @@ const SDK: &[Whole] = sdk!["python/":
     "fleecebox_guest/error.py",
     "fleecebox_guest/exports.py",
     "fleecebox_guest/extent.py",
+    "fleecebox_guest/mock/__init__.py",
+    "fleecebox_guest/mock/host.py",
     "fleecebox_guest/objects.py",
     "fleecebox_guest/provider.py",
     "fleecebox_guest/provider.wit",
@@ -28,8 +30,13 @@ pub(super) fn project(plan: &Plan) -> Vec<File> {
         template!("python/sighted.py.in"),
         template!("python/blind.py.in"),
     );
+    let test = plan.either(
+        template!("python/test_sighted.py.in"),
+        template!("python/test_blind.py.in"),
+    );
     let mut files = vec![
         plan.filled("main.py", source),
+        plan.filled("test_main.py", test),
         plan.filled("README.md", template!("python/README.md.in")),
         plan.filled(".gitignore", template!("python/gitignore.in")),
     ];
