@@ -185,7 +185,7 @@ pub(super) fn cases() -> Vec<Case> {
         // Claims.
         run("claims-without-bytes", "the bytes were here a moment ago"),
         run("stores-garbage", OTHER_BYTES),
-        run("lies-in-restore", OTHER_BYTES),
+        run("corrupts-one-byte-in-restore", OTHER_BYTES),
         run("swaps-objects", "the provider"),
         // What it is asked for again.
         kind("attacks-restore", "spins-in-restore", "spins", CPU),
