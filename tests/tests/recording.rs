@@ -59,6 +59,11 @@ fn a_failure_is_seen_again_without_the_disk_and_a_mended_provider_goes_another_w
     let job = customer.backup_command(&order).arg("--record");
     let job = job.arg(customer.path("none/case"));
     job.run()?.assert_refused(2, "none/case cannot be begun");
+    let foretold = customer.backup_command(&order).arg("--dry-run");
+    let foretold = foretold.arg("--record").arg(customer.path("foretold"));
+    let refused = foretold.run()?;
+    refused.assert_refused(2, "--dry-run runs no provider");
+    ensure!(!customer.path("foretold").exists());
     let other_world = replay(&vendor, &recording, "image")?;
     other_world.run()?.assert_refused(2, "world is provider");
     Ok(())

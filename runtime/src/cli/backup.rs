@@ -66,6 +66,7 @@ pub(super) struct Backup {
 impl Backup {
     pub(super) async fn run(self, session: &Session) -> Result<(), Failure> {
         if self.dry_run {
+            self.recording.refuse_for_dry_run()?;
             return self.foretell(session).await;
         }
         let started = Instant::now();

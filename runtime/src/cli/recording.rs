@@ -30,6 +30,17 @@ pub(super) struct Options {
 }
 
 impl Options {
+    /// A dry run asks no provider anything.
+    pub(super) fn refuse_for_dry_run(&self) -> Result<(), Failure> {
+        match &self.record {
+            None => Ok(()),
+            Some(path) => Err(Failure::Mistake(anyhow!(
+                "--dry-run runs no provider, so that there is nothing to record in {}; leave out --record or --dry-run",
+                path.display()
+            ))),
+        }
+    }
+
     /// Begins the recording, if one is wanted.
     pub(super) fn begin(
         &self,
