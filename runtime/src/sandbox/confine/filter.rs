@@ -90,18 +90,24 @@ type Call = (libc::c_long, Vec<SeccompRule>);
 
 fn allowed(stage: Stage) -> Result<Vec<Call>, BackendError> {
     let mut calls: Vec<Call> = ALWAYS.iter().map(|&call| (call, vec![])).collect();
-    // Memory of no file, and no code.
+    // Memory of no file, and no code. Private, because the limit on data (RLIMIT_DATA) counts neither shared memory nor
+    // what grows as a stack does.
+    let sharing = libc::MAP_SHARED | libc::MAP_PRIVATE;
+    let uncounted = sharing | libc::MAP_GROWSDOWN;
     let anonymous = [
         masked(2, libc::PROT_EXEC, 0)?,
-        masked(3, libc::MAP_ANONYMOUS, libc::MAP_ANONYMOUS)?,
+        masked(
+            3,
+            libc::MAP_ANONYMOUS | uncounted,
+            libc::MAP_ANONYMOUS | libc::MAP_PRIVATE,
+        )?,
     ];
     let mut map = vec![rule(anonymous)?];
     if stage == Stage::Loading {
         // The file with the machine code, to be looked at.
-        let private = libc::MAP_PRIVATE | libc::MAP_SHARED;
         map.push(rule([
             equal(2, libc::PROT_READ as u64)?,
-            masked(3, private, libc::MAP_PRIVATE)?,
+            masked(3, sharing, libc::MAP_PRIVATE)?,
         ])?);
     }
     calls.push((libc::SYS_mmap, map));

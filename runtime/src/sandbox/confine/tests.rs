@@ -81,6 +81,9 @@ fn reach(attempt: &str, target: &str) -> Option<io::Result<()>> {
 /// The system calls of a process that runs code of its own choice at the last step.
 fn calls(payload: u64) -> Vec<(&'static str, libc::c_long, [u64; 6])> {
     let private = (libc::MAP_PRIVATE | libc::MAP_ANONYMOUS) as u64;
+    let shared = (libc::MAP_SHARED | libc::MAP_ANONYMOUS) as u64;
+    let grows = private | libc::MAP_GROWSDOWN as u64;
+    let write = (libc::PROT_READ | libc::PROT_WRITE) as u64;
     let (read, execute) = (libc::PROT_READ as u64, libc::PROT_EXEC as u64);
     let none = u64::MAX;
     vec![
@@ -123,6 +126,16 @@ fn calls(payload: u64) -> Vec<(&'static str, libc::c_long, [u64; 6])> {
             "new code",
             libc::SYS_mmap,
             [0, 4096, read | execute, private, none, 0],
+        ),
+        (
+            "memory that is not counted, as it is shared",
+            libc::SYS_mmap,
+            [0, 4096, write, shared, none, 0],
+        ),
+        (
+            "memory that is not counted, as it grows like a stack",
+            libc::SYS_mmap,
+            [0, 4096, write, grows, none, 0],
         ),
         (
             "map the memory file",
