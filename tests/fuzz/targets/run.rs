@@ -193,7 +193,7 @@ async fn back_up(case: &Case) {
 
     let frozen = Arc::new(Frozen {
         plan: case.plan(),
-        reader: Reader::connect(&socket, "disk", None)
+        reader: Reader::connect(&socket, "disk", 1, None)
             .await
             .expect("the server is honest"),
     });
