@@ -35,7 +35,7 @@ help:
 	@echo "make bench      measure against nbdcopy and qemu-img"
 	@echo "make bench-languages  what a provider's language costs"
 	@echo "make fuzz       feed rubbish to all that reads bytes from outside, SECONDS=60 for each part; needs nightly"
-	@echo "make lint       formatting and clippy"
+	@echo "make lint       formatting, clippy, and cargo-deny where it is installed"
 	@echo "make providers  build the providers into $(COMPONENTS)"
 	@echo "make languages  build those that are not in Rust"
 	@echo "make setup      only see to the Debian packages that the tests need"
@@ -87,6 +87,13 @@ fuzz:
 lint:
 	cargo fmt --all --check
 	cargo clippy --release --locked --workspace --all-targets -- -D warnings
+	@if ! cargo deny --version >/dev/null 2>&1; then \
+		echo "the licences and sources of what is depended on are not checked (deny.toml): there is no cargo-deny; type: cargo install --locked cargo-deny"; \
+		exit; fi; \
+	cargo deny --locked check licenses bans sources || exit; \
+	if ls -d $${CARGO_HOME:-$$HOME/.cargo}/advisory-dbs/*/ >/dev/null 2>&1; then \
+		cargo deny --locked --offline check advisories; \
+	else echo "no known advisories are looked for: there is no copy of their database; type: cargo deny fetch"; fi
 
 # The tests with it: cargo settles the features of dependencies for all that it builds at once, so that another choice
 # of packages would compile wasmtime again.
