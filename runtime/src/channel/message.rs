@@ -45,6 +45,11 @@ pub enum Gap {
     /// Another user than root, who started it.
     #[error("no user of its own instead of root")]
     User,
+    /// A control group.
+    #[error(
+        "no limit of the kernel's on the memory of all its processes together (control groups; with systemd, run the job alone in a unit with Delegate=yes)"
+    )]
+    Group,
 }
 
 /// What is missing, in one line.

@@ -5,6 +5,7 @@ use super::vm::{check_name, monitor_of};
 use super::{Failure, Session, target};
 use crate::config::Vm;
 use crate::job::recover::{self, Patient};
+use crate::sandbox;
 use anyhow::anyhow;
 use clap::Args;
 use serde_json::json;
@@ -39,6 +40,7 @@ pub(super) struct Recover {
 impl Recover {
     pub(super) async fn run(self, session: &Session) -> Result<(), Failure> {
         target::find_dead(session)?;
+        sandbox::remove_dead_groups();
         let Some(name) = &self.vm else {
             return all(session).await;
         };

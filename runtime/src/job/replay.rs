@@ -34,7 +34,8 @@ const QUEUE: usize = 64;
 /// opened once for all of them. Their digests take 2 MiB.
 const WAITING: u64 = 1 << 16;
 
-/// Images open at once, each with a process and the memory that its provider may have.
+/// Images open at once, each with a process and the memory that its provider may have. They share no budget as those of a
+/// backup do: an image that is refused what another one holds would fail a restore that each alone lets succeed.
 const IMAGES: usize = 4;
 
 /// Findings that are listed one by one; a backup with more is as lost as one with these.

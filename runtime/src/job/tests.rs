@@ -261,6 +261,28 @@ async fn the_kernel_ends_an_escaped_sandbox_at_the_first_forbidden_call() {
     assert!(told.iter().any(nothing), "{told:?}");
 }
 
+#[tokio::test(flavor = "multi_thread")]
+async fn memory_that_no_limit_of_a_process_counts_is_held_by_the_kernel_all_the_same() {
+    let host = Host::new().await;
+    let limits = "[limits]\nmemory = 16777216";
+    let (error, told) = host.fails("fills page tables", limits).await;
+    let unheld = |event: &&Event| matches!(event, Event::Warning { text } if text.contains("control groups"));
+    if let Some(unheld) = told.iter().find(unheld) {
+        return eprintln!("this system does not offer it: {unheld:?}");
+    }
+    let ended = matches!(
+        &error,
+        VolumeError::Run(RunError::Sandbox(sandbox::Error::Memory { limit }))
+            if (272 << 20..280 << 20).contains(limit)
+    );
+    assert!(ended, "{error:?}");
+    let text = said(&error);
+    assert!(
+        text.contains("needs more memory than its limit allows"),
+        "{text}"
+    );
+}
+
 /// The other side of it: the channel is all that an escape has, and all that there is to have.
 #[tokio::test(flavor = "multi_thread")]
 async fn an_escaped_sandbox_that_does_only_what_it_was_granted_is_a_provider() {

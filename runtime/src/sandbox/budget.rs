@@ -1,8 +1,9 @@
 //! What all sandbox processes of a job may use together: each run's own limits would let a job with many disks have
 //! many times as much.
 
+use super::cgroup::Group;
 use std::collections::BTreeMap;
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 use std::time::Duration;
 
 /// Memory and processor time of a job. Clones are the same budget.
@@ -14,6 +15,8 @@ struct Shared {
     memory: u64,
     cpu: Duration,
     used: Mutex<Used>,
+    /// Made for the first process; none where the system does not let us.
+    group: OnceLock<Option<Arc<Group>>>,
 }
 
 #[derive(Debug, Default)]
@@ -45,6 +48,7 @@ impl Budget {
             memory,
             cpu,
             used: Mutex::default(),
+            group: OnceLock::new(),
         }))
     }
 
@@ -58,6 +62,12 @@ impl Budget {
             budget: self.clone(),
             number,
         }
+    }
+
+    /// The control group of all its processes.
+    pub(super) fn group(&self) -> Option<Arc<Group>> {
+        let make = || Group::make(self.0.memory).ok().map(Arc::new);
+        self.0.group.get_or_init(make).clone()
     }
 
     fn used(&self) -> MutexGuard<'_, Used> {

@@ -147,6 +147,7 @@ async fn in_a_sandbox(
 /// the abort of a program that gets no memory.
 fn too_much(error: Error) -> CompileError {
     match &error {
+        Error::Memory { .. } => CompileError::Memory,
         Error::Died { status, words } => match status.signal() {
             Some(signal) if signal == Signal::XCPU.as_raw() => CompileError::ProcessorTime,
             Some(signal)

@@ -1,6 +1,8 @@
 //! The job process's side of one sandbox process: starting it, speaking with it, and making sure of its end.
 
 use super::budget::{Budget, Share};
+use super::cgroup::{Group, Member};
+use super::confine;
 use super::process::ARGUMENT;
 use super::trace::{Listener, Trace};
 use super::usage::Usage;
@@ -19,6 +21,7 @@ use std::os::unix::net::UnixStream;
 use std::os::unix::process::{CommandExt, ExitStatusExt};
 use std::path::PathBuf;
 use std::process::{Command, ExitStatus, Stdio};
+use std::sync::Arc;
 use std::time::Duration;
 use tokio::sync::oneshot;
 use tokio::time::{Instant, timeout_at};
@@ -105,6 +108,7 @@ pub struct Process {
     listener: Option<Listener>,
     track: Option<Track>,
     share: Option<Share>,
+    member: Option<Member>,
     next_check: Instant,
 }
 
@@ -139,6 +143,15 @@ pub enum Error {
     CpuTime {
         /// The limit.
         limit: Duration,
+    },
+    /// The kernel ended it: the processes of its control group took more memory than they may together.
+    #[error(
+        "it needs more memory than its limit allows: the kernel ended it at {} MiB, its runtime included (memory)",
+        .limit >> 20
+    )]
+    Memory {
+        /// Of the group, in bytes.
+        limit: u64,
     },
     /// It was given no order, because [`Program::require_confinement`] says so.
     #[error("a sandbox process is not confined as required: {}", listed(.missing))]
@@ -220,10 +233,17 @@ impl Process {
                 Order::Compile { .. } => None,
                 Order::Run(_) | Order::OpenImage(_) => program.budget.as_ref().map(Budget::share),
             },
+            member: None,
             next_check: Instant::now() + CHECKED_EVERY,
         };
         // Nothing hostile has reached the process before it has its order, so this is true.
-        let Confinement { missing } = process.hear().await?;
+        let Confinement { mut missing } = process.hear().await?;
+        // It waits for its order now, so that the number is its own.
+        process.member = group(program, order, compiled)
+            .and_then(|(group, room)| group.admit(process.pid, room).ok());
+        if process.member.is_none() {
+            missing.push(Gap::Group);
+        }
         if program.confinement_required && !missing.is_empty() {
             return Err(Error::Unconfined { missing });
         }
@@ -367,12 +387,22 @@ impl Process {
     /// Makes an end after the socket has failed.
     async fn end(&mut self, error: SocketError) -> Error {
         match (error, self.gone().await) {
+            (SocketError::Closed, Some(status))
+                if status.signal() == Some(Signal::KILL.as_raw())
+                    && let Some(limit) = self.passed_limit() =>
+            {
+                Error::Memory { limit }
+            }
             (SocketError::Closed, Some(status)) => Error::Died {
                 status,
                 words: self.last_words(),
             },
             (error, _) => Error::Socket(error),
         }
+    }
+
+    fn passed_limit(&self) -> Option<u64> {
+        self.member.as_ref().and_then(Member::passed_limit)
     }
 
     /// Kills it, waits, and says how it ended, once. One that ended by itself keeps its own status.
@@ -398,6 +428,29 @@ impl Drop for Process {
     fn drop(&mut self) {
         self.signal_kill();
     }
+}
+
+/// The control group for a process with this order, and what it needs in it beside its guest's memory. Those of a job
+/// share one; without a budget, and to compile, each has its own.
+fn group(
+    program: &Program,
+    order: &Order,
+    compiled: Option<BorrowedFd<'_>>,
+) -> Option<(Arc<Group>, u64)> {
+    let compiled = match compiled {
+        Some(file) => rustix::fs::fstat(file).ok()?.st_size.unsigned_abs(),
+        None => 0,
+    };
+    let room = confine::room(compiled);
+    let own = |memory| Group::make(memory).ok().map(Arc::new);
+    let (group, room) = match (order, &program.budget) {
+        // What it puts into the memory file is charged to whoever touched it first.
+        (Order::Compile { .. }, _) => (own(confine::COMPILE_MEMORY), room + Payload::COMPILE_SIZE),
+        (_, Some(budget)) => (budget.group(), room),
+        (Order::Run(run), None) => (own(run.limits.memory), room),
+        (Order::OpenImage(open), None) => (own(open.limits.memory), room),
+    };
+    Some((group?, room))
 }
 
 struct Started {

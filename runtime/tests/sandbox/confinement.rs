@@ -160,6 +160,7 @@ fn what_the_system_does_not_offer_is_said_and_the_rest_still_holds() {
             Gap::Scopes,
             Gap::SystemCalls,
             Gap::User,
+            Gap::Group,
         ] {
             let expected = gaps.contains(&gap) || here.contains(&gap);
             assert_eq!(missing.contains(&gap), expected, "{gap}");
@@ -191,4 +192,69 @@ fn where_confinement_is_required_a_gap_is_an_error_that_names_it() {
     };
     let said = error.to_string();
     assert!(said.contains("Landlock") && !said.contains('\n'), "{said}");
+}
+
+#[tokio::test]
+async fn processes_of_one_job_are_in_one_control_group_and_those_of_two_are_not() {
+    let bench = bench();
+    let first = waiting(&bench).await;
+    if first.missing().contains(&Gap::Group) {
+        return eprintln!("this system does not offer it: {}", Gap::Group);
+    }
+    let groups = |process: &Process| {
+        let text = std::fs::read_to_string(format!("/proc/{}/cgroup", process.id())).unwrap();
+        let own = text.lines().find(|line| line.contains("/fleecebox-"));
+        own.unwrap_or_else(|| panic!("{text}")).to_owned()
+    };
+    assert_ne!(groups(&first), groups(&waiting(&bench).await));
+    let job = Bench {
+        program: bench
+            .program
+            .clone()
+            .within(Budget::new(64 << 20, Duration::from_secs(60))),
+        ..bench
+    };
+    let (one, other) = (waiting(&job).await, waiting(&job).await);
+    let group = groups(&one);
+    assert_eq!(group, groups(&other));
+    let (_, path) = group.rsplit_once(':').unwrap();
+    let mounts = std::fs::read_to_string("/proc/self/mountinfo").unwrap();
+    let mut folders: Vec<_> = mounts
+        .lines()
+        .filter(|line| line.contains(" - cgroup"))
+        .map(|line| format!("{}{path}", line.split(' ').nth(4).unwrap()))
+        .collect();
+    folders.retain(|folder| std::path::Path::new(folder).exists());
+    assert_eq!(folders.len(), 1);
+    drop((one, other, job));
+    assert!(!std::path::Path::new(&folders[0]).exists());
+}
+
+#[test]
+fn where_no_control_group_can_be_made_it_is_said_and_an_error_where_it_is_required() {
+    #[cfg(target_arch = "x86_64")]
+    use nix::libc::SYS_mkdir;
+    use nix::libc::SYS_mkdirat;
+    let calls = [
+        #[cfg(target_arch = "x86_64")]
+        SYS_mkdir,
+        SYS_mkdirat,
+    ];
+    let bench = bench();
+    let component = provider(OK_EMPTY);
+    let runtime = tokio::runtime::Runtime::new().unwrap();
+    let compiled = runtime.block_on(bench.compile(component));
+    let strict = bench.program.clone().require_confinement(true);
+    let (missing, refused) = on_a_system_without(&calls, rustix::io::Errno::ROFS, async || {
+        let order = Order::Run(run_order());
+        let process = Process::start(&bench.program, &order, &compiled.file).await;
+        let refused = Process::start(&strict, &order, &compiled.file).await;
+        (process.unwrap().missing().to_vec(), refused.unwrap_err())
+    });
+    assert!(missing.contains(&Gap::Group), "{missing:?}");
+    let said = refused.to_string();
+    assert!(
+        said.contains("control groups") && said.contains("Delegate=yes") && !said.contains('\n'),
+        "{said}"
+    );
 }

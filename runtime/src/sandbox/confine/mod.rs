@@ -10,8 +10,7 @@
 //! Each promise is kept twice where the kernel has two ways: a call that seccomp ends the process for would reach
 //! nothing either. What the kernel does not have is a [`Gap`], which the job process is told.
 //!
-//! There is no cgroup: to make one, a path outside is needed that the system hands over to us, and the limit on
-//! private memory and the fixed size of the shared one already bound what a sandbox can take.
+//! The job process puts it into a control group besides (`super::cgroup`).
 
 mod filter;
 mod reach;
@@ -88,10 +87,7 @@ impl Confined {
 
     /// Bounds the whole process, wasmtime included, to what the guest may have and room for the host's own needs.
     pub(super) fn load(&self, guest_memory: u64, compiled: u64) -> Result<(), io::Error> {
-        let most = guest_memory
-            .saturating_add(compiled.saturating_mul(2))
-            .saturating_add(HOST_MEMORY);
-        limit(Resource::Data, most)
+        limit(Resource::Data, guest_memory.saturating_add(room(compiled)))
     }
 
     /// From here on no machine code can be added to the process.
@@ -119,6 +115,11 @@ pub(super) const COMPILE_MEMORY: u64 = 2 << 30;
 
 /// In bytes: stacks, the allocator's own, and the copies of what is being transferred.
 const HOST_MEMORY: u64 = 256 << 20;
+
+/// What a process needs beside its guest's memory, with `compiled` bytes of machine code; 0 in one that compiles.
+pub(super) fn room(compiled: u64) -> u64 {
+    HOST_MEMORY.saturating_add(compiled.saturating_mul(2))
+}
 
 fn limit(resource: Resource, most: u64) -> Result<(), io::Error> {
     limit_softly(resource, most, most)

@@ -258,6 +258,24 @@ fn work(payload: &Payload) {
     std::thread::sleep(std::time::Duration::ZERO);
 }
 
+/// Takes 800 MiB without a byte of data: to read a page takes none of it, but for each 2 MiB one that says where it is.
+fn fill_page_tables() -> Option<()> {
+    const SPAN: usize = 400 << 30;
+    let flags = libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_NORESERVE;
+    // SAFETY: The mapping is new, and only read, and only within its length.
+    #[allow(unsafe_code)]
+    unsafe {
+        let start = libc::mmap(std::ptr::null_mut(), SPAN, libc::PROT_READ, flags, -1, 0);
+        if start == libc::MAP_FAILED {
+            return None;
+        }
+        for at in (0..SPAN).step_by(2 << 20) {
+            start.cast::<u8>().add(at).read_volatile();
+        }
+    }
+    Some(())
+}
+
 fn parent() -> u64 {
     std::os::unix::process::parent_id().into()
 }
@@ -547,6 +565,9 @@ fn misbehave(
             ask(&Call::Claim { stream: 0, range })?;
             ask(&Call::Finish { stream: 0 })?;
             return socket.send(&receipt).ok();
+        }
+        "fills page tables" => {
+            fill_page_tables()?;
         }
         "opens what it can name" => {
             let opened = std::fs::File::open(parents_memory).is_ok()
