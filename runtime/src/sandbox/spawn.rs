@@ -70,6 +70,8 @@ impl Program {
 
     /// The same, with all processes that run a provider within one budget.
     pub fn within(self, budget: Budget) -> Self {
+        // Made now: a process that this one has started would stay behind where it has to move (`cgroup`).
+        budget.group();
         Self {
             budget: Some(budget),
             ..self
