@@ -21,10 +21,12 @@ use tempfile::TempDir;
 pub use fault::{At, Fault, Held, Stage, What};
 pub use reference::ReferenceImage;
 
-use crate::Monitors;
+use crate::{Monitors, eventually};
 use fault::Faults;
 use reference::References;
 use relay::Relay;
+
+const CONNECTIONS_LIMIT: Duration = Duration::from_secs(120);
 
 /// A running proxy. When it is dropped it listens no more and cuts its connections; QEMU is left
 /// as it is, references that nobody waited for included.
@@ -106,6 +108,18 @@ impl Proxy {
     /// When none has within `limit`.
     pub fn wait_held(&self, limit: Duration) -> Result<Held> {
         self.relay.faults.wait_held(limit)
+    }
+
+    /// Waits until all that a client sent which is gone since has been passed on and answered: one that was killed may
+    /// have left a transaction in its socket.
+    ///
+    /// # Errors
+    /// When a client is still there after two minutes.
+    pub fn wait_for_clients_to_go(&self) -> Result<()> {
+        eventually("the end of all connections", CONNECTIONS_LIMIT, || {
+            // Each connection holds the relay while it lasts, and so do this value and the listening thread.
+            Ok((Arc::strong_count(&self.relay) == 2).then_some(()))
+        })
     }
 
     /// Waits for the reference copies of every transaction since the last call, then takes their

@@ -320,6 +320,7 @@ impl World {
     /// What is in the order's archive since the last time: at most one, and it is right. Returns its id.
     fn take_in(&mut self, order: &Order) -> Result<Option<String>> {
         self.daemon.check_alive()?;
+        self.proxy.wait_for_clients_to_go()?;
         let references = self.proxy.references()?;
         let listed = self.site.list(&order.archive)?;
         let new: Vec<_> = listed
