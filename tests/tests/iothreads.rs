@@ -14,8 +14,10 @@ use serde_json::{Value, json};
 const SIZE: u64 = 4 * MIB;
 const LIMIT: Duration = Duration::from_secs(30);
 const ROUNDS: u32 = 100;
-/// More than enough for the wrong way to be caught: it takes a round or two.
-const WRONG_ROUNDS: u32 = 200;
+/// Enough for the wrong way to be caught: it takes a round or two on a fast machine, and with each round the pieces lie
+/// further apart, so that a slow guest writes between them as well.
+const WRONG_ROUNDS: u32 = 40;
+const FURTHER_APART: Duration = Duration::from_millis(10);
 
 /// Names of a round, each by the disk's number.
 fn name(what: &str, disk: usize) -> String {
@@ -48,7 +50,7 @@ fn renamed(actions: &Value, nodes: &[String; 2]) -> Result<Vec<Value>> {
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Taken {
     AtOnce,
-    InPieces,
+    InPieces { apart: Duration },
 }
 
 struct Rounds {
@@ -84,9 +86,10 @@ impl Rounds {
             Taken::AtOnce => {
                 qmp.execute("transaction", json!({"actions": self.actions}))?;
             }
-            Taken::InPieces => {
+            Taken::InPieces { apart } => {
                 for action in &self.actions {
                     qmp.execute("transaction", json!({"actions": [action]}))?;
+                    std::thread::sleep(apart);
                 }
             }
         }
@@ -179,10 +182,13 @@ fn no_point_in_time_shows_the_second_disk_ahead_of_the_first() -> Result<()> {
     ensure!(last > u64::from(wanted), "the guest wrote too little");
     ensure!(between > 0, "no point in time fell between two writes");
 
-    let caught = (0..WRONG_ROUNDS).find_map(|round| match rounds.numbers(Taken::InPieces) {
-        Ok([first, second]) if second > first => Some(Ok((round, second - first))),
-        Ok(_) => None,
-        Err(error) => Some(Err(error)),
+    let caught = (0..WRONG_ROUNDS).find_map(|round| {
+        let apart = FURTHER_APART * round;
+        match rounds.numbers(Taken::InPieces { apart }) {
+            Ok([first, second]) if second > first => Some(Ok((round, second - first))),
+            Ok(_) => None,
+            Err(error) => Some(Err(error)),
+        }
     });
     let (round, ahead) = caught
         .transpose()?
