@@ -1,4 +1,4 @@
-//! From an NBD export to a frozen disk: asks what is dirty and what is zero, on a connection of its own each.
+//! From an NBD export to a frozen disk: asks what is dirty and what is zero, on connections of their own.
 
 use super::bandwidth::Bandwidth;
 use super::frozen::Frozen;
@@ -7,6 +7,7 @@ use super::plan::Plan;
 use super::reader::{self, Reader};
 use crate::extent::Extent;
 use crate::nbd;
+use futures_util::stream::{self, StreamExt, TryStreamExt};
 use std::path::Path;
 use std::sync::Arc;
 
@@ -42,42 +43,58 @@ pub async fn open(
             reader,
         });
     };
-    let dirty = match dirty_context {
-        Some(context) => ranges(socket, export, (context, block.into(), DIRTY), &[all]).await?,
-        None => vec![all],
-    };
-    let zero = ranges(
+    let ask = Ask {
         socket,
         export,
-        (ALLOCATION, SHORTEST_RUN, STATE_ZERO),
-        &dirty,
-    )
-    .await?;
+        connections: reader.connections(),
+    };
+    let dirty = match dirty_context {
+        Some(context) => ask.ranges((context, block.into(), DIRTY), &[all]).await?,
+        None => vec![all],
+    };
+    let allocation = (ALLOCATION, SHORTEST_RUN, STATE_ZERO);
+    let zero = ask.ranges(allocation, &dirty).await?;
     Ok(Frozen {
         plan: Plan::new(all.len(), block, dirty, zero),
         reader,
     })
 }
 
-/// The parts of `within` that a context marks with a flag. No run of it is shorter than the length that is given with it,
-/// so that the answers are not longer than [`REPLY`].
-async fn ranges(
-    socket: &Path,
-    export: &str,
-    (context, shortest, flag): (&str, u64, u64),
-    within: &[Extent],
-) -> Result<Vec<Extent>, nbd::Error> {
-    let lane = reader::connect(socket, export, Some(context)).await?;
-    let piece = REPLY / RUN_BYTES * shortest;
-    let mut marked = Vec::new();
-    for extent in within.iter().flat_map(|extent| extent.pieces(piece)) {
-        let runs = lane.block_status(extent).await?;
-        marked.extend(
-            runs.into_iter()
-                .filter(|run| run.flags & flag != 0)
-                .map(|run| run.extent),
-        );
+/// Whom to ask, by how many connections side by side: over a large disk it is the round trips that take the time.
+struct Ask<'a> {
+    socket: &'a Path,
+    export: &'a str,
+    connections: usize,
+}
+
+impl Ask<'_> {
+    /// The parts of `within` that a context marks with a flag. No run of it is shorter than the length that is given
+    /// with it, so that the answers are not longer than [`REPLY`].
+    async fn ranges(
+        &self,
+        (context, shortest, flag): (&str, u64, u64),
+        within: &[Extent],
+    ) -> Result<Vec<Extent>, nbd::Error> {
+        let longest = REPLY / RUN_BYTES * shortest;
+        let pieces = within.iter().flat_map(|extent| extent.pieces(longest));
+        let pieces: Vec<Extent> = pieces.collect();
+        let mut lanes = Vec::new();
+        while lanes.len() < self.connections.min(pieces.len()) {
+            lanes.push(reader::connect(self.socket, self.export, Some(context)).await?);
+        }
+        let asked = pieces.iter().zip(lanes.iter().cycle());
+        let mut answers = stream::iter(asked)
+            .map(|(&piece, lane)| lane.block_status(piece))
+            .buffered(lanes.len().max(1));
+        let mut marked = Vec::new();
+        while let Some(runs) = answers.try_next().await? {
+            let with_flag = runs.into_iter().filter(|run| run.flags & flag != 0);
+            marked.extend(with_flag.map(|run| run.extent));
+        }
+        drop(answers);
+        for lane in lanes {
+            lane.disconnect().await;
+        }
+        Ok(marked)
     }
-    lane.disconnect().await;
-    Ok(marked)
 }

@@ -67,6 +67,11 @@ impl Reader {
         })
     }
 
+    /// Connections that are read by side by side.
+    pub fn connections(&self) -> usize {
+        self.lanes.len()
+    }
+
     /// Size of the disk, in bytes.
     pub fn size(&self) -> u64 {
         self.lanes[0].info().size
