@@ -109,11 +109,10 @@ impl Export {
         let tracking = tracking.transpose()?;
         let extra = vm::extra(&vm)?;
         let vm_state = target::vm_state(session, &name)?;
-        let (records, _) = target::folder(&vm_state.1.join("exports"))?;
         let fleecing = vm.fleecing.clone();
         let fleecing = fleecing.unwrap_or_else(|| session.state.join("fleecing"));
         let places = Places {
-            records: Arc::new(target::records(records)?),
+            records: Arc::new(target::records(&vm_state.1)?),
             vm_state,
             fleecing: target::folder(&fleecing)?,
         };

@@ -32,7 +32,7 @@ pub(super) struct Recover {
     /// Socket of the NBD server that this QEMU runs by itself: it is not stopped
     #[arg(long, value_name = "SOCKET", requires = "vm")]
     nbd: Option<PathBuf>,
-    /// The archive, by name or folder, whose bitmaps are settled
+    /// The archive, by name or folder, whose bitmaps are settled; not needed for a VM that was only exported
     #[arg(long, value_name = "NAME|FOLDER", requires = "vm")]
     archive: Option<String>,
 }
@@ -82,7 +82,13 @@ async fn all(session: &Session) -> Result<(), Failure> {
 async fn one(session: &Session, name: &str, vm: Vm) -> Result<bool, Failure> {
     check_name(name)?;
     let qmp = monitor_of(name, &vm)?;
-    let archive = target::archive(session, vm.archive.as_deref(), false)?;
+    let state = target::vm_state(session, name)?;
+    let exports = target::records_if_made(&state.0)?;
+    let archive = match vm.archive {
+        None if exports.is_some() && session.config.archive.is_empty() => None,
+        name => Some(target::archive(session, name.as_deref(), false)?),
+    };
+    let archives: Vec<_> = archive.iter().chain(&exports).collect();
     let fleecing = vm
         .fleecing
         .unwrap_or_else(|| session.state.join("fleecing"));
@@ -90,10 +96,10 @@ async fn one(session: &Session, name: &str, vm: Vm) -> Result<bool, Failure> {
     let patient = Patient {
         vm: name,
         qmp: &qmp,
-        state: target::vm_state(session, name)?,
+        state,
         fleecing: &fleecing,
         own_server: vm.nbd.is_none(),
-        archive: &archive,
+        archives: &archives,
     };
     let (events, progress) = Progress::start(session.quiet);
     let found = recover::recover_vm(patient, &events, &session.cancel).await;

@@ -78,15 +78,34 @@ fn unusable(path: &Path, error: archive::Error) -> Failure {
     }
 }
 
-/// The archive in a VM's state folder that records what tools have of it; an empty folder becomes one.
-pub(super) fn records(folder: Dir) -> Result<Archive, Failure> {
+/// In a VM's state folder: the archive that records what tools have of it.
+const RECORDS: &str = "exports";
+
+/// The records of what tools have of the VM of that state folder.
+pub(super) fn records(vm_state: &Path) -> Result<Archive, Failure> {
+    let (folder, _) = folder(&vm_state.join(RECORDS))?;
     let opened = match Archive::open(folder.try_clone().map_err(failed)?) {
         Err(archive::Error::NotAnArchive) => Archive::create(folder),
         opened => opened,
     };
-    opened
-        .context("the records of what tools have, in the state folder")
-        .map_err(Failure::Failed)
+    opened.map_err(unreadable_records)
+}
+
+/// The same where nothing may be made: none where the VM was never exported.
+pub(super) fn records_if_made(vm_state: &Dir) -> Result<Option<Archive>, Failure> {
+    let folder = match vm_state.open_dir(RECORDS) {
+        Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(None),
+        folder => folder.map_err(failed)?,
+    };
+    match Archive::open(folder) {
+        Err(archive::Error::NotAnArchive) => Ok(None),
+        opened => opened.map(Some).map_err(unreadable_records),
+    }
+}
+
+fn unreadable_records(error: archive::Error) -> Failure {
+    let error = anyhow::Error::from(error);
+    Failure::Failed(error.context("the records of what tools have, in the state folder"))
 }
 
 /// The one name there is, where none was given.

@@ -103,7 +103,7 @@ pub async fn clean_up(
     )
     .await?;
     if let Some(dead) = dead {
-        discard_backup(traces.archive, &dead, events)?;
+        discard_backup(&[traces.archive], &dead, events)?;
         journal.clear()?;
     }
     Ok(())
@@ -121,8 +121,8 @@ pub struct Patient<'a> {
     pub fleecing: &'a Dir,
     /// As in [`Traces`].
     pub own_server: bool,
-    /// The archive whose bitmaps are settled, those of all its namespaces.
-    pub archive: &'a Archive,
+    /// Whose bitmaps are settled, those of all their namespaces: the backups' archive, and the records of exports.
+    pub archives: &'a [&'a Archive],
 }
 
 /// `fleecebox recover`: returns whether there was anything of a dead run.
@@ -140,7 +140,7 @@ pub async fn recover_vm(
         state: (state, path),
         fleecing,
         own_server,
-        archive,
+        archives,
     } = patient;
     let mut journal = Journal::open(state, path)?;
     let dead = journal.record().cloned();
@@ -151,7 +151,7 @@ pub async fn recover_vm(
         Err(PowerError::Stopped(_)) => {
             if let Some(dead) = &dead {
                 remove_folder(fleecing, &dead.fleecing, events)?;
-                discard_backup(archive, dead, events)?;
+                discard_backup(archives, dead, events)?;
                 // The journal stays until the disks' bitmaps can be seen.
                 events.note("the VM does not run; its next backup settles its bitmaps");
             }
@@ -166,13 +166,15 @@ pub async fn recover_vm(
         own_server,
     };
     let found = qemu.remove(dead.as_ref(), events).await?;
-    for name in archive.namespaces()? {
-        let namespace = Arc::new(archive.namespace(&name)?);
-        let owner = owner(archive, name, vm);
-        settle_bitmaps(monitor, &namespace, &owner, dead.as_ref(), events).await?;
+    for archive in archives {
+        for name in archive.namespaces()? {
+            let namespace = Arc::new(archive.namespace(&name)?);
+            let owner = owner(archive, name, vm);
+            settle_bitmaps(monitor, &namespace, &owner, dead.as_ref(), events).await?;
+        }
     }
     if let Some(dead) = &dead {
-        discard_backup(archive, dead, events)?;
+        discard_backup(archives, dead, events)?;
         journal.clear()?;
     }
     let put_back = reached.put_back(&journal, events).await;
@@ -298,17 +300,22 @@ async fn settle_bitmaps(
     Ok(())
 }
 
-fn discard_backup(archive: &Archive, dead: &Record, events: &Events) -> Result<(), RecoverError> {
+fn discard_backup(
+    archives: &[&Archive],
+    dead: &Record,
+    events: &Events,
+) -> Result<(), RecoverError> {
     let (Ok(id), Ok(name)) = (dead.backup.parse(), dead.namespace.parse()) else {
         return Ok(());
     };
-    if dead.archive != archive.id().to_string() {
+    let of_dead = |archive: &&&Archive| archive.id().to_string() == dead.archive;
+    let Some(archive) = archives.iter().find(of_dead) else {
         events.warn(format!(
             "backup {id} was for another archive ({}); if it did not commit, what it stored there stays",
             dead.archive
         ));
         return Ok(());
-    }
+    };
     let namespace = match archive.namespace(&name) {
         Err(archive::Error::NotFound { .. }) => return Ok(()),
         namespace => namespace?,
