@@ -27,8 +27,8 @@ const SHARE: u64 = 16;
 /// cannot grow, and the VM comes first.
 const RESERVE: u64 = 32 << 20;
 
-/// Between two looks at the free space. A guest on fast storage writes some hundred MiB in that time.
-const LOOK: Duration = Duration::from_millis(200);
+/// Between two looks at the free space: within it, a guest that writes 1.6 GiB in a second uses up what is left.
+const LOOK: Duration = Duration::from_millis(20);
 
 /// Longest path of a unix socket, in bytes (`sun_path` of unix(7), without its end).
 const SOCKET_PATH_MAX: usize = 107;
