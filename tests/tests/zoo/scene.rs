@@ -71,11 +71,29 @@ impl Scene {
     /// The honest provider, and one more with this component and the text of its own tables. `name` may be the honest
     /// one's, which it then replaces.
     pub(super) fn configure(&self, name: &str, file: &Path, more: &str) -> Result<()> {
-        let mut toml = provider(name, file, more);
+        let mut toml = provider(name, "tenant", file, more);
         if name != "honest" {
-            toml += &provider("honest", &component("chunked")?, "");
+            toml += &provider("honest", "tenant", &component("chunked")?, "");
         }
         self.site.configure(&toml)
+    }
+
+    /// Where an object of the neighbour's lies in the tenant's archive, which the neighbour uses here as well.
+    pub(super) fn neighbours_object(&self) -> Result<String> {
+        let namespace = "neighbour";
+        let image = component("image")?;
+        self.site
+            .configure(&provider(namespace, namespace, &image, ""))?;
+        let backup = self.site.backup(&Order {
+            provider: namespace.into(),
+            archive: self.honest.archive.clone(),
+            full: true,
+            ..self.site.order(&self.neighbour.daemon, "image")?
+        })?;
+        let object = format!("namespaces/{namespace}/backups/{}/objects/dn", backup.id);
+        let path = self.honest.archive.join(&object);
+        ensure!(path.is_file(), "{} is no object", path.display());
+        Ok(object)
     }
 
     /// Some random data at random places of both disks.
@@ -205,9 +223,9 @@ impl Scene {
     }
 }
 
-fn provider(name: &str, file: &Path, more: &str) -> String {
+fn provider(name: &str, namespace: &str, file: &Path, more: &str) -> String {
     format!(
-        "[provider.{name}]\ncomponent = '{}'\nnamespace = 'tenant'\n{}\n",
+        "[provider.{name}]\ncomponent = '{}'\nnamespace = '{namespace}'\n{}\n",
         file.display(),
         more.replace("[provider.", &format!("[provider.{name}."))
     )

@@ -21,6 +21,7 @@ pub(super) fn all() -> Vec<(&'static str, Test)> {
             "tries-arguments-and-backs-up",
             attempts_leave_the_books_right,
         ),
+        ("reaches-for-others", another_tenants_objects_are_not_there),
         ("replays-a-receipt", another_takes_the_place_of_the_base),
         ("restores-as-proven", a_lie_after_the_proof_is_found),
         ("trickles-while-the-guest-writes", the_fleecing_image_fills),
@@ -36,6 +37,23 @@ fn attempts_leave_the_books_right(scene: &mut Scene) -> Result<Option<Row>> {
     scene.change()?;
     scene.back_up(&scene.order("hostile"))?;
     Ok(None)
+}
+
+/// Another tenant has an object in the same archive. Whether it is there cannot be told by its name, however it is put.
+fn another_tenants_objects_are_not_there(scene: &mut Scene) -> Result<Option<Row>> {
+    let object = scene.neighbours_object()?;
+    let settings = format!("[provider.settings]\nhow = '{object}'\n");
+    scene.configure("hostile", &component("reaches-for-others")?, &settings)?;
+    let began = Instant::now();
+    let attack = scene.attack(&scene.site.backup_command(&scene.order("hostile")))?;
+    let row = row("reaches-for-others", &attack, began.elapsed());
+    check_told(
+        &attack,
+        1,
+        "tried: 16; refused as if nothing were there: 16",
+    )?;
+    scene.back_up_honestly()?;
+    Ok(Some(row))
 }
 
 /// A component that was put in the place of the one that made the base gets its receipt, and nothing by it. What the
