@@ -95,7 +95,7 @@ impl OutputStream {
     ///
     /// # Errors
     ///
-    /// [`Error::OutOfRange`], [`Error::NotDirty`].
+    /// [`Error::OutOfRange`], [`Error::NotDirty`], [`Error::QuotaExceeded`], [`Error::Io`].
     pub fn claim(&mut self, source: &Snapshot, range: Extent) -> Result<(), Error> {
         Ok(self.handle.claim(source.handle(), range.into())?)
     }

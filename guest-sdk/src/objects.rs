@@ -26,7 +26,7 @@ impl Objects {
     ///
     /// # Errors
     ///
-    /// [`Error::NotFound`], [`Error::Io`].
+    /// [`Error::InvalidName`], [`Error::NotFound`], [`Error::Io`].
     pub fn open(&self, name: &str) -> Result<StoredObject, Error> {
         let size = self.handle.size(name)?;
         Ok(StoredObject {

@@ -86,7 +86,7 @@ class OutputStream:
         """Says that the bytes written so far hold the backup of a range of whole blocks, of any length, which
         `Image.read` will give back. The host checks it before it commits.
 
-        Raises `OutOfRange`, `NotDirty`.
+        Raises `OutOfRange`, `NotDirty`, `QuotaExceeded`, `Io`.
         """
         with host_call:
             self._handle.claim(source._handle, types.Extent(range.offset, range.length))

@@ -17,7 +17,7 @@ class Objects:
     def open(self, name: str) -> "StoredObject":
         """Opens an object for reading.
 
-        Raises `NotFound`, `Io`.
+        Raises `InvalidName`, `NotFound`, `Io`.
         """
         with host_call:
             return StoredObject(self._handle, name, self._handle.size(name))

@@ -330,7 +330,8 @@ extern bool fleecebox_provider_archive_method_output_stream_splice(fleecebox_pro
 // give back. The host checks that against what it knows of the volume before it commits.
 // Fails for a provider that does not export `restore`.
 // 
-// Fails with `out-of-range` or `not-dirty`; with `other` where `restore` is not exported.
+// Fails with `out-of-range`, `not-dirty`, `quota-exceeded(read-bytes)` where the host has to read what the
+// provider did not, or `io`; with `other` where `restore` is not exported.
 extern bool fleecebox_provider_archive_method_output_stream_claim(fleecebox_provider_archive_borrow_output_stream_t self, fleecebox_provider_archive_borrow_snapshot_t source, fleecebox_provider_archive_extent_t *range, fleecebox_provider_archive_error_code_t *err);
 // Makes the object durable; returns its size before encoding, in bytes. After a failure, which is `io` or
 // one that an earlier call left behind, the object is gone, and all that it covered.

@@ -423,7 +423,8 @@ extern bool fleecebox_provider_archive_method_output_stream_splice(fleecebox_pro
 // give back. The host checks that against what it knows of the volume before it commits.
 // Fails for a provider that does not export `restore`.
 // 
-// Fails with `out-of-range` or `not-dirty`; with `other` where `restore` is not exported.
+// Fails with `out-of-range`, `not-dirty`, `quota-exceeded(read-bytes)` where the host has to read what the
+// provider did not, or `io`; with `other` where `restore` is not exported.
 extern bool fleecebox_provider_archive_method_output_stream_claim(fleecebox_provider_archive_borrow_output_stream_t self, fleecebox_provider_archive_borrow_snapshot_t source, fleecebox_provider_archive_extent_t *range, fleecebox_provider_archive_error_code_t *err);
 // Makes the object durable; returns its size before encoding, in bytes. After a failure, which is `io` or
 // one that an earlier call left behind, the object is gone, and all that it covered.
@@ -442,12 +443,12 @@ extern bool fleecebox_provider_job_method_context_attachment(fleecebox_provider_
 extern void fleecebox_provider_job_method_context_log(fleecebox_provider_job_borrow_context_t self, fleecebox_provider_job_level_t level, fleecebox_string_t *message);
 
 // Imported Functions from `fleecebox:provider/stored@0.1.0`
-// Size of an object before encoding, in bytes. Fails with `not-found` or `io`.
+// Size of an object before encoding, in bytes. Fails with `invalid-name`, `not-found` or `io`.
 extern bool fleecebox_provider_stored_method_objects_size(fleecebox_provider_stored_borrow_objects_t self, fleecebox_string_t *name, uint64_t *ret, fleecebox_provider_stored_error_code_t *err);
 // Reads exactly `length` bytes, at any offset.
 // 
-// Fails with `not-found`; with `out-of-range` for an empty range, one that ends past the object, or one
-// that touches spliced bytes; with `too-large` above 4 MiB; or with `io`.
+// Fails with `invalid-name` or `not-found`; with `out-of-range` for an empty range, one that ends past the
+// object, or one that touches spliced bytes; with `too-large` above 4 MiB; or with `io`.
 extern bool fleecebox_provider_stored_method_objects_read(fleecebox_provider_stored_borrow_objects_t self, fleecebox_string_t *name, uint64_t offset, uint32_t length, fleecebox_list_u8_t *ret, fleecebox_provider_stored_error_code_t *err);
 
 // Exported Functions from `fleecebox:provider/backup@0.1.0`
