@@ -48,7 +48,7 @@ fn main() -> Result<()> {
         back_up(&large, blind)?;
         let put = SIZE as f64 / MIB as f64 / median(|| back_up(&large, blind))?;
         println!(
-            "{language:<11} {size:>6.2} MB {first:>11.2} s {:>10.0} ms {memory:>9.0} MiB/s {put:>6.0} MiB/s",
+            "{language:<11} {size:>5.2} MiB {first:>11.2} s {:>10.0} ms {memory:>9.0} MiB/s {put:>6.0} MiB/s",
             later * 1000.0
         );
     }
