@@ -3,6 +3,7 @@
 
 mod crash;
 
+use std::path::PathBuf;
 use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};
@@ -167,11 +168,35 @@ fn a_sandbox_and_then_its_job_killed_in_the_middle_of_a_run_are_cleaned_up_by_th
 
     // The job alone, with both sandboxes at work: they end with it.
     let running = site.stalled_backup()?;
+    let sandboxes = running.family()?;
+    let group = control_group(sandboxes.first().context("no sandbox")?.pid)?;
     running.kill()?;
     let dead = site.attempt()?;
     assert_eq!(dead.step(), Some("running"));
     site.recover_from(&dead)?;
+    match group {
+        Some(group) => ensure!(!group.exists(), "{} stays", group.display()),
+        None => println!("NOT SHOWN: the control group goes; this system lets a job have none"),
+    }
     Ok(())
+}
+
+/// The control group that a job made for this sandbox, if there is one.
+fn control_group(pid: i32) -> Result<Option<PathBuf>> {
+    let groups = std::fs::read_to_string(format!("/proc/{pid}/cgroup"))?;
+    // hierarchy-ID:controller-list:cgroup-path (cgroups(7))
+    let mut entries = groups.lines().map(|line| line.splitn(3, ':'));
+    let ours = entries.find_map(|mut entry| {
+        let (_, controllers, path) = (entry.next()?, entry.next()?, entry.next()?);
+        path.contains("/fleecebox-").then_some((controllers, path))
+    });
+    let Some((controllers, path)) = ours else {
+        return Ok(None);
+    };
+    let below = |mount: &str| PathBuf::from(format!("/sys/fs/cgroup/{mount}{path}"));
+    let folder = [controllers, "unified", "."].map(below);
+    let folder = folder.into_iter().find(|folder| folder.is_dir());
+    folder.map(Some).context("no folder of the control group")
 }
 
 fn recover(site: &Site) -> Fleecebox {
