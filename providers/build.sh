@@ -26,6 +26,15 @@ fail() {
     exit 1
 }
 
+# Debian 12's own Node.js is too old for componentize-js.
+newer_node() {
+    at_least=$(sed -n 's/.*"node": ">=\([0-9]*\)".*/\1/p' "$sdk/javascript/package.json")
+    [ "$(node --print 'parseInt(process.versions.node)')" -lt "$at_least" ] || return 0
+    say "this Node.js is older than $at_least; fetching a newer one from npm"
+    node=$(npm_config_cache=$cache/npm npx --yes --package=node@22 -c 'command -v node') || fail "npm has no Node.js"
+    PATH=$(dirname "$node"):$PATH
+}
+
 main() {
     mkdir -p "$1"
     components=$(cd "$1" && pwd)
@@ -69,6 +78,7 @@ digest() {
 
 # The first commands that its page shows, but for the last one, which tries what the others made.
 build_own() {
+    [ ! -f "$project/package.json" ] || newer_node
     cp -r "$project" "$work/project"
     # What they fetch is kept for the next project.
     commands=$(sed -n '/^```$/,/^```$/p' "$project/README.md" | sed '1d; /^```$/,$d')
@@ -102,6 +112,7 @@ build_python() {
 # Likewise: the packages by the digest of the lock file that names them, and the SDK beside them as npm would link it.
 # Not `npm ci`, which asks for a lock of packages for systems that not every registry has.
 build_javascript() {
+    newer_node
     packages=$cache/javascript-$(sha256sum <"$sdk/javascript/package-lock.json" | cut -c 1-16)
     if [ ! -e "$packages/complete" ]; then
         say "installing componentize-js and what it needs into $packages"

@@ -9,17 +9,27 @@ import { basename, delimiter, extname, join } from "node:path";
 import { fileURLToPath } from "node:url";
 import { parseArgs } from "node:util";
 
-import { componentize } from "@bytecodealliance/componentize-js";
-import { build } from "esbuild";
-
 const USAGE = "usage: fleecebox-build PROGRAM.js [-o PROGRAM.wasm]";
 /** Worlds, by what a program of theirs exports. */
 const WORLDS = { "backup,restore": "provider", blindBackup: "blind-provider" };
+
+/** Oldest Node.js that componentize-js runs on; with an older one npm leaves out a part of it without a word. */
+const NODE = 20;
 
 function fail(message) {
   console.error(`error: ${message}`);
   process.exit(1);
 }
+
+if (parseInt(process.versions.node) < NODE) {
+  fail(
+    `this is Node.js ${process.versions.node}, and ${NODE} or a later one is needed: remove node_modules, type` +
+      " `npx --yes --package=node@22 bash` for a shell that has one, and begin there with `npm install --ignore-scripts`",
+  );
+}
+// Not before, as they cannot even be loaded by an older one.
+const { componentize } = await import("@bytecodealliance/componentize-js");
+const { build } = await import("esbuild");
 
 function readArguments() {
   try {

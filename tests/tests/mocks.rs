@@ -82,6 +82,7 @@ fn the_mock_for_javascript_answers_as_the_host_does_and_watchful_passes_its_own_
         copy(&sdk.join("javascript").join(part), &javascript.join(part))?;
     }
     for (file, copied) in [
+        ("javascript/build.js", "javascript/build.js"),
         ("javascript/package.json", "javascript/package.json"),
         ("calls.txt", "calls.txt"),
     ] {
