@@ -3,7 +3,9 @@
 use std::path::Path;
 
 use anyhow::{Context, Result, ensure};
-use fleecebox_tests::{Backup, Disk, MIB, Order, Proxy, QemuState, Random, Site, StorageDaemon};
+use fleecebox_tests::{
+    Backup, Disk, MIB, Order, Proxy, QemuState, Random, Site, StorageDaemon, compare,
+};
 use serde_json::json;
 
 const SIZE: u64 = 8 * MIB;
@@ -319,4 +321,34 @@ fn folder_of(archive: &Path, backup: &Backup) -> Result<std::path::PathBuf> {
         .filter_map(|namespace| Some(namespace.ok()?.path().join("backups").join(&backup.id)))
         .find(|folder| folder.is_dir())
         .with_context(|| format!("no folder of backup {}", backup.id))
+}
+
+/// Each is asked by several connections what is dirty, and QEMU's server takes no more than a hundred.
+#[test]
+fn many_disks_share_the_connections_that_qemu_takes() -> Result<()> {
+    let names: Vec<_> = (0..16).map(|number| format!("d{number}")).collect();
+    let disks: Vec<_> = names.iter().map(|name| Disk::raw(name, 4 * MIB)).collect();
+    let daemon = StorageDaemon::start_with_writer_exports(&disks)?;
+    let site = Site::new()?;
+    let order = site.order(&daemon, "chunked")?;
+    let first = site.backup(&order)?;
+    let block = vec![7; 64 << 10];
+    for name in &names {
+        let mut disk = daemon.writer_access(name)?;
+        // Every other block, so that there is something to ask of each.
+        for number in (0..64).step_by(2) {
+            disk.write(number * block.len() as u64, &block)?;
+        }
+        disk.flush()?;
+    }
+    let second = site.backup(&order)?;
+    for name in &names {
+        second.assert_base(name, Some(&first));
+        assert_eq!(second.dirty_bytes(name), 2 * MIB);
+    }
+    let restored = site.restore(&order.archive, &second.id)?;
+    for (name, disk) in names.iter().zip(daemon.disks()) {
+        compare::same_bytes(&restored.join(format!("{name}.raw")), &disk.path)?;
+    }
+    Ok(())
 }

@@ -46,7 +46,7 @@ pub async fn open(
     let ask = Ask {
         socket,
         export,
-        connections: reader.connections(),
+        connections: reader::asking(disks),
     };
     let dirty = match dirty_context {
         Some(context) => ask.ranges((context, block.into(), DIRTY), &[all]).await?,

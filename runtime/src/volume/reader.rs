@@ -16,9 +16,12 @@ use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 /// main loop.
 const CONNECTIONS: usize = 8;
 
-/// Connections of a whole job, one for each disk at least. QEMU's server takes 100 (`nbd-server-start`), and it may serve
-/// others too.
+/// Connections that a whole job reads by, one for each disk at least. QEMU's server takes 100 (`nbd-server-start`), and it
+/// may serve others too; whoever connects beyond that waits until another leaves.
 const ALL_CONNECTIONS: usize = 64;
+
+/// Connections beside them by which a whole job asks what is dirty and zero, one for each disk at least.
+const ALL_ASKING: usize = 24;
 
 /// Bytes that are best read together: by one connection, into one place, while the others do the same.
 pub const PIECE: u64 = 1 << 20;
@@ -51,7 +54,7 @@ impl Reader {
         let first = connect(socket, export, None).await?;
         // Without multi-conn a flush or trim on one connection says nothing about the others.
         let wanted = if first.info().can_multi_conn {
-            (ALL_CONNECTIONS / disks.max(1)).clamp(1, CONNECTIONS)
+            share(ALL_CONNECTIONS, disks)
         } else {
             1
         };
@@ -65,11 +68,6 @@ impl Reader {
             in_flight: Arc::new(Semaphore::new(IN_FLIGHT)),
             bandwidth,
         })
-    }
-
-    /// Connections that are read by side by side.
-    pub fn connections(&self) -> usize {
-        self.lanes.len()
     }
 
     /// Size of the disk, in bytes.
@@ -138,6 +136,15 @@ impl Reader {
         let turn = self.next.fetch_add(1, Ordering::Relaxed);
         &lanes[turn % lanes.len()]
     }
+}
+
+/// Connections by which one of `disks` is asked what is dirty and zero.
+pub fn asking(disks: usize) -> usize {
+    share(ALL_ASKING, disks)
+}
+
+fn share(all: usize, disks: usize) -> usize {
+    (all / disks.max(1)).clamp(1, CONNECTIONS)
 }
 
 /// One connection, with at most one meta context: QEMU's server breaks when it is asked for two.
