@@ -46,8 +46,8 @@
  * - Handles belong to the host and end with the call that they were passed to. Nothing needs to be closed, but for an
  *   object that is given up: fleecebox_abandon.
  *
- * The contract itself, with the rules for ranges and names, is wit/provider.wit. Functions that are not needed do not
- * reach the component.
+ * The contract itself, with the rules for ranges and names, is bindings/provider.wit. Functions that are not needed do
+ * not reach the component.
  */
 #ifndef FLEECEBOX_GUEST_H
 #define FLEECEBOX_GUEST_H

@@ -4,7 +4,7 @@
 
 pub mod sighted {
     wit_bindgen::generate!({
-        path: "../wit",
+        path: "wit",
         world: "provider",
         pub_export_macro: true,
         default_bindings_module: "fleecebox_guest::bindings::sighted",
@@ -13,7 +13,7 @@ pub mod sighted {
 
 pub mod blind {
     wit_bindgen::generate!({
-        path: "../wit",
+        path: "wit",
         world: "blind-provider",
         pub_export_macro: true,
         default_bindings_module: "fleecebox_guest::bindings::blind",

@@ -36,8 +36,8 @@
 //! ```
 //!
 //! It is a crate of type `cdylib`, built for `wasm32-unknown-unknown`; `guest-sdk/wasm-std.sh` sets that target up.
-//! Natively, plain `cargo test` runs a provider against a host in memory, [`mock`]. The contract itself, with the rules for ranges and names, is
-//! `wit/provider.wit`.
+//! Natively, plain `cargo test` runs a provider against a host in memory, [`mock`]. The contract itself, with the rules
+//! for ranges and names, is `wit/provider.wit`.
 
 #![deny(unsafe_code)]
 

@@ -33,6 +33,18 @@ fn what_was_released_as_0_1_0_is_what_is_built() {
     );
 }
 
+/// Each SDK has a copy, as it is handed out without this checkout.
+#[test]
+fn every_sdk_has_the_contract_word_by_word() {
+    let checkout = Path::new(env!("CARGO_MANIFEST_DIR")).join("..");
+    let contract = std::fs::read_to_string(checkout.join("wit/provider.wit")).unwrap();
+    for copy in ["wit", "c/bindings", "javascript", "python/fleecebox_guest"] {
+        let path = checkout.join("guest-sdk").join(copy).join("provider.wit");
+        let copied = std::fs::read_to_string(&path).unwrap();
+        assert!(copied == contract, "cp wit/provider.wit {}", path.display());
+    }
+}
+
 #[test]
 fn a_case_that_is_added_is_noticed_and_a_comment_is_not() {
     let text = include_str!("../../wit/provider.wit");

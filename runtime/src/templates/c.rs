@@ -1,9 +1,8 @@
 //! A source file, with the SDK's header and what it was generated from beside it.
 
-use super::{CONTRACT, File, Plan, Whole};
+use super::{File, Plan, Whole};
 
-const SDK: &[Whole] =
-    sdk!["c/": "fleecebox-guest.h", "mock.c", "mock.h", "provider.mk", "bindings/README.md"];
+const SDK: &[Whole] = sdk!["c/": "fleecebox-guest.h", "mock.c", "mock.h", "provider.mk", "bindings/README.md", "bindings/provider.wit"];
 
 /// What the generator made of the contract's two worlds. The object file says what the component imports and exports.
 const SIGHTED: &[Whole] = sdk!["c/":
@@ -25,7 +24,6 @@ pub(super) fn project(plan: &Plan) -> Vec<File> {
         plan.filled("Makefile", template!("c/Makefile.in")),
         plan.filled("README.md", template!("c/README.md.in")),
         plan.filled(".gitignore", template!("c/gitignore.in")),
-        File::copy(CONTRACT),
     ];
     let bindings = if plan.blind { BLIND } else { SIGHTED };
     files.extend(SDK.iter().chain(bindings).copied().map(File::copy));

@@ -39,12 +39,6 @@ use std::str::FromStr;
 /// A file as it is: its path in the project, and all of it.
 type Whole = (&'static str, &'static [u8]);
 
-/// The contract, for languages whose SDK has no copy of its own.
-const CONTRACT: Whole = (
-    "wit/provider.wit",
-    include_bytes!("../../../wit/provider.wit"),
-);
-
 /// What a provider can be written in.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, clap::ValueEnum)]
 pub enum Language {

@@ -1,6 +1,6 @@
 //! A crate with a copy of the SDK beside it: it builds wherever it lies, without this program's sources.
 
-use super::{CONTRACT, File, Plan, Whole};
+use super::{File, Plan, Whole};
 
 const SDK: &[Whole] = sdk!["":
     "src/archive.rs",
@@ -17,6 +17,7 @@ const SDK: &[Whole] = sdk!["":
     "src/runs.rs",
     "src/volume.rs",
     "wasm-std.sh",
+    "wit/provider.wit",
 ];
 
 const SDK_MANIFEST: &str = include_str!("../../../guest-sdk/Cargo.toml");
@@ -33,7 +34,6 @@ pub(super) fn project(plan: &Plan) -> Vec<File> {
         plan.filled("README.md", template!("rust/README.md.in")),
         plan.filled(".gitignore", template!("rust/gitignore.in")),
         File::copy(("fleecebox-guest/Cargo.toml", sdk_manifest().as_bytes())),
-        File::copy(CONTRACT),
     ];
     files.extend(SDK.iter().copied().map(File::copy));
     files
