@@ -5,6 +5,9 @@
 //! has to have the digest that was asked for, and the layer the one that the manifest names.
 //!
 //! Registries are spoken to by HTTPS; only one on this very machine, such as a test's, by plain HTTP.
+//!
+//! The HTTP and TLS are ureq's. Not oci-client, which speaks all of the specification: 0.18 reads a manifest of any length
+//! into memory and lets a body take any time, and a registry is as little trusted as what it serves.
 
 use serde::Deserialize;
 use sha2::{Digest, Sha256};

@@ -4,7 +4,7 @@ use std::collections::BTreeSet;
 use std::ffi::OsString;
 use std::io::{BufRead, BufReader, Read};
 use std::os::unix::process::{CommandExt, ExitStatusExt};
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::process::{Child, Command, ExitStatus, Stdio};
 use std::sync::atomic::{AtomicU32, Ordering};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard};
@@ -500,12 +500,14 @@ impl Printed {
     }
 }
 
-/// The folder that cargo builds into: test binaries lie in its `release/deps`.
+/// The folder that cargo builds into: tests lie in its `release/deps`, other programs in its `release`.
 pub(crate) fn target_folder() -> Result<PathBuf> {
-    let test = std::env::current_exe()?;
-    let folder = test.ancestors().nth(3);
+    let program = std::env::current_exe()?;
+    let mut above = program.ancestors().skip(1);
+    let release = above.find(|folder| !folder.ends_with("deps"));
+    let folder = release.and_then(Path::parent);
     Ok(folder
-        .with_context(|| format!("{} is in no target folder", test.display()))?
+        .with_context(|| format!("{} is in no target folder", program.display()))?
         .into())
 }
 
