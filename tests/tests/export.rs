@@ -270,7 +270,29 @@ fn an_export_that_is_killed_counts_as_a_failure_and_the_next_one_cleans_up() -> 
             .assert_refused(2, "no export of VM 'web' is held");
         scene.proxy.references()?;
     }
-    // The bitmaps are settled here already, and no archive is needed for it: the VM was never backed up.
+    let next = scene.hold(&tracked)?;
+    ensure!(next.dirty("db")? == blocks(&[(8, 9), (12, 13)]));
+    scene.end(next, "--failure")?;
+    scene.proxy.references()?;
+    scene.state()?.assert_restored(&before, |_| false);
+    Ok(())
+}
+
+/// It needs no archive for it: the VM was never backed up.
+#[test]
+fn what_a_killed_export_left_is_settled_by_recover() -> Result<()> {
+    let mut scene = Scene::new()?;
+    let tracked = ["--tracking", "nightly"];
+    let first = scene.hold(&tracked)?;
+    scene.end(first, "--success")?;
+    scene.proxy.references()?;
+    let before = scene.state()?;
+    scene.write("db", 8..9)?;
+    let killed = scene.hold(&tracked)?;
+    scene.write("db", 12..13)?;
+    killed.running.kill()?;
+    scene.proxy.references()?;
+
     let recover = scene.site.command(&["recover", "web"]);
     let recover = recover.arg("--qmp").arg(scene.proxy.socket());
     let recover = recover.arg("--fleecing").arg(scene.site.path("fleecing"));
@@ -282,12 +304,10 @@ fn an_export_that_is_killed_counts_as_a_failure_and_the_next_one_cleans_up() -> 
         recovered.stderr
     );
     scene.state()?.assert_restored(&before, |_| false);
+    scene.site.check_no_fleecing_images()?;
     let next = scene.hold(&tracked)?;
     ensure!(next.dirty("db")? == blocks(&[(8, 9), (12, 13)]));
-    scene.end(next, "--failure")?;
-    scene.proxy.references()?;
-    scene.state()?.assert_restored(&before, |_| false);
-    Ok(())
+    scene.end(next, "--failure")
 }
 
 #[test]

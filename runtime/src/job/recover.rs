@@ -308,8 +308,8 @@ fn discard_backup(
     let (Ok(id), Ok(name)) = (dead.backup.parse(), dead.namespace.parse()) else {
         return Ok(());
     };
-    let of_dead = |archive: &&&Archive| archive.id().to_string() == dead.archive;
-    let Some(archive) = archives.iter().find(of_dead) else {
+    let mut archives = archives.iter();
+    let Some(archive) = archives.find(|archive| archive.id().to_string() == dead.archive) else {
         events.warn(format!(
             "backup {id} was for another archive ({}); if it did not commit, what it stored there stays",
             dead.archive

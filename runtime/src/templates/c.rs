@@ -2,7 +2,14 @@
 
 use super::{File, Plan, Whole};
 
-const SDK: &[Whole] = sdk!["c/": "fleecebox-guest.h", "mock.c", "mock.h", "provider.mk", "bindings/README.md", "bindings/provider.wit"];
+const SDK: &[Whole] = sdk!["c/":
+    "fleecebox-guest.h",
+    "mock.c",
+    "mock.h",
+    "provider.mk",
+    "bindings/README.md",
+    "bindings/provider.wit",
+];
 
 /// What the generator made of the contract's two worlds. The object file says what the component imports and exports.
 const SIGHTED: &[Whole] = sdk!["c/":

@@ -65,9 +65,10 @@ impl Image for Reaching {
         let way = hostile::how(&job)?;
         let (there, not) = (ways(&way), ways(&beside(&way)));
         let answer = |name: &String| objects.open(name).map(drop);
-        let refused = |answer| matches!(answer, Err(Error::NotFound | Error::InvalidName));
         let alike = |(there, not): &(&String, &String)| {
-            refused(answer(there)) && answer(there) == answer(not)
+            let there = answer(there);
+            let refused = matches!(there, Err(Error::NotFound | Error::InvalidName));
+            refused && there == answer(not)
         };
         let tried = there.len();
         let nowhere = there.iter().zip(&not).filter(alike).count();
