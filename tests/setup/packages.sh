@@ -27,7 +27,7 @@ main() {
     case "${1:-}" in
     demo) wanted="qemu-utils e2fsprogs" ;;
     demo-vm) wanted="qemu-utils e2fsprogs qemu-system-x86" ;;
-    test) wanted="qemu-utils e2fsprogs qemu-system-x86 libnbd-bin python3-libnbd docker-registry skopeo $languages" ;;
+    test) wanted="qemu-utils e2fsprogs qemu-system-x86 libnbd-bin python3-libnbd zstd docker-registry skopeo $languages" ;;
     bench) wanted="qemu-utils libnbd-bin zstd $languages" ;;
     *) fail "usage: $0 demo|demo-vm|test|bench" ;;
     esac
@@ -89,28 +89,32 @@ install_packages() {
     say "reading the package lists of this machine's apt sources"
     update_lists
     release=
-    case " $* " in
-    *" qemu-"*) choose_qemu ;;
-    esac
+    for package in "$@"; do
+        case "$package" in
+        qemu-*) choose_qemu "$package" ;;
+        esac
+    done
     say "installing:$(printf ' %s' "$@")${release:+ (from $release)}"
     # shellcheck disable=SC2086
     DEBIAN_FRONTEND=noninteractive apt install -y --no-install-recommends ${release:+-t $release} "$@" >&2 ||
         fail "apt-get could not install them"
 }
 
-# Sets $release to Debian's backports if the plain release's QEMU is too old.
+# Sets $release to Debian's backports if what the plain release has of this package of QEMU's is too old. Each is asked
+# for: where one came from the backports already, its own candidate is new, and that of the others is not.
 choose_qemu() {
-    candidate=$(apt policy qemu-utils | sed -n 's/^ *Candidate: *\([0-9]*:\)\{0,1\}\([0-9.]*\).*/\2/p')
+    [ -z "$release" ] || return 0
+    candidate=$(apt policy "$1" | sed -n 's/^ *Candidate: *\([0-9]*:\)\{0,1\}\([0-9.]*\).*/\2/p')
     at_least "${candidate:-0}" && return
     release=$(sed -n 's/^VERSION_CODENAME=//p' /etc/os-release)-backports
     mirror=$(apt-get indextargets --format '$(SITE)' 'Created-By: Packages' | grep '/debian/*$' | head -n 1)
     [ -n "$mirror" ] || fail "QEMU $QEMU_VERSION or newer is needed, and apt knows no Debian mirror to ask for $release"
-    say "this release's QEMU is ${candidate:-missing}; asking for $release"
+    say "this release's $1 is ${candidate:-missing}; asking for $release"
     keyring=/usr/share/keyrings/debian-archive-keyring.gpg
     [ -f "$keyring" ] && signed="[signed-by=$keyring] " || signed=
     echo "deb $signed$mirror $release main" >"$apt/sources/backports-for-qemu.list"
     update_lists
-    apt policy qemu-utils | grep -q "$release" || fail "$release has no qemu-utils"
+    apt policy "$1" | grep -q "$release" || fail "$release has no $1"
 }
 
 # A source that cannot be read must not stop us; a package that is then missing does.
