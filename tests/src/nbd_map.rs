@@ -13,7 +13,8 @@ use crate::process::{run, tool};
 /// # Errors
 /// When `nbdinfo` is missing or cannot connect.
 pub fn dirty_contexts(socket: &Path, export: &str) -> Result<Vec<String>> {
-    let document = nbdinfo(socket, export, &["--json"])?;
+    // What `file` makes of the content may be no JSON, and the program may be missing.
+    let document = nbdinfo(socket, export, &["--json", "--no-content"])?;
     let contexts = document["exports"][0]["contexts"].as_array();
     Ok(contexts
         .context("nbdinfo names no contexts")?
