@@ -50,6 +50,10 @@ pub mod policy;
 pub mod qemu;
 pub mod recording;
 pub mod registry;
+#[cfg(test)]
+#[path = "../../tests/src/report.rs"]
+#[expect(unreachable_pub, reason = "the tests' harness exports it")]
+mod report;
 pub mod sandbox;
 pub mod simulator;
 pub mod templates;

@@ -14,7 +14,8 @@
 //! 5. [`compare`] holds what the product restored against [`Proxy::references`], and
 //!    [`QemuState::assert_restored`] sees that nothing was left behind.
 //!
-//! Programs that a test needs and does not find are failures that name the package, never skips.
+//! Programs that a test needs and does not find are failures that name the package, never skips. What this machine does
+//! not allow (to mount, to be root) is told by [`not_shown`], and `make test` lists it at its end.
 
 mod agent;
 pub mod compare;
@@ -32,6 +33,7 @@ mod proxy;
 mod qemu_state;
 mod qmp;
 mod random;
+mod report;
 mod site;
 mod storage_daemon;
 mod writer;
@@ -48,6 +50,7 @@ pub use proxy::{At, Fault, Held, Proxy, ReferenceImage, Stage, What};
 pub use qemu_state::{Bitmap, QemuState};
 pub use qmp::{Monitors, Qmp, QmpError};
 pub use random::Random;
+pub use report::not_shown;
 pub use site::{Backup, Order, Site, bytes_below, files_below};
 pub use storage_daemon::StorageDaemon;
 pub use writer::{Load, Writer, WriterReport};

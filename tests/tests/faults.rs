@@ -306,7 +306,7 @@ impl Drop for Tmpfs<'_> {
 fn may_mount() -> bool {
     let may = rustix::process::geteuid().is_root();
     if !may {
-        eprintln!("not run as root: this test cannot mount a small file system, and shows nothing");
+        fleecebox_tests::not_shown("no file system can be mounted here (this needs root)");
     }
     may
 }

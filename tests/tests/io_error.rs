@@ -20,7 +20,7 @@ impl SmallFolder {
         let mut mount = Command::new("mount");
         let mount = mount.args(["-t", "tmpfs", "-o", "size=64m", "tmpfs"]);
         if !mount.arg(&at).status()?.success() {
-            eprintln!("NOT SHOWN: no file system can be mounted here (this needs root)");
+            fleecebox_tests::not_shown("no file system can be mounted here (this needs root)");
             return Ok(None);
         }
         Ok(Some(Self(at)))

@@ -29,7 +29,7 @@ fn disk(folder: &Path) -> Result<Vec<String>> {
 #[test]
 fn a_qemu_of_another_user_is_handed_what_it_may_not_open() -> Result<()> {
     if !rustix::process::geteuid().is_root() {
-        eprintln!("NOT SHOWN: only root can run QEMU as another user");
+        fleecebox_tests::not_shown("only root can run QEMU as another user");
         return Ok(());
     }
     let site = Site::new()?;

@@ -112,7 +112,9 @@ fn a_block_device_is_overwritten_with_zeroes_too_and_not_beyond_the_volume() -> 
     let beyond = 4096;
     let image = scene.site.path("device.img");
     fs::write(&image, vec![0xaa; SIZE as usize + beyond])?;
-    let device = LoopDevice::attach(&image)?;
+    let Some(device) = LoopDevice::attach(&image)? else {
+        return Ok(());
+    };
     let volume = ["--volume", "da"];
     let refused = scene.restore(&volume, &device.path).run()?;
     refused.assert_refused(2, "--force overwrites it");
@@ -139,7 +141,9 @@ fn a_block_device_that_is_too_small_is_left_alone() -> Result<()> {
     let scene = Scene::new()?;
     let image = scene.site.path("device.img");
     fs::write(&image, vec![0xaa; SIZE as usize - 512])?;
-    let device = LoopDevice::attach(&image)?;
+    let Some(device) = LoopDevice::attach(&image)? else {
+        return Ok(());
+    };
     let outcome = scene
         .restore(&["--volume", "da", "--force"], &device.path)
         .run()?;
@@ -155,7 +159,11 @@ struct LoopDevice {
 }
 
 impl LoopDevice {
-    fn attach(file: &Path) -> Result<Self> {
+    fn attach(file: &Path) -> Result<Option<Self>> {
+        if !rustix::process::geteuid().is_root() {
+            fleecebox_tests::not_shown("a block device of the host (losetup needs root)");
+            return Ok(None);
+        }
         let mut losetup = Command::new("/usr/sbin/losetup");
         let output = losetup.args(["--find", "--show"]).arg(file).output()?;
         let said = String::from_utf8_lossy(&output.stderr);
@@ -164,7 +172,7 @@ impl LoopDevice {
             "losetup, which needs root and a loop device, failed: {said}"
         );
         let path = String::from_utf8(output.stdout)?.trim_end().into();
-        Ok(Self { path })
+        Ok(Some(Self { path }))
     }
 
     /// What was written is in the file then.

@@ -29,8 +29,8 @@ impl Loop {
             .output();
         let device = attached.ok().filter(|output| output.status.success());
         let Some(device) = device else {
-            eprintln!(
-                "NOT SHOWN: a block device of the host (losetup needs root and /dev/loop-control)"
+            fleecebox_tests::not_shown(
+                "a block device of the host (losetup needs root and /dev/loop-control)",
             );
             return Ok(None);
         };

@@ -268,7 +268,7 @@ async fn memory_that_no_limit_of_a_process_counts_is_held_by_the_kernel_all_the_
     let (error, told) = host.fails("fills page tables", limits).await;
     let unheld = |event: &&Event| matches!(event, Event::Warning { text } if text.contains("control groups"));
     if let Some(unheld) = told.iter().find(unheld) {
-        return eprintln!("this system does not offer it: {unheld:?}");
+        return crate::report::not_shown(&format!("this system has none: {unheld:?}"));
     }
     let ended = matches!(
         &error,

@@ -436,7 +436,7 @@ mod tests {
         match Group::make(memory) {
             Ok(group) => Some(Arc::new(group)),
             Err(error) => {
-                eprintln!("no control group can be made here: {error}");
+                crate::report::not_shown(&format!("no control group can be made here: {error}"));
                 None
             }
         }

@@ -3,6 +3,9 @@
 mod budget;
 mod component;
 mod confinement;
+#[path = "../../../tests/src/report.rs"]
+#[expect(unreachable_pub, reason = "the tests' harness exports it")]
+mod report;
 mod wasi;
 
 use bytes::Bytes;
@@ -690,7 +693,7 @@ async fn a_sandbox_ends_when_the_other_end_of_its_socket_does() {
 async fn a_running_sandbox_holds_its_socket_and_its_memory_file_and_nothing_else() {
     let bench = bench();
     if !rustix::process::geteuid().is_root() {
-        return eprintln!("needs root: a sandbox process shows its files to nobody else");
+        return report::not_shown("only root may see what a sandbox process holds");
     }
     // A careless parent leaves a file open for its children.
     let careless = File::open(env!("CARGO_MANIFEST_DIR")).unwrap();

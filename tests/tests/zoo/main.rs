@@ -113,15 +113,19 @@ fn run() -> Result<bool> {
             done(name, began.elapsed(), row);
         }
     }
-    let neighbours = scene.check_neighbour().context("the neighbour")?;
+    let neighbours = scene.check_neighbour().unwrap_or_else(|error| {
+        eprintln!("the neighbour: FAILED: {error:?}");
+        failed.push("the neighbour".into());
+        0
+    });
     print(&rows, &scene, neighbours, started.elapsed());
     // One that lives for less than it takes to look is missed now and then.
     let runs = rows.iter().filter(|row| row.status == "1");
     let unseen = runs.filter(|row| row.sandbox == 0).count();
-    ensure!(
-        unseen * 10 <= rows.len(),
-        "{unseen} sandboxes were not seen"
-    );
+    if unseen * 10 > rows.len() {
+        eprintln!("{unseen} sandboxes were not seen");
+        failed.push("looking at the sandboxes".into());
+    }
     if !failed.is_empty() {
         eprintln!("failed: {}", failed.join(", "));
     }
