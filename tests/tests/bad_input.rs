@@ -1,14 +1,23 @@
-//! What the user can mend: one line that names the thing, exit status 2, and nothing was touched.
+//! What the user can mend: one line that names the thing, exit status 2 (10 where the archive is it), and nothing was
+//! touched.
 
 use std::fs;
 use std::io::{Read, Write};
+use std::os::fd::OwnedFd;
 use std::os::unix::fs::PermissionsExt;
-use std::os::unix::net::UnixListener;
-use std::path::PathBuf;
+use std::os::unix::net::{UnixListener, UnixStream};
+use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result, ensure};
 use fleecebox_tests::{Disk, Fleecebox, MIB, Order, QemuState, Site, StorageDaemon, component};
 use serde_json::{Value, json};
+
+/// The exit status for what the user can mend.
+const MISTAKE: i32 = 2;
+/// The exit status for an archive that is none, or cannot be used.
+const UNUSABLE: i32 = 10;
+/// The exit status where another is at work.
+const BUSY: i32 = 11;
 
 /// One small disk, and an order for it in which everything is right.
 struct Scene {
@@ -35,13 +44,17 @@ impl Scene {
     }
 
     fn refuses_command(&self, command: Fleecebox, name: &str) -> Result<()> {
+        self.refuses_with(MISTAKE, command, name)
+    }
+
+    fn refuses_with(&self, status: i32, command: Fleecebox, name: &str) -> Result<()> {
         let before = QemuState::read(self.daemon.monitors())?;
         // What it says of its disks before it fails is no error.
-        let outcome = command.arg("--quiet").run()?.assert_refused(2, name);
+        let outcome = command.arg("--quiet").run()?.assert_refused(status, name);
         let document = outcome.document()?;
         let error = document["error"].as_str().context("no error in JSON")?;
         ensure!(error.contains(name), "{document}");
-        ensure!(document["exit_status"] == 2, "{document}");
+        ensure!(document["exit_status"] == status, "{document}");
         QemuState::read(self.daemon.monitors())?.assert_restored(&before, |_| false);
         self.site.check_no_fleecing_images()
     }
@@ -177,18 +190,23 @@ fn a_socket_that_is_no_monitor() -> Result<()> {
 #[test]
 fn an_archive_that_is_not_there_or_is_none() -> Result<()> {
     let scene = Scene::new()?;
-    let to = |archive: PathBuf| Order {
-        archive,
-        ..scene.order.clone()
+    let refuses = |archive: PathBuf, name: &str| {
+        let order = Order {
+            archive: archive.clone(),
+            ..scene.order.clone()
+        };
+        scene.refuses_with(UNUSABLE, scene.site.backup_command(&order), name)?;
+        let list = scene.site.command(&["list", "--json", "--archive"]);
+        scene.refuses_with(UNUSABLE, list.arg(&archive), name)
     };
     let missing = scene.site.path("missing-archive");
-    scene.refuses(&to(missing.clone()), "missing-archive")?;
+    refuses(missing.clone(), "missing-archive")?;
     ensure!(!missing.exists(), "it was made");
-    scene.refuses(&to(scene.file("a-file", b"")?.into()), "a-file")?;
+    refuses(scene.file("a-file", b"")?.into(), "a-file")?;
     let full = scene.site.path("full-of-else");
     fs::create_dir(&full)?;
     fs::write(full.join("letter.txt"), "dear reader")?;
-    scene.refuses(&to(full.clone()), "full-of-else")?;
+    refuses(full.clone(), "full-of-else")?;
     assert_eq!(fs::read_dir(&full)?.count(), 1);
     Ok(())
 }
@@ -202,7 +220,7 @@ fn an_archive_that_cannot_be_written() -> Result<()> {
     };
     read_only(true)?;
     let command = scene.site.backup_command(&scene.order);
-    scene.refuses_command(command.bound_by_permissions(), "archive")?;
+    scene.refuses_with(UNUSABLE, command.bound_by_permissions(), "archive")?;
     // The same once it is an archive.
     read_only(false)?;
     scene.site.backup(&scene.order)?;
@@ -210,7 +228,7 @@ fn an_archive_that_cannot_be_written() -> Result<()> {
     let namespaces = scene.site.archive().join("namespaces");
     fs::set_permissions(&namespaces, PermissionsExt::from_mode(0o555))?;
     let command = scene.site.backup_command(&other);
-    scene.refuses_command(command.bound_by_permissions(), "archive")
+    scene.refuses_with(UNUSABLE, command.bound_by_permissions(), "archive")
 }
 
 #[test]
@@ -338,7 +356,62 @@ fn a_damaged_archive_is_no_mistake_of_the_users() -> Result<()> {
     fs::write(&manifest, text)?;
     let show = scene.site.command(&["show", &backup.id, "--json"]);
     let outcome = show.arg("--archive").arg(scene.site.archive()).run()?;
-    let outcome = outcome.assert_refused(1, &backup.id);
-    assert_eq!(outcome.document()?["exit_status"], Value::from(1));
+    let outcome = outcome.assert_refused(UNUSABLE, &backup.id);
+    assert_eq!(outcome.document()?["exit_status"], Value::from(UNUSABLE));
+    Ok(())
+}
+
+#[test]
+fn a_monitor_that_another_client_holds_is_busy() -> Result<()> {
+    let scene = Scene::new()?;
+    let qmp = &scene.daemon.monitors().product;
+    let held = UnixStream::connect(qmp)?;
+    // QEMU has greeted it, and serves nobody else as long as it stays.
+    (&held).read_exact(&mut [0])?;
+    let mut waiting = Vec::new();
+    // In the queue, and where the queue is full.
+    for _ in 0..2 {
+        let backup = scene.site.backup_command(&scene.order);
+        let dry_run = scene.site.backup_command(&scene.order).arg("--dry-run");
+        let recover = scene.site.command(&["recover", "web", "--json"]);
+        let recover = recover.arg("--qmp").arg(qmp).arg("--archive");
+        let recover = recover.arg(scene.site.archive());
+        for command in [backup, dry_run, recover] {
+            let outcome = command.arg("--quiet").run()?;
+            let outcome = outcome.assert_refused(BUSY, "qmp.sock");
+            assert_eq!(outcome.document()?["exit_status"], BUSY);
+        }
+        while let Some(client) = queue_up(qmp)? {
+            waiting.push(client);
+        }
+    }
+    Ok(())
+}
+
+/// A client in the queue of `socket`, if there is room for one.
+fn queue_up(socket: &Path) -> Result<Option<OwnedFd>> {
+    use rustix::net::{AddressFamily, SocketAddrUnix, SocketFlags, SocketType};
+    let client = rustix::net::socket_with(
+        AddressFamily::UNIX,
+        SocketType::STREAM,
+        SocketFlags::NONBLOCK | SocketFlags::CLOEXEC,
+        None,
+    )?;
+    match rustix::net::connect(&client, &SocketAddrUnix::new(socket)?) {
+        Ok(()) => Ok(Some(client)),
+        Err(rustix::io::Errno::AGAIN) => Ok(None),
+        Err(error) => Err(error.into()),
+    }
+}
+
+#[test]
+fn the_exit_statuses_are_one_table_in_the_help() -> Result<()> {
+    let help = Fleecebox::new(["--help"]).run()?.assert_success().stdout;
+    for status in [0, 1, 2, 3, 10, 11, 12, 130] {
+        let row = help.lines().any(|line| {
+            line.split_whitespace().next() == Some(&status.to_string()) && line.len() > 6
+        });
+        ensure!(row, "no {status}:\n{help}");
+    }
     Ok(())
 }

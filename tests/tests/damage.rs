@@ -96,13 +96,13 @@ fn is_part(file: &Path, part: &str) -> bool {
         .any(|component| component.as_os_str() == part)
 }
 
-/// Whether it went well; if not, that it said why in words, and that it is nobody's mistake.
+/// Whether it went well; if not, that it said why in words, and that it is the archive.
 fn check(outcome: &Outcome) -> Result<bool> {
     if outcome.code() == Some(0) {
         return Ok(true);
     }
     ensure!(
-        outcome.code() == Some(1) && !outcome.stderr.contains("panicked"),
+        outcome.code() == Some(10) && !outcome.stderr.contains("panicked"),
         "{:?}: {}",
         outcome.code(),
         outcome.stderr

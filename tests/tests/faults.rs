@@ -27,7 +27,18 @@ fn send(pid: i32, signal: Signal) -> Result<()> {
 /// Its error is one line, whatever came before.
 #[track_caller]
 fn assert_failed(outcome: &Outcome, reason: &str) {
-    assert_eq!(outcome.code(), Some(1), "{}", outcome.stderr);
+    assert_ended(outcome, 1, reason);
+}
+
+/// As the shell knows it.
+#[track_caller]
+fn assert_cancelled(outcome: &Outcome) {
+    assert_ended(outcome, 130, "cancelled");
+}
+
+#[track_caller]
+fn assert_ended(outcome: &Outcome, status: i32, reason: &str) {
+    assert_eq!(outcome.code(), Some(status), "{}", outcome.stderr);
     let last = outcome.stderr.lines().last().unwrap_or_default();
     assert!(
         last.contains(reason),
@@ -63,7 +74,7 @@ fn a_signal_ends_a_backup_as_if_it_had_not_been_tried() -> Result<()> {
         let asked = Instant::now();
         let outcome = running.finish()?;
         assert!(asked.elapsed() < CANCEL_LIMIT, "{:?}", asked.elapsed());
-        assert_failed(&outcome, "cancelled");
+        assert_cancelled(&outcome);
         nothing_happened(&mut site, &tracking).with_context(|| format!("{signal:?}"))?;
     }
     Ok(())
@@ -80,7 +91,7 @@ fn a_backup_is_not_suspended() -> Result<()> {
     })?;
     site.write_some()?;
     send(running.process().pid, Signal::INT)?;
-    assert_failed(&running.finish()?, "cancelled");
+    assert_cancelled(&running.finish()?);
     nothing_happened(&mut site, &tracking)
 }
 
@@ -96,7 +107,7 @@ fn a_sandbox_that_does_not_move_does_not_hold_up_a_cancel() -> Result<()> {
     let asked = Instant::now();
     let outcome = running.finish()?;
     assert!(asked.elapsed() < CANCEL_LIMIT, "{:?}", asked.elapsed());
-    assert_failed(&outcome, "cancelled");
+    assert_cancelled(&outcome);
     nothing_happened(&mut site, &tracking)
 }
 
@@ -239,9 +250,9 @@ fn a_second_job_on_the_same_vm_is_refused() -> Result<()> {
     let running = site.stalled_backup()?;
     site.backup()
         .run()?
-        .assert_refused(1, "another job is running on this VM");
+        .assert_refused(11, "another job is running on this VM");
     send(running.process().pid, Signal::INT)?;
-    assert_failed(&running.finish()?, "cancelled");
+    assert_cancelled(&running.finish()?);
     nothing_happened(&mut site, &tracking)
 }
 

@@ -260,7 +260,7 @@ fn recover_leaves_a_live_job_alone() -> Result<()> {
     let running = site.stalled_backup()?;
     let before = QemuState::read(site.daemon.monitors())?;
     let outcome = recover(&site).run()?;
-    outcome.assert_refused(1, "another job is running on this VM");
+    outcome.assert_refused(11, "another job is running on this VM");
     QemuState::read(site.daemon.monitors())?.assert_restored(&before, |_| false);
     running.kill()?;
     site.attempt()?;

@@ -464,7 +464,7 @@ mod backup_discard_source {
         let pid = rustix::process::Pid::from_raw(running.process().pid).context("no process")?;
         rustix::process::kill_process(pid, rustix::process::Signal::INT)?;
         let outcome = running.finish()?;
-        assert_eq!(outcome.code(), Some(1), "{}", outcome.stderr);
+        assert_eq!(outcome.code(), Some(130), "{}", outcome.stderr);
         scene.undisturbed()
     }
 

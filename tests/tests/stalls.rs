@@ -104,7 +104,7 @@ fn a_job_that_stands_still_holds_up_no_drain_and_no_write() -> Result<()> {
         }
         if caught == 1 {
             let second = site.backup_command(&order).arg("--quiet").run()?;
-            second.assert_refused(1, "another job is running on this VM");
+            second.assert_refused(11, "another job is running on this VM");
         }
         send(&running, Signal::CONT)?;
     }

@@ -186,15 +186,6 @@ pub enum Damage {
 }
 
 impl Error {
-    /// Whether the operator keeps the archive from being written: by permissions, or mounted read-only.
-    pub fn is_not_writable(&self) -> bool {
-        let kinds = [
-            io::ErrorKind::PermissionDenied,
-            io::ErrorKind::ReadOnlyFilesystem,
-        ];
-        matches!(self, Self::Io { source, .. } if kinds.contains(&source.kind()))
-    }
-
     /// For `map_err`: an error of the file system at `path`.
     pub(super) fn at(path: impl Display) -> impl FnOnce(io::Error) -> Self {
         move |source| {

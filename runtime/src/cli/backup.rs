@@ -2,7 +2,7 @@
 
 use super::progress::Progress;
 use super::vm::{self, VmArguments};
-use super::{AllowWasi, Failure, Sandboxes, Session, installed, recording, target, text};
+use super::{AllowWasi, Failure, Sandboxes, Session, Status, installed, recording, target, text};
 use crate::archive::ComponentId;
 use crate::config::Vm;
 use crate::grants::MAX_ATTACHMENT;
@@ -80,11 +80,14 @@ impl Backup {
         tell(session, &summary, started);
         match &summary.left[..] {
             [] => Ok(()),
-            left => Err(Failure::Failed(anyhow!(
-                "backup {} is committed, but the clean-up is incomplete and left to the next run: {}",
-                summary.manifest.backup,
-                left.join("; ")
-            ))),
+            left => Err(Failure::Told(
+                Status::Incomplete,
+                anyhow!(
+                    "backup {} is committed, but the clean-up is incomplete and left to the next run: {}",
+                    summary.manifest.backup,
+                    left.join("; ")
+                ),
+            )),
         }
     }
 
@@ -114,10 +117,7 @@ impl Backup {
         progress.finish().await;
         recording::end(recorder);
         record.used = account.used();
-        made.map_err(|error| match error.is_mistake() {
-            true => Failure::Mistake(error.into()),
-            false => Failure::Failed(error.into()),
-        })
+        made.map_err(Failure::of)
     }
 
     async fn foretell(self, session: &Session) -> Result<(), Failure> {
@@ -137,10 +137,7 @@ impl Backup {
             fleecing: (&fleecing, &path),
         };
         let foretold = dry_run::dry_run(order).await;
-        let forecast = foretold.map_err(|error| match error.is_mistake() {
-            true => Failure::Mistake(error.into()),
-            false => Failure::Failed(error.into()),
-        })?;
+        let forecast = foretold.map_err(Failure::of)?;
         tell_forecast(session, &forecast);
         Ok(())
     }

@@ -2,7 +2,7 @@
 
 use super::progress::Progress;
 use super::vm::{self, VmArguments, check_name};
-use super::{Failure, Session, target, text};
+use super::{Failure, Session, Status, target, text};
 use crate::job::audit::{Job, Record};
 use crate::job::export::{self, Ended, Held, Mechanism, Places, Request, Verdict};
 use anyhow::{Context, anyhow};
@@ -89,10 +89,7 @@ impl Export {
         }
         match &ended.left[..] {
             [] => Ok(()),
-            left => Err(Failure::Reported(anyhow!(
-                "the export is ended, but the clean-up is incomplete and left to the next run: {}",
-                left.join("; ")
-            ))),
+            left => Err(clean_up_left(left)),
         }
     }
 
@@ -134,11 +131,10 @@ impl Export {
         let ended = export::export(request, places, ready, &events, &session.cancel).await;
         drop(events);
         progress.finish().await;
-        ended.map_err(|error| match error.is_mistake() {
-            true => Failure::Mistake(error.into()),
+        ended.map_err(|error| match Failure::of(error) {
             // The one document of --json is what the tool was given.
-            false if told.get() => Failure::Reported(error.into()),
-            false => Failure::Failed(error.into()),
+            Failure::Failed(error) if told.get() => Failure::Told(Status::Failed, error),
+            failure => failure,
         })
     }
 }
@@ -216,15 +212,20 @@ impl End {
             show!("{}", serde_json::json!(answer));
         }
         match (&answer.error, &answer.left[..]) {
-            (Some(error), _) => Err(Failure::Reported(anyhow!(
-                "the export counts as a failure: {}",
-                text::one_line(error)
-            ))),
+            (Some(error), _) => Err(Failure::Told(
+                Status::Failed,
+                anyhow!("the export counts as a failure: {}", text::one_line(error)),
+            )),
             (None, []) => Ok(()),
-            (None, left) => Err(Failure::Reported(anyhow!(
-                "the export is ended, but the clean-up is incomplete and left to the next run: {}",
-                left.join("; ")
-            ))),
+            (None, left) => Err(clean_up_left(left)),
         }
     }
+}
+
+fn clean_up_left(left: &[String]) -> Failure {
+    let said = anyhow!(
+        "the export is ended, but the clean-up is incomplete and left to the next run: {}",
+        left.join("; ")
+    );
+    Failure::Told(Status::Incomplete, said)
 }

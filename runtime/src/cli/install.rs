@@ -117,7 +117,7 @@ impl Source {
         let fetching = spawn_blocking(move || registry::fetch(&reference, MAX_COMPONENT));
         let fetched = tokio::select! {
             fetched = fetching => fetched.map_err(target::failed)?,
-            () = session.cancel.cancelled() => return Err(Failure::Failed(anyhow!("cancelled"))),
+            () = session.cancel.cancelled() => return Err(Failure::Cancelled(anyhow!("cancelled"))),
         };
         let bytes = fetched.map_err(|error| match error {
             registry::Error::Unreachable { .. } => Failure::Failed(anyhow!("{shown}: {error}")),

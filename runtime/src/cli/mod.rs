@@ -21,6 +21,7 @@ mod recover;
 mod remove;
 mod restore;
 mod show;
+mod status;
 mod target;
 mod test;
 mod text;
@@ -32,6 +33,7 @@ use crate::config::{self, Config, ConfigError};
 use crate::policy::Denied;
 use crate::sandbox::Program;
 use clap::{Args, Parser, Subcommand};
+use status::Status;
 use std::collections::BTreeSet;
 use std::path::PathBuf;
 use std::process::ExitCode;
@@ -44,7 +46,8 @@ use tokio_util::sync::CancellationToken;
     name = "fleecebox",
     version,
     propagate_version = true,
-    max_term_width = 100
+    max_term_width = 100,
+    after_help = status::TABLE
 )]
 struct Cli {
     #[command(flatten)]
@@ -163,27 +166,75 @@ impl AllowWasi {
 /// For what still runs when a command has ended.
 const LAST_WORK: Duration = Duration::from_secs(1);
 
-/// How a command failed.
+/// How a command failed; what each means is in the table of [`Status`].
 #[derive(Debug)]
 enum Failure {
-    /// The user can mend it: exit status 2.
+    /// The user can mend it.
     Mistake(anyhow::Error),
-    /// Exit status 1.
+    /// None of the others.
     Failed(anyhow::Error),
-    /// Exit status 1, after a result that says all of it: with `--json` there is one document and not two.
-    Reported(anyhow::Error),
-    /// As [`Failure::Reported`], where the user can mend it: exit status 2.
-    Found(anyhow::Error),
+    /// The archive, or a backup in it.
+    Unusable(anyhow::Error),
+    /// Another is at work.
+    Busy(anyhow::Error),
+    /// By the policy.
+    Denied(anyhow::Error),
+    /// By a signal.
+    Cancelled(anyhow::Error),
+    /// After a result that says all of it: with `--json` there is one document and not two.
+    Told(Status, anyhow::Error),
 }
 
 impl Failure {
-    /// For the operator.
-    fn line(&self) -> String {
+    /// A failure of the kind that the error itself, or the first of its causes that is known, belongs to.
+    fn of(error: impl Into<anyhow::Error>) -> Self {
+        let error = error.into();
+        match Status::of(&error) {
+            Status::Failed => Self::Failed(error),
+            Status::Mistake => Self::Mistake(error),
+            Status::Unusable => Self::Unusable(error),
+            Status::Busy => Self::Busy(error),
+            Status::Denied => Self::Denied(error),
+            Status::Cancelled => Self::Cancelled(error),
+            status @ Status::Incomplete => Self::Told(status, error),
+        }
+    }
+
+    fn status(&self) -> Status {
+        match self {
+            Self::Mistake(_) => Status::Mistake,
+            Self::Failed(_) => Status::Failed,
+            Self::Unusable(_) => Status::Unusable,
+            Self::Busy(_) => Status::Busy,
+            Self::Denied(_) => Status::Denied,
+            Self::Cancelled(_) => Status::Cancelled,
+            Self::Told(status, _) => *status,
+        }
+    }
+
+    fn error(&self) -> &anyhow::Error {
         match self {
             Self::Mistake(error)
             | Self::Failed(error)
-            | Self::Reported(error)
-            | Self::Found(error) => text::error(error),
+            | Self::Unusable(error)
+            | Self::Busy(error)
+            | Self::Denied(error)
+            | Self::Cancelled(error)
+            | Self::Told(_, error) => error,
+        }
+    }
+
+    /// For the operator.
+    fn line(&self) -> String {
+        text::error(self.error())
+    }
+
+    /// Whatever failed after a signal asked for the end failed because of it.
+    fn cancelled_if(self, cancelled: bool) -> Self {
+        match self {
+            Self::Failed(error) if cancelled => Self::Cancelled(error),
+            Self::Told(Status::Failed, error) if cancelled => Self::Told(Status::Cancelled, error),
+            other => other,
         }
     }
 }
@@ -205,15 +256,10 @@ pub fn main() -> ExitCode {
     match run(cli) {
         Ok(()) => ExitCode::SUCCESS,
         Err(failure) => {
-            let (status, reported) = match &failure {
-                Failure::Mistake(_) => (2, false),
-                Failure::Failed(_) => (1, false),
-                Failure::Reported(_) => (1, true),
-                Failure::Found(_) => (2, true),
-            };
+            let status = failure.status().code();
             let line = failure.line();
             say!("fleecebox: {line}");
-            if json && !reported {
+            if json && !matches!(failure, Failure::Told(..)) {
                 show!(
                     "{}",
                     serde_json::json!({ "error": line, "exit_status": status })
@@ -271,7 +317,7 @@ fn run(cli: Cli) -> Result<(), Failure> {
     });
     // File work that hangs in an archive would otherwise be waited for without end.
     runtime.shutdown_timeout(LAST_WORK);
-    ended
+    ended.map_err(|failure| failure.cancelled_if(session.cancel.is_cancelled()))
 }
 
 /// ^Z would leave the snapshot to itself: its fleecing images grow with nobody who gives it up in time.
@@ -310,7 +356,7 @@ fn cancel_on_signals(cancel: CancellationToken) {
 
 impl From<Denied> for Failure {
     fn from(error: Denied) -> Self {
-        Self::Mistake(error.into())
+        Self::of(error)
     }
 }
 

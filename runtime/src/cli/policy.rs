@@ -1,6 +1,6 @@
 //! `fleecebox policy check` and `fleecebox policy explain`.
 
-use super::{Failure, Session, target};
+use super::{Failure, Session, Status, target};
 use crate::archive::ComponentId;
 use crate::channel::Wasi;
 use crate::config::{Config, ConfigError};
@@ -65,7 +65,10 @@ impl Check {
             return Ok(());
         }
         let count = found.len();
-        Err(Failure::Found(anyhow!("{file}: {count} findings")))
+        Err(Failure::Told(
+            Status::Mistake,
+            anyhow!("{file}: {count} findings"),
+        ))
     }
 }
 

@@ -26,12 +26,7 @@ impl Providers {
                 Ok(bytes) => sandbox::compile(&Program::this(), bytes.into(), &cache)
                     .await
                     .map_err(|error| error.to_string()),
-                Err(
-                    Failure::Mistake(error)
-                    | Failure::Failed(error)
-                    | Failure::Reported(error)
-                    | Failure::Found(error),
-                ) => Err(super::text::error(&error)),
+                Err(failure) => Err(failure.line()),
             };
             // One that is broken must not hide the others.
             let world = looked_at

@@ -1,6 +1,6 @@
 //! `--record` and `--replay`.
 
-use super::{Failure, Session, text};
+use super::{Failure, Session, Status, text};
 use crate::archive::ComponentId;
 use crate::channel::LogLevel;
 use crate::job::component::Component;
@@ -112,7 +112,7 @@ pub(super) async fn replay(
                 ReplayError::World { .. } => Failure::Mistake(error.into()),
                 ReplayError::Sandbox(_) => Failure::Failed(error.into()),
             })?,
-            () = session.cancel.cancelled() => return Err(Failure::Failed(anyhow!("cancelled"))),
+            () = session.cancel.cancelled() => return Err(Failure::Cancelled(anyhow!("cancelled"))),
         };
         if !session.json {
             tell(&replayed);
@@ -143,10 +143,10 @@ pub(super) async fn replay(
     }
     match all.iter().filter(|it| it.difference.is_some()).count() {
         0 => Ok(()),
-        count => Err(Failure::Reported(anyhow!(
-            "{count} of {} do not go as recorded",
-            all.len()
-        ))),
+        count => Err(Failure::Told(
+            Status::Failed,
+            anyhow!("{count} of {} do not go as recorded", all.len()),
+        )),
     }
 }
 

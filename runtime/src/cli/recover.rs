@@ -2,7 +2,7 @@
 
 use super::progress::Progress;
 use super::vm::{check_name, monitor_of};
-use super::{Failure, Session, target};
+use super::{Failure, Session, Status, target};
 use crate::config::Vm;
 use crate::job::recover::{self, Patient};
 use crate::sandbox;
@@ -68,14 +68,28 @@ async fn all(session: &Session) -> Result<(), Failure> {
         )));
     }
     tell(session, &results);
-    let failed = results.iter().filter(|(_, result)| result.is_err()).count();
-    match failed {
-        0 => Ok(()),
-        _ => Err(Failure::Reported(anyhow!(
-            "{failed} of {} VMs could not be cleaned up",
+    let failures = results
+        .iter()
+        .filter_map(|(_, result)| result.as_ref().err());
+    let failed: Vec<Status> = failures.map(Failure::status).collect();
+    let Some(first) = failed.first().copied() else {
+        return Ok(());
+    };
+    let status = if failed.len() < results.len() {
+        Status::Incomplete
+    } else if failed.iter().all(|status| *status == first) {
+        first
+    } else {
+        Status::Failed
+    };
+    Err(Failure::Told(
+        status,
+        anyhow!(
+            "{} of {} VMs could not be cleaned up",
+            failed.len(),
             results.len()
-        ))),
-    }
+        ),
+    ))
 }
 
 /// Returns whether there was anything.
@@ -105,10 +119,7 @@ async fn one(session: &Session, name: &str, vm: Vm) -> Result<bool, Failure> {
     let found = recover::recover_vm(patient, &events, &session.cancel).await;
     drop(events);
     progress.finish().await;
-    found.map_err(|error| match error.is_mistake() {
-        true => Failure::Mistake(error.into()),
-        false => Failure::Failed(error.into()),
-    })
+    found.map_err(Failure::of)
 }
 
 fn tell(session: &Session, results: &[(String, Result<bool, Failure>)]) {

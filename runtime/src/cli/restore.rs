@@ -2,7 +2,7 @@
 
 use super::progress::Progress;
 use super::reading::Reading;
-use super::{AllowWasi, Failure, Sandboxes, Session, target, text};
+use super::{AllowWasi, Failure, Sandboxes, Session, Status, target, text};
 use crate::archive::{Manifest, Namespace, VolumeRecord};
 use crate::job::Event;
 use crate::job::audit::Job;
@@ -120,11 +120,11 @@ impl Restore {
                 };
                 let findings = replay::replay(order).await.map_err(target::failed)?;
                 if let Some(finding) = findings.first() {
-                    return Err(Failure::Failed(anyhow!(
-                        "volume {}: {}",
-                        volume.name,
-                        text::one_line(&finding.to_string())
-                    )));
+                    let said = anyhow!("volume {}: {finding}", volume.name);
+                    return Err(match Status::of_finding(finding) {
+                        Status::Denied => Failure::Denied(said),
+                        _ => Failure::Unusable(said),
+                    });
                 }
                 output.complete(self.format, self.force).await
             };

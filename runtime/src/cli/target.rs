@@ -1,7 +1,7 @@
 //! From names and paths on the command line to open archives, folders and components. Ambient authority is used here
 //! and nowhere below.
 
-use super::{Failure, Session, text};
+use super::{Failure, Session, Status};
 use crate::archive::{self, Archive, BackupId, Manifest, Namespace};
 use crate::config::{self, Vm};
 use crate::job::audit::{Audit, Outcome, Record};
@@ -64,18 +64,11 @@ fn archive_folder(path: &Path) -> Result<Dir, Failure> {
                 path.display()
             )
         })
-        .map_err(Failure::Mistake)
+        .map_err(Failure::Unusable)
 }
 
-/// A wrong folder is the user's mistake, and so is one that may not be used; a damaged archive is nobody's.
 fn unusable(path: &Path, error: archive::Error) -> Failure {
-    use archive::Error::{NotAnArchive, NotEmpty};
-    let mistake = matches!(error, NotAnArchive | NotEmpty) || error.is_not_writable();
-    let said = anyhow!("the archive {}: {error}", path.display());
-    match mistake {
-        true => Failure::Mistake(said),
-        false => Failure::Failed(said),
-    }
+    Failure::of(anyhow::Error::from(error).context(format!("the archive {}", path.display())))
 }
 
 /// In a VM's state folder: the archive that records what tools have of it.
@@ -105,7 +98,7 @@ pub(super) fn records_if_made(vm_state: &Dir) -> Result<Option<Archive>, Failure
 
 fn unreadable_records(error: archive::Error) -> Failure {
     let error = anyhow::Error::from(error);
-    Failure::Failed(error.context("the records of what tools have, in the state folder"))
+    Failure::of(error.context("the records of what tools have, in the state folder"))
 }
 
 /// The one name there is, where none was given.
@@ -141,7 +134,11 @@ pub(super) fn backup(
         match namespace.manifest(parsed) {
             Ok(manifest) => return Ok((Arc::new(namespace), Arc::new(manifest))),
             Err(archive::Error::NotFound { .. }) => {}
-            Err(error) => return Err(Failure::Failed(anyhow!("backup {parsed}: {error}"))),
+            Err(error) => {
+                return Err(Failure::of(
+                    anyhow::Error::from(error).context(format!("backup {parsed}")),
+                ));
+            }
         }
     }
     Err(Failure::Mistake(anyhow!(
@@ -259,22 +256,22 @@ pub(super) fn audited<T>(
     ended: Result<T, Failure>,
 ) -> Result<T, Failure> {
     let denied = |error: &anyhow::Error| matches!(error.downcast_ref(), Some(denied) if !matches!(denied, Denied::Config(_)));
-    let (outcome, error) = match &ended {
-        Ok(_) => (Outcome::Done, None),
-        Err(Failure::Mistake(error))
-            if record.granted.is_none() && !record.has_begun() && !denied(error) =>
-        {
-            return ended;
-        }
-        Err(Failure::Mistake(error)) => (Outcome::Refused, Some(text::error(error))),
-        Err(Failure::Failed(error)) if session.cancel.is_cancelled() => {
-            (Outcome::Cancelled, Some(text::error(error)))
-        }
-        Err(Failure::Failed(error) | Failure::Reported(error) | Failure::Found(error)) => {
-            (Outcome::Failed, Some(text::error(error)))
-        }
+    let ended = ended.map_err(|failure| failure.cancelled_if(session.cancel.is_cancelled()));
+    let outcome = match &ended {
+        Ok(_) => Outcome::Done,
+        Err(failure) => match failure.status() {
+            Status::Mistake
+                if record.granted.is_none() && !record.has_begun() && !denied(failure.error()) =>
+            {
+                return ended;
+            }
+            Status::Mistake | Status::Denied => Outcome::Refused,
+            Status::Incomplete => Outcome::Done,
+            Status::Cancelled => Outcome::Cancelled,
+            Status::Failed | Status::Unusable | Status::Busy => Outcome::Failed,
+        },
     };
-    record.end(outcome, error);
+    record.end(outcome, ended.as_ref().err().map(Failure::line));
     let written = folder(&session.state).and_then(|(dir, _)| {
         let written = Audit::open(&dir).and_then(|mut audit| audit.end(&mut record));
         written
@@ -321,7 +318,7 @@ pub(super) fn settings(path: &Path) -> Result<toml::Table, Failure> {
     })
 }
 
-/// For `map_err`: not the user's mistake.
+/// For `map_err`: not the user's mistake, unless the error says what it is.
 pub(super) fn failed(error: impl Into<anyhow::Error>) -> Failure {
-    Failure::Failed(error.into())
+    Failure::of(error)
 }

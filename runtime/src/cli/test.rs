@@ -1,8 +1,8 @@
 //! `fleecebox provider test`.
 
-use super::{Failure, Sandboxes, Session, installed, recording, target, text};
+use super::{Failure, Sandboxes, Session, Status, installed, recording, target, text};
 use crate::channel::Wasi;
-use crate::conformance::{self, Case, CaseReport, KitError, Need, Needs, Outcome, Subject};
+use crate::conformance::{self, Case, CaseReport, Need, Needs, Outcome, Subject};
 use crate::job::Events;
 use crate::job::component::Component;
 use anyhow::{Context, anyhow};
@@ -96,13 +96,9 @@ impl Test {
             [] => &Case::ALL[..],
             only => only,
         };
-        let report =
-            conformance::run(&subject, chosen, tell)
-                .await
-                .map_err(|error| match error {
-                    KitError::Cancelled => Failure::Failed(anyhow!("cancelled")),
-                    error => Failure::Failed(error.into()),
-                })?;
+        let report = conformance::run(&subject, chosen, tell)
+            .await
+            .map_err(Failure::of)?;
         if session.json {
             let result = json!({
                 "file": shown,
@@ -123,10 +119,13 @@ impl Test {
         }
         let failed = |it: &&CaseReport| matches!(it.outcome, Outcome::Failed { .. });
         let count = report.cases.iter().filter(failed).count();
-        Err(Failure::Reported(anyhow!(
-            "{shown} fails {count} of {} cases; --seed {seed} tries the same again",
-            report.cases.len()
-        )))
+        Err(Failure::Told(
+            Status::Failed,
+            anyhow!(
+                "{shown} fails {count} of {} cases; --seed {seed} tries the same again",
+                report.cases.len()
+            ),
+        ))
     }
 }
 

@@ -2,7 +2,7 @@
 
 use super::progress::Progress;
 use super::reading::Reading;
-use super::{AllowWasi, Failure, Sandboxes, Session, target, text};
+use super::{AllowWasi, Failure, Sandboxes, Session, Status, target, text};
 use crate::archive::{Manifest, Namespace};
 use crate::job::audit::Job;
 use crate::job::replay::{self, Order};
@@ -34,6 +34,7 @@ struct Found {
     kind: &'static str,
     name: String,
     finding: String,
+    status: Status,
 }
 
 impl Verify {
@@ -82,6 +83,7 @@ impl Verify {
                     kind: "volume",
                     name: volume.name.clone(),
                     finding: finding.to_string(),
+                    status: Status::of_finding(&finding),
                 })),
                 Err(error) => {
                     ended = Err(target::failed(error));
@@ -95,6 +97,7 @@ impl Verify {
                     kind: "object",
                     name: name.to_string(),
                     finding: error.to_string(),
+                    status: Status::Unusable,
                 })),
                 Err(error) => ended = Err(target::failed(error)),
             }
@@ -122,11 +125,19 @@ impl Verify {
             }
         }
         if !findings.is_empty() {
-            return Err(Failure::Reported(anyhow!(
-                "backup {} is damaged ({} findings)",
-                manifest.backup,
-                findings.len()
-            )));
+            let denied = findings.iter().all(|found| found.status == Status::Denied);
+            let (status, what) = match denied {
+                true => (Status::Denied, "cannot be read"),
+                false => (Status::Unusable, "is damaged"),
+            };
+            return Err(Failure::Told(
+                status,
+                anyhow!(
+                    "backup {} {what} ({} findings)",
+                    manifest.backup,
+                    findings.len()
+                ),
+            ));
         }
         let bytes = manifest
             .record

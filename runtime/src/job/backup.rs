@@ -140,7 +140,6 @@ impl BackupError {
         match self {
             Self::Component { source, .. } => source.is_refusal(),
             Self::Point(error) => error.is_mistake(),
-            Self::Archive(error) => error.is_not_writable(),
             _ => false,
         }
     }

@@ -31,10 +31,10 @@ fn an_extra_volume_that_is_not_granted_is_not_even_opened_and_a_granted_one_is_b
 
     // Not even a disk in its place.
     scene.configure_with(|text| text.replace("['da', 'tpm']", "['tpm']"))?;
-    scene.denies(&order, "nothing but what is `extra` of the VM 'web'")?;
+    scene.finds_mistaken(&order, "nothing but what is `extra` of the VM 'web'")?;
     scene.configure_with(|text| text.replace("['tpm']", "['da', 'tpm']"))?;
 
     // With everything granted the other one counts too, and is not there.
     scene.configure_with(|text| text.replace(&only, rule))?;
-    scene.denies(&order, "/nonexistent/sealed")
+    scene.finds_mistaken(&order, "/nonexistent/sealed")
 }

@@ -224,7 +224,7 @@ fn another_component_than_the_pinned_one_is_not_run() -> Result<()> {
         "[archive.main]\npath = '{}'\n[provider.limited]\ncomponent = '{swapped}'\nsha256 = '{pinned}'\n",
         scene.site.archive().display()
     ))?;
-    scene.refuses(&order, &actual)
+    scene.refuses(scene::DENIED, &order, &actual)
 }
 
 #[test]
@@ -236,7 +236,7 @@ fn an_attachment_that_is_not_granted_is_not_even_read() -> Result<()> {
     scene.site.backup(&order)?;
     ensure!(scene.last_record()?["granted"]["attachments"] == Value::Array(vec![]));
     scene.configure_with(|text| text.replace("discard = true", "attachments = ['xml']"))?;
-    scene.denies(&order, "/nonexistent/web.xml")
+    scene.finds_mistaken(&order, "/nonexistent/web.xml")
 }
 
 #[test]
@@ -257,7 +257,7 @@ fn jobs_at_once_hold_over_processes_and_a_killed_job_frees_its_place() -> Result
     };
     let second = scene.site.backup_command(&twin).arg("--quiet").run()?;
     let says = "tenant acme has 1 jobs running, as many as it may (jobs-at-once)";
-    second.assert_refused(1, says);
+    second.assert_refused(11, says);
     running.kill()?;
     let backup = scene.site.backup(&twin)?;
     scene.site.verify(&twin.archive, &backup.id)?;
@@ -303,7 +303,7 @@ fn a_provider_without_a_rule_is_not_run_to_give_back_what_it_claimed() -> Result
         .site
         .command(&["verify", &claimed.id, "--archive", "main"]);
     let outcome = verify.run()?;
-    ensure!(outcome.code() == Some(1), "{}", outcome.stderr);
+    ensure!(outcome.code() == Some(12), "{}", outcome.stderr);
     let says = "denied: no tenant with the namespace 'acme' grants the provider 'limited' anything";
     ensure!(
         outcome.stdout.contains(says),
@@ -363,7 +363,7 @@ fn every_job_leaves_a_record_of_what_it_was_granted_and_used() -> Result<()> {
     running.wait_for_line(SOON, |line| line.contains("half of it is stored"))?;
     let job = rustix::process::Pid::from_raw(running.process().pid).context("no such process")?;
     rustix::process::kill_process(job, rustix::process::Signal::TERM)?;
-    ensure!(running.finish()?.code() == Some(1));
+    ensure!(running.finish()?.code() == Some(130));
     let record = scene.last_record()?;
     ensure!(
         record["outcome"] == "cancelled" && record["provider"] == "limited",
@@ -469,6 +469,7 @@ fn a_policy_is_checked_and_explained_by_its_lines() -> Result<()> {
     // A contradiction keeps every command from running, with its line.
     scene.configure_with(|text| text.replace("vms = ['other']", "vms = ['other', 'web']"))?;
     scene.refuses(
+        scene::MISTAKE,
         &scene.order("honest")?,
         "the VM 'web' belongs to tenant acme already",
     )

@@ -8,6 +8,11 @@ use anyhow::{Context, Result, ensure};
 use fleecebox_tests::{Disk, MIB, Order, Proxy, Random, Site, StorageDaemon, component};
 use serde_json::Value;
 
+/// The exit status for what the user can mend.
+pub(crate) const MISTAKE: i32 = 2;
+/// The exit status for what no rule grants.
+pub(crate) const DENIED: i32 = 12;
+
 /// Two disks with 2 MiB of data each, and two tenants of which one has two providers: `honest` and `limited`.
 pub(crate) struct Scene {
     pub(crate) site: Site,
@@ -72,9 +77,18 @@ impl Scene {
         Ok(())
     }
 
-    /// Sees a backup refused before QEMU is asked anything, and a record of it.
+    /// Sees a backup denied before QEMU is asked anything, and a record of it.
     pub(crate) fn denies(&self, order: &Order, says: &str) -> Result<()> {
-        self.refuses(order, says)?;
+        self.refuses_and_records(DENIED, order, says)
+    }
+
+    /// The same of one that the user can mend.
+    pub(crate) fn finds_mistaken(&self, order: &Order, says: &str) -> Result<()> {
+        self.refuses_and_records(MISTAKE, order, says)
+    }
+
+    fn refuses_and_records(&self, status: i32, order: &Order, says: &str) -> Result<()> {
+        self.refuses(status, order, says)?;
         let record = self.last_record()?;
         ensure!(
             record["outcome"] == "refused" && record["vm"] == *order.vm,
@@ -85,11 +99,11 @@ impl Scene {
         Ok(())
     }
 
-    pub(crate) fn refuses(&self, order: &Order, says: &str) -> Result<()> {
+    pub(crate) fn refuses(&self, status: i32, order: &Order, says: &str) -> Result<()> {
         let proxy = Proxy::start(self.daemon.monitors())?;
         let order = order.clone().through(&proxy);
         let command = self.site.backup_command(&order).arg("--quiet");
-        command.run()?.assert_refused(2, says);
+        command.run()?.assert_refused(status, says);
         let asked = proxy.commands();
         ensure!(asked.is_empty(), "QEMU was asked: {asked:?}");
         self.site.check_no_fleecing_images()

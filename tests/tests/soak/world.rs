@@ -194,7 +194,7 @@ impl World {
             Ended::Killed => ensure!(outcome.signal() == Some(9), "{outcome:?}"),
             // Or by the cancel's SIGINT itself, before the job listened: it had done nothing yet.
             Ended::Failed => ensure!(
-                outcome.code() == Some(1) || outcome.signal() == Some(2),
+                matches!(outcome.code(), Some(1 | 130)) || outcome.signal() == Some(2),
                 "{outcome:?}"
             ),
         }

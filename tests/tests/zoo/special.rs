@@ -99,7 +99,7 @@ fn a_lie_after_the_proof_is_found(scene: &mut Scene) -> Result<Option<Row>> {
         .arg("--archive")
         .arg(&other);
     let outcome = verify.run()?;
-    ensure!(outcome.code() == Some(1), "{}", outcome.stderr);
+    ensure!(outcome.code() == Some(10), "{}", outcome.stderr);
     ensure!(outcome.stdout.contains(says), "{}", outcome.stdout);
     let to = scene.site.path("restored-lies");
     std::fs::create_dir(&to)?;
@@ -109,7 +109,7 @@ fn a_lie_after_the_proof_is_found(scene: &mut Scene) -> Result<Option<Row>> {
         .arg("--archive")
         .arg(&other);
     let outcome = restore.arg("--to").arg(&to).run()?;
-    ensure!(outcome.code() == Some(1), "{}", outcome.stderr);
+    ensure!(outcome.code() == Some(10), "{}", outcome.stderr);
     ensure!(outcome.stderr.contains(says), "{}", outcome.stderr);
     scene.back_up_honestly()?;
     Ok(None)
