@@ -1,6 +1,7 @@
 //! A real `qemu-storage-daemon`: QEMU's block layer, monitor and NBD server without a machine.
 
 use std::path::{Path, PathBuf};
+use std::process::Command;
 use std::time::Duration;
 
 use anyhow::{Context, Result, bail};
@@ -20,6 +21,8 @@ pub struct StorageDaemon {
     daemon: Daemon,
     disks: Vec<DiskFile>,
     writer_exports: bool,
+    /// Where another QEMU than the machine's own is unpacked.
+    qemu: Option<PathBuf>,
     monitors: Monitors,
     folder: TempDir,
 }
@@ -30,7 +33,7 @@ impl StorageDaemon {
     /// # Errors
     /// When a program is missing or the daemon does not answer.
     pub fn start(disks: &[Disk]) -> Result<Self> {
-        Self::launch(disks, false)
+        Self::launch(None, disks, false)
     }
 
     /// Starts the daemon with an NBD server on [`StorageDaemon::nbd_socket`] that already exports
@@ -40,21 +43,30 @@ impl StorageDaemon {
     /// # Errors
     /// As [`StorageDaemon::start`].
     pub fn start_with_writer_exports(disks: &[Disk]) -> Result<Self> {
-        Self::launch(disks, true)
+        Self::launch(None, disks, true)
     }
 
-    fn launch(disks: &[Disk], writer_exports: bool) -> Result<Self> {
+    /// [`StorageDaemon::start_with_writer_exports`], of the QEMU whose packages are unpacked in that folder.
+    ///
+    /// # Errors
+    /// As [`StorageDaemon::start`].
+    pub fn start_of(qemu: &Path, disks: &[Disk]) -> Result<Self> {
+        Self::launch(Some(qemu), disks, true)
+    }
+
+    fn launch(qemu: Option<&Path>, disks: &[Disk], writer_exports: bool) -> Result<Self> {
         let folder = TempDir::with_prefix("fleecebox-qsd-")?;
         let disks: Vec<_> = disks
             .iter()
             .map(|disk| disk.create(folder.path()))
             .collect::<Result<_>>()?;
         let monitors = Monitors::in_folder(folder.path());
-        let daemon = run(folder.path(), &monitors, &disks, writer_exports)?;
+        let daemon = run(qemu, folder.path(), &monitors, &disks, writer_exports)?;
         Ok(Self {
             daemon,
             disks,
             writer_exports,
+            qemu: qemu.map(Into::into),
             monitors,
             folder,
         })
@@ -163,6 +175,7 @@ impl StorageDaemon {
     pub fn start_again(&mut self) -> Result<()> {
         self.daemon.kill()?;
         self.daemon = run(
+            self.qemu.as_deref(),
             self.folder.path(),
             &self.monitors,
             &self.disks,
@@ -181,12 +194,20 @@ impl StorageDaemon {
 }
 
 fn run(
+    qemu: Option<&Path>,
     folder: &Path,
     monitors: &Monitors,
     disks: &[DiskFile],
     writer_exports: bool,
 ) -> Result<Daemon> {
-    let mut command = tool("qemu-storage-daemon");
+    let mut command = match qemu {
+        None => tool("qemu-storage-daemon"),
+        Some(qemu) => {
+            let mut command = Command::new(qemu.join("usr/bin/qemu-storage-daemon"));
+            command.env("LD_LIBRARY_PATH", qemu.join("usr/lib/x86_64-linux-gnu"));
+            command
+        }
+    };
     for disk in disks {
         command.arg("--blockdev").arg(disk.blockdev().to_string());
     }

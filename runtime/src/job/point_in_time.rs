@@ -17,6 +17,7 @@ use super::subject::{Subject, tell_choice};
 use crate::archive::BackupId;
 use crate::qemu::bitmap::{self, Tracking};
 use crate::qemu::machine::{RunState, Standing};
+use crate::qemu::needs::NeedsError;
 use crate::qemu::snapshot::{Broken, Cause, NbdServer, Readers, Request as PointRequest};
 use crate::qemu::{
     self, Agent, Form, JobId, MachineError, Monitor, MonitorError, Plan, PointInTime, Schema,
@@ -52,6 +53,9 @@ pub enum PointError {
     /// The disks are not there or cannot be backed up.
     #[error(transparent)]
     Machine(#[from] MachineError),
+    /// QEMU cannot give a point in time of them.
+    #[error(transparent)]
+    Needs(#[from] NeedsError),
     /// What an earlier run left could not be cleaned up.
     #[error(transparent)]
     Recover(#[from] RecoverError),
@@ -98,6 +102,7 @@ impl PointError {
         match self {
             Self::Power(error) => error.is_mistake(),
             Self::Extra(error) => error.is_mistake(),
+            Self::Needs(error) => error.is_mistake(),
             Self::Machine(error) => !matches!(error, MachineError::Monitor(_)),
             Self::Agent(error) => matches!(error, qemu::AgentError::Connect { .. }),
             Self::Snapshot(error) => match &error.cause {

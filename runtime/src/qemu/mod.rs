@@ -28,6 +28,7 @@ pub mod leftovers;
 mod line;
 pub mod machine;
 pub mod monitor;
+pub mod needs;
 mod present;
 pub mod removal;
 pub mod schema;

@@ -145,6 +145,11 @@ impl MonitorError {
         matches!(self, Self::Lost { .. })
     }
 
+    /// Whether QEMU does not have what the command is about.
+    pub fn is_not_found(&self) -> bool {
+        matches!(self, Self::Refused { class, .. } if class == "DeviceNotFound")
+    }
+
     /// Whether QEMU does not know the command.
     pub fn is_unknown_command(&self) -> bool {
         matches!(self, Self::Refused { class, .. } if class == "CommandNotFound")

@@ -16,6 +16,9 @@ pub(super) struct Node {
     pub(super) filename: String,
     #[serde(rename = "ro", default)]
     pub(super) read_only: bool,
+    /// From QEMU 10.0 on.
+    #[serde(default)]
+    pub(super) active: Option<bool>,
     pub(super) image: Image,
     #[serde(rename = "dirty-bitmaps", default)]
     pub(super) bitmaps: Vec<DirtyInfo>,
@@ -98,7 +101,8 @@ pub(super) async fn nodes(monitor: &Monitor) -> Result<Vec<Node>, MonitorError> 
         .await
 }
 
-/// Whether there are iothreads, whatever uses them.
+/// Whether there are iothreads, whatever uses them. The storage daemon of QEMU 7.2 has no `/objects` as long as
+/// there is no object.
 pub(super) async fn has_iothreads(monitor: &Monitor) -> Result<bool, MonitorError> {
     #[derive(Deserialize)]
     struct Property {
@@ -106,7 +110,10 @@ pub(super) async fn has_iothreads(monitor: &Monitor) -> Result<bool, MonitorErro
         kind: String,
     }
     let objects = json!({ "path": "/objects" });
-    let objects: Vec<Property> = monitor.query("qom-list", objects).await?;
+    let objects: Vec<Property> = match monitor.query("qom-list", objects).await {
+        Err(error) if error.is_not_found() => return Ok(false),
+        listed => listed?,
+    };
     Ok(objects
         .iter()
         .any(|object| object.kind == "child<iothread>"))

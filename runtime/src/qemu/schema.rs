@@ -81,6 +81,15 @@ impl Schema {
             .is_some_and(|members| members.contains(member))
     }
 
+    /// Whether the command, whose arguments are a union, knows that case of it: `blockdev-add` and a driver.
+    pub fn has_variant(&self, command: &str, case: &str) -> bool {
+        let union = self.commands.get(command);
+        union.is_some_and(|union| {
+            let variant = (union.clone(), case.to_owned());
+            self.variants.contains_key(&variant)
+        })
+    }
+
     /// Whether the command, whose arguments are a union, takes `member` in that case of it: `blockdev-add` with an
     /// option that one driver has.
     pub fn variant_has_option(&self, command: &str, case: &str, member: &str) -> bool {
@@ -121,6 +130,9 @@ mod tests {
             ]))
             .unwrap(),
         );
+        assert!(schema.has_variant("blockdev-add", "raw"));
+        assert!(!schema.has_variant("blockdev-add", "vmdk"));
+        assert!(!schema.has_variant("blockdev-del", "raw"));
         for (case, option, has) in [
             ("copy-before-write", "cbw-timeout", true),
             ("raw", "cbw-timeout", false),
