@@ -1,5 +1,6 @@
 //! Digests of blocks, pages and files.
 
+use crate::extent::Extent;
 use serde::{Deserialize, Deserializer, Serialize, Serializer};
 use std::fmt;
 
@@ -66,4 +67,17 @@ impl<'de> Deserialize<'de> for Digest {
 /// The digests of consecutive blocks of `block` bytes, each as of the point in time; the last may be short.
 pub fn of_blocks(bytes: &[u8], block: u32) -> Vec<Digest> {
     bytes.chunks(block as usize).map(Digest::of).collect()
+}
+
+/// The first block of `bytes`, which lie at `extent`, that has another digest.
+pub fn first_wrong(bytes: &[u8], extent: Extent, block: u32, digests: &[Digest]) -> Option<Extent> {
+    let found = of_blocks(bytes, block);
+    if found.len() != digests.len() {
+        return Some(extent);
+    }
+    extent
+        .pieces(block.into())
+        .zip(found.iter().zip(digests))
+        .find(|(_, (found, expected))| found != expected)
+        .map(|(extent, _)| extent)
 }

@@ -71,6 +71,11 @@ impl BackupId {
             random: u64::from_be_bytes(random()?),
         })
     }
+
+    /// When it was made, in seconds since 1970.
+    pub fn seconds(self) -> u64 {
+        self.seconds
+    }
 }
 
 impl PackName {

@@ -24,7 +24,7 @@ const VERIFY_PIECE: u64 = 1 << 20;
 pub struct StoredObjects {
     store: Arc<Store>,
     backup: BackupId,
-    objects: BTreeMap<ObjectName, ObjectInfo>,
+    objects: Arc<BTreeMap<ObjectName, ObjectInfo>>,
     /// The object read last, so that a provider that reads on pays for opening and decoding once.
     open: Mutex<Option<Arc<OpenObject>>>,
 }
@@ -43,7 +43,17 @@ impl StoredObjects {
         Self {
             store,
             backup,
-            objects: objects.into_iter().map(named).collect(),
+            objects: Arc::new(objects.into_iter().map(named).collect()),
+            open: Mutex::default(),
+        }
+    }
+
+    /// The same for another reader, who keeps what it reads open by itself.
+    pub fn again(&self) -> Self {
+        Self {
+            store: Arc::clone(&self.store),
+            backup: self.backup,
+            objects: Arc::clone(&self.objects),
             open: Mutex::default(),
         }
     }

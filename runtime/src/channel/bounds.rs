@@ -205,6 +205,7 @@ mod tests {
             context: context(),
             receipt: vec![],
             max_read: 1000,
+            still: Default::default(),
         }))
     }
 

@@ -177,6 +177,21 @@ pub struct OpenImage {
     pub receipt: Vec<u8>,
     /// Largest answer to one `image.read` or `objects.read`, in bytes.
     pub max_read: u32,
+    /// What it learns of time and chance, as far as it is granted any.
+    #[serde(default)]
+    pub still: Still,
+}
+
+/// Time and chance as an image meets them: the same whenever and wherever it is opened, so that a proof cannot be told
+/// from a restore by them.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case", deny_unknown_fields)]
+pub struct Still {
+    /// When all clocks stand, in seconds since 1970.
+    pub seconds: u64,
+    /// What all random bytes are made from.
+    #[serde(with = "hex::serde")]
+    pub seed: [u8; 32],
 }
 
 /// The parts of `job.context` that need no call.

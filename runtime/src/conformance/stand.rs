@@ -3,20 +3,19 @@
 use super::diagnosis::{self, Mistake};
 use super::{KitError, Subject};
 use crate::archive::{Archive, BackupId, BackupWriter, Manifest, Namespace};
-use crate::channel::{Context, OpenImage};
 use crate::config::{Config, Provider};
 use crate::extent::Extent;
-use crate::grants::MAX_READ;
 use crate::grants::account::Account;
-use crate::grants::image::{Image, ImageError};
+use crate::grants::image::{Image, ImageError, Purpose};
 use crate::grants::run::RunError;
 use crate::job::backup::BackupError;
 use crate::job::base::{self, Choice, Owner};
+use crate::job::claims::{self, Claims, segment_of};
 use crate::job::point_in_time::BLOCK_SIZE;
 use crate::job::prove::ProofError;
 use crate::job::replay;
 use crate::job::transfer::Transfer;
-use crate::job::volume_run::{Covered, VolumeError, context_id, guest_limits};
+use crate::job::volume_run::{Covered, VolumeError, guest_limits};
 use crate::job::{Events, recover};
 use crate::policy::{Limits, Restores};
 use crate::qemu::snapshot::{Plan, Volume};
@@ -295,16 +294,13 @@ impl<'a> Stand<'a> {
     ) -> Result<Image, ImageError> {
         let provider = &manifest.record.provider;
         let volume = manifest.record.volumes.iter().find(|it| it.name == name);
-        let open = OpenImage {
-            wasi: self.subject.component.wasi.clone(),
-            limits: provider.limits,
-            context: Context {
-                id: context_id(manifest.backup),
-                settings: provider.settings.clone(),
-            },
-            receipt: volume.map(|it| it.receipt.clone()).unwrap_or_default(),
-            max_read: MAX_READ,
-        };
+        let open = claims::image(
+            &self.subject.component,
+            manifest.backup,
+            provider.settings.clone(),
+            volume.map(|it| it.receipt.clone()).unwrap_or_default(),
+            provider.limits,
+        );
         let (events, _) = Events::channel();
         Image::open(
             &self.subject.program,
@@ -314,6 +310,7 @@ impl<'a> Stand<'a> {
             &Arc::new(Account::new(self.subject.provider.limits.clone())),
             name,
             &events,
+            Purpose::Restore,
         )
         .await
     }
@@ -352,7 +349,7 @@ impl Made {
                     ..
                 }
                 | BackupError::Proof {
-                    source: ProofError::Archive(_),
+                    source: ProofError::Archive(_) | ProofError::Task(_),
                     ..
                 }),
             ) => Some(KitError::Host(error.to_string())),
@@ -386,7 +383,7 @@ impl Look<'_> {
             ProofError::Wrong { extent } => Some(*extent),
             ProofError::NotGivenBack { extent, .. } => Some(*extent),
             ProofError::Open(_) | ProofError::WallTime { .. } => None,
-            ProofError::Archive(_) | ProofError::Cancelled => return None,
+            ProofError::Archive(_) | ProofError::Task(_) | ProofError::Cancelled => return None,
         };
         let trace = Trace::default();
         let program = self.subject.program.clone().traced(trace.clone());
@@ -410,27 +407,35 @@ impl Look<'_> {
         covered: &Covered,
         extent: Option<Extent>,
     ) -> Option<Vec<u8>> {
-        let open = OpenImage {
-            wasi: self.subject.component.wasi.clone(),
-            limits: guest_limits(&self.provider.limits),
-            context: Context {
-                id: context_id(self.id),
-                settings: self.provider.settings.to_string(),
-            },
-            receipt: covered.receipt.clone(),
-            max_read: MAX_READ,
+        let component = &self.subject.component;
+        let claims = Claims {
+            program: program.clone(),
+            component: component.clone(),
+            backup: self.id,
+            open: claims::image(
+                component,
+                self.id,
+                self.provider.settings.to_string(),
+                covered.receipt.clone(),
+                guest_limits(&self.provider.limits),
+            ),
+            objects: self.writer.objects(),
+            table: Arc::new(self.writer.table(covered.root)),
+            volume: covered.name.clone(),
+            purpose: Purpose::Proof,
+            account: Arc::new(Account::new(self.provider.limits.clone())),
+            events: self.events.clone(),
         };
-        let mut image = Image::open(
-            program,
-            open,
-            &self.subject.component.compiled,
-            self.writer.objects(),
-            &Arc::new(Account::new(self.provider.limits.clone())),
-            &covered.name,
-            self.events,
-        )
-        .await
-        .ok()?;
-        image.read(extent?).await.ok()
+        let first = extent.or_else(|| covered.claimed.iter().next())?;
+        let mut asking = claims.ask(segment_of(first.start())).await.ok()?;
+        let extent = extent?;
+        loop {
+            let (question, answer) = asking.next().await?;
+            if question.extent.contains(extent) {
+                let skip = (extent.start() - question.extent.start()) as usize;
+                let bytes = answer.ok()?;
+                return Some(bytes.get(skip..skip + extent.len() as usize)?.to_vec());
+            }
+        }
     }
 }

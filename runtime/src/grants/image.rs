@@ -15,27 +15,71 @@ use std::time::{Duration, Instant};
 use tokio::task::spawn_blocking;
 use tokio::time::timeout;
 
-/// Longest time for one call of `image`, waits included: one that gives nothing back for this long gives back nothing.
+/// Longest time for one call of `image` in a proof, waits included: one that gives nothing back for this long gives back
+/// nothing.
 const CALL_TIME: Duration = Duration::from_secs(300);
 
-/// Slowest that an image may be on the whole, in bytes per second, waits included: without it, one that takes its time
-/// for each call would take a year for a disk. No storage that backups are kept on is as slow.
+/// Slowest that an image may be on the whole in a proof, in bytes per second, waits included: without it, one that takes
+/// its time for each call would take a year for a disk. No storage that backups are kept on is as slow.
 const SLOWEST: u64 = 256 << 10;
 
+/// What an image is opened for.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Purpose {
+    /// To see whether it gives back what was claimed, before the backup is committed.
+    Proof,
+    /// To verify or restore.
+    Restore,
+}
+
+impl Purpose {
+    /// So much of time, of the processor's and of the clock's alike, for what a proof has this much for. What was proven
+    /// just in time must not fail on a machine that is slower, or busier.
+    pub fn extended(self, time: u64) -> u64 {
+        match self {
+            Self::Proof => time,
+            Self::Restore => time.saturating_mul(2),
+        }
+    }
+}
+
 /// How long an image may still take.
-#[derive(Debug, Default)]
+#[derive(Debug)]
 struct Pace {
+    call_time: Duration,
+    slowest: u64,
     spent: Duration,
     given: u64,
 }
 
 impl Pace {
+    fn new(purpose: Purpose) -> Self {
+        Self {
+            call_time: Duration::from_secs(purpose.extended(CALL_TIME.as_secs())),
+            slowest: SLOWEST / purpose.extended(1),
+            spent: Duration::ZERO,
+            given: 0,
+        }
+    }
+
     /// For the next call: what one may take, or less where the calls before took more than their bytes are worth.
     fn left(&self) -> Duration {
-        let earned = Duration::from_secs(self.given / SLOWEST);
-        (CALL_TIME + earned)
+        let earned = Duration::from_secs(self.given / self.slowest);
+        (self.call_time + earned)
             .saturating_sub(self.spent)
-            .min(CALL_TIME)
+            .min(self.call_time)
+    }
+
+    /// Why it is of no more use after `left` has passed.
+    fn over(&self, left: Duration) -> ImageError {
+        match left < self.call_time {
+            true => ImageError::TooSlow {
+                least: self.slowest,
+            },
+            false => ImageError::TimedOut {
+                seconds: self.call_time.as_secs(),
+            },
+        }
     }
 }
 
@@ -63,11 +107,24 @@ pub enum ImageError {
     #[error("its sandbox broke the protocol: it answered with something else")]
     Protocol,
     /// It takes too long on the whole.
-    #[error("it gives back less than {} KiB a second", SLOWEST >> 10)]
-    TooSlow,
+    #[error("it gives back less than {} KiB a second", .least >> 10)]
+    TooSlow {
+        /// Bytes a second.
+        least: u64,
+    },
     /// It took too long.
-    #[error("it did not answer within {} s", CALL_TIME.as_secs())]
-    TimedOut,
+    #[error("it did not answer within {seconds} s")]
+    TimedOut {
+        /// The limit.
+        seconds: u64,
+    },
+}
+
+impl ImageError {
+    /// Whether the instance cannot be asked again. One that answers with an error, or wrongly, is whole.
+    pub fn has_ended_it(&self) -> bool {
+        !matches!(self, Self::Answered(_) | Self::Length { .. })
+    }
 }
 
 /// One opened image, in a sandbox process of its own.
@@ -81,6 +138,7 @@ pub struct Image {
 
 impl Image {
     /// Starts the provider and opens its image.
+    #[allow(clippy::too_many_arguments)] // each is one of the things that an image needs, made by the job
     pub async fn open(
         program: &Program,
         order: OpenImage,
@@ -89,6 +147,7 @@ impl Image {
         account: &Arc<Account>,
         volume: &str,
         events: &Events,
+        purpose: Purpose,
     ) -> Result<Self, ImageError> {
         let process = Process::start(program, &Order::OpenImage(order), &compiled.file).await?;
         events.confinement(process.missing());
@@ -97,7 +156,7 @@ impl Image {
             process,
             objects: Arc::new(objects),
             log,
-            pace: Pace::default(),
+            pace: Pace::new(purpose),
             account: Arc::clone(account),
         };
         match image.outcome(None).await? {
@@ -169,10 +228,7 @@ impl Image {
         };
         let served = timeout(left, serve).await;
         self.pace.spent += began.elapsed();
-        served.unwrap_or(Err(match left < CALL_TIME {
-            true => ImageError::TooSlow,
-            false => ImageError::TimedOut,
-        }))
+        served.unwrap_or_else(|_| Err(self.pace.over(left)))
     }
 
     async fn size(&self, name: String) -> Answer {
@@ -231,7 +287,7 @@ mod tests {
 
     #[test]
     fn time_is_earned_by_bytes_and_never_more_than_one_call_may_take() {
-        let mut pace = Pace::default();
+        let mut pace = Pace::new(Purpose::Proof);
         assert_eq!(pace.left(), CALL_TIME);
         pace.spent = CALL_TIME;
         assert_eq!(pace.left(), Duration::ZERO);
@@ -241,5 +297,16 @@ mod tests {
         assert_eq!(pace.left(), CALL_TIME);
         pace.spent = Duration::from_secs(u64::MAX);
         assert_eq!(pace.left(), Duration::ZERO);
+    }
+
+    #[test]
+    fn a_restore_has_more_time_than_the_proof_for_each_thing() {
+        let (proof, mut restore) = (Pace::new(Purpose::Proof), Pace::new(Purpose::Restore));
+        assert!(restore.left() > proof.left());
+        assert!(restore.slowest < proof.slowest);
+        restore.spent = CALL_TIME;
+        assert!(!restore.left().is_zero());
+        assert_eq!(Purpose::Restore.extended(u64::MAX), u64::MAX);
+        assert!(Purpose::Restore.extended(1) > Purpose::Proof.extended(1));
     }
 }

@@ -460,6 +460,12 @@ impl Run {
                 "a blind provider cannot claim: it exports no restore".into(),
             )));
         }
+        // A claim is held against the disk, so that its proof would answer guesses at what may not be read.
+        if !self.terms.reader {
+            return Err(ErrorCode::Other(Some(
+                "nothing can be claimed that may not be read: no reader is granted".into(),
+            )));
+        }
         let extent = self.whole_blocks(range)?;
         if !self.streams.contains_key(&number) {
             return Err(ErrorCode::NotFound);

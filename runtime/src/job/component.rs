@@ -7,7 +7,7 @@ use bytes::Bytes;
 use std::collections::BTreeSet;
 
 /// A component that was looked at before any of it runs.
-#[derive(Debug)]
+#[derive(Debug, Clone)]
 pub struct Component {
     /// Its machine code.
     pub compiled: Compiled,

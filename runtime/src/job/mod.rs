@@ -1,8 +1,10 @@
 //! Jobs, each one thing from start to end: [`backup`], [`export`], and [`replay`] for restore and verify.
+//! [`claims`] is what the proof of a backup and replaying one have in common.
 
 pub mod audit;
 pub mod backup;
 pub mod base;
+pub mod claims;
 pub mod component;
 pub mod dry_run;
 mod event;

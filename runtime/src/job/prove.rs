@@ -1,20 +1,21 @@
-//! The proof of what a provider claims: every claimed block is read back through a fresh instance and compared with
-//! its digest as of the point in time. Placed blocks need none: the host put them there itself.
+//! The proof of what a provider claims: every claimed block is read back through fresh instances, as a restore will do it
+//! ([`claims`]), and compared with its digest as of the point in time. Placed blocks need none: the host put them there
+//! itself.
 
+use super::claims::{self, Claims, ClaimsError, segment_of};
 use super::component::Component;
 use super::event::{Event, Events};
-use super::volume_run::{Covered, context_id, guest_limits};
-use crate::archive::{self, BackupId, BackupWriter, Entry};
-use crate::channel::{Context, OpenImage};
+use super::volume_run::{Covered, guest_limits};
+use crate::archive::{self, BackupId, BackupWriter};
 use crate::config::Provider;
 use crate::digest;
-use crate::extent::Extent;
-use crate::grants::MAX_READ;
+use crate::extent::{Extent, ExtentSet};
 use crate::grants::account::Account;
-use crate::grants::image::{Image, ImageError};
+use crate::grants::image::{ImageError, Purpose};
 use crate::sandbox::Program;
-use crate::volume::reader::PIECE;
+use std::collections::BTreeSet;
 use std::sync::Arc;
+use tokio::task::JoinError;
 use tokio_util::sync::CancellationToken;
 
 /// What a proof needs.
@@ -80,9 +81,22 @@ pub enum ProofError {
     /// The archive failed.
     #[error("the archive: {0}")]
     Archive(#[from] archive::Error),
+    /// A task of the job died.
+    #[error("a task of the job died: {0}")]
+    Task(#[from] JoinError),
     /// The job was cancelled.
     #[error("cancelled")]
     Cancelled,
+}
+
+impl From<ClaimsError> for ProofError {
+    fn from(error: ClaimsError) -> Self {
+        match error {
+            ClaimsError::Table(error) => Self::Archive(error),
+            ClaimsError::Open(error) => Self::Open(error),
+            ClaimsError::Task(error) => Self::Task(error),
+        }
+    }
 }
 
 /// Proves one volume's claims. That is a run of the provider too, and may take no longer than one.
@@ -97,57 +111,72 @@ pub async fn prove(order: Order<'_>) -> Result<(), ProofError> {
         .unwrap_or(Err(ProofError::WallTime { seconds }))
 }
 
+/// Segment by segment, one instance after the other: together they may have the memory of one.
 async fn read_back(order: Order<'_>) -> Result<(), ProofError> {
     let claimed = &order.covered.claimed;
     order.events.send(Event::Total {
         bytes: claimed.bytes(),
     });
-    let open = OpenImage {
-        wasi: order.component.wasi.clone(),
-        limits: guest_limits(&order.provider.limits),
-        context: Context {
-            id: context_id(order.backup),
-            settings: order.provider.settings.to_string(),
-        },
-        receipt: order.covered.receipt.clone(),
-        max_read: MAX_READ,
-    };
-    let objects = order.writer.objects();
-    let opened = Image::open(
-        order.program,
-        open,
-        &order.component.compiled,
-        objects,
-        order.account,
-        &order.covered.name,
-        order.events,
-    );
-    let mut image = order
-        .unless_cancelled(opened)
-        .await?
-        .map_err(ProofError::Open)?;
-    let table = order.writer.table(order.covered.root);
-    let block = order.covered.root.block_size();
-    for extent in claimed.iter().flat_map(|extent| extent.pieces(PIECE)) {
-        let bytes = order
-            .unless_cancelled(image.read(extent))
-            .await?
-            .map_err(|source| ProofError::NotGivenBack { extent, source })?;
-        let found = digest::of_blocks(&bytes, block);
-        for (part, digest) in extent.pieces(block.into()).zip(found) {
-            match table.get(part.start() / u64::from(block))? {
-                // Of this very backup: a base's claim proves nothing of what changed since.
-                Entry::Claimed {
-                    digest: expected,
-                    backup,
-                } if expected == digest && backup == order.backup => {}
-                _ => return Err(ProofError::Wrong { extent: part }),
-            }
-        }
-        order.events.send(Event::Advance {
-            bytes: extent.len(),
-        });
+    let claims = order.claims();
+    let mut unproven = claimed.clone();
+    for segment in segments(claimed) {
+        order.prove_segment(&claims, segment, &mut unproven).await?;
     }
-    image.close().await;
-    Ok(())
+    // What the books hold as claimed and the block table does not.
+    match unproven.iter().next() {
+        Some(extent) => Err(ProofError::Wrong { extent }),
+        None => Ok(()),
+    }
+}
+
+fn segments(claimed: &ExtentSet) -> BTreeSet<u64> {
+    let within = |extent: Extent| segment_of(extent.start())..=segment_of(extent.end() - 1);
+    claimed.iter().flat_map(within).collect()
+}
+
+impl Order<'_> {
+    fn claims(&self) -> Claims {
+        let provider = self.provider;
+        Claims {
+            program: self.program.clone(),
+            component: self.component.clone(),
+            backup: self.backup,
+            open: claims::image(
+                self.component,
+                self.backup,
+                provider.settings.to_string(),
+                self.covered.receipt.clone(),
+                guest_limits(&provider.limits),
+            ),
+            objects: self.writer.objects(),
+            table: Arc::new(self.writer.table(self.covered.root)),
+            volume: self.covered.name.clone(),
+            purpose: Purpose::Proof,
+            account: Arc::clone(self.account),
+            events: self.events.clone(),
+        }
+    }
+
+    async fn prove_segment(
+        &self,
+        claims: &Claims,
+        segment: u64,
+        unproven: &mut ExtentSet,
+    ) -> Result<(), ProofError> {
+        let mut asking = self.unless_cancelled(claims.ask(segment)).await??;
+        while let Some((question, answer)) = self.unless_cancelled(asking.next()).await? {
+            let extent = question.extent;
+            let bytes = answer.map_err(|source| ProofError::NotGivenBack { extent, source })?;
+            let block = self.covered.root.block_size();
+            if let Some(extent) = digest::first_wrong(&bytes, extent, block, &question.digests) {
+                return Err(ProofError::Wrong { extent });
+            }
+            unproven.remove(extent);
+            self.events.send(Event::Advance {
+                bytes: extent.len(),
+            });
+        }
+        asking.close().await;
+        Ok(())
+    }
 }

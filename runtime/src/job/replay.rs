@@ -1,26 +1,27 @@
 //! Reads one volume of a backup completely, each block compared with its digest: what restore and verify share.
 //!
 //! What the host placed comes from the archive alone. What a provider claimed is asked of that provider's `image` of
-//! the very backup in which it was claimed, run from the component that the archive keeps.
+//! the very backup in which it was claimed, run from the component that the archive keeps, and as it was asked when that
+//! backup was proven ([`claims`]).
 
+use super::claims::{self, Claims, ClaimsError, Question, segment_of};
 use super::component::{Component, ComponentError};
 use super::event::{Event, Events};
-use super::volume_run::{context_id, guest_limits};
+use super::volume_run::guest_limits;
 use crate::archive::{
     self, BackupId, Manifest, Namespace, ObjectName, Run, RunContent, VolumeRecord,
 };
-use crate::channel::{Context, OpenImage};
-use crate::digest;
+use crate::channel::GuestLimits;
+use crate::digest::{self, Digest};
 use crate::extent::Extent;
-use crate::grants::MAX_READ;
 use crate::grants::account::Account;
-use crate::grants::image::{Image, ImageError};
+use crate::grants::image::{ImageError, Purpose};
 use crate::policy::{Denied, Restores};
 use crate::sandbox::{Cache, Program};
-use crate::volume::reader::PIECE;
 use std::collections::{BTreeMap, VecDeque};
 use std::fs::File;
 use std::io;
+use std::ops::Range;
 use std::os::unix::fs::FileExt;
 use std::sync::Arc;
 use tokio::sync::mpsc;
@@ -30,13 +31,16 @@ use tokio_util::sync::CancellationToken;
 /// Runs of the block table that wait to be read.
 const QUEUE: usize = 64;
 
-/// Blocks whose claims wait until so many are known: they are then asked for backup by backup, so that each provider is
-/// opened once for all of them. Their digests take 2 MiB.
+/// Blocks whose claims wait until so many are known: they are then asked for backup by backup, so that each manifest and
+/// component is read once for all of them. They take some 4 MiB.
 const WAITING: u64 = 1 << 16;
 
 /// Images open at once, each with a process and the memory that its provider may have. They share no budget as those of a
 /// backup do: an image that is refused what another one holds would fail a restore that each alone lets succeed.
 const IMAGES: usize = 4;
+
+/// Backups whose claims are known at once. Each holds a list of objects and a receipt.
+const BACKUPS: usize = 16;
 
 /// Findings that are listed one by one; a backup with more is as lost as one with these.
 pub const FINDINGS: usize = 100;
@@ -106,6 +110,14 @@ pub enum Finding {
         /// Why.
         source: ProviderError,
     },
+    /// The backup that is named as the one that claimed it does not know it.
+    #[error("{extent}: backup {backup}, in which it is said to be claimed, has no claim of it")]
+    NotClaimed {
+        /// Of the volume.
+        extent: Extent,
+        /// Where it should have been claimed.
+        backup: BackupId,
+    },
     /// The block table itself cannot be read.
     #[error("the block table: {0}")]
     Table(archive::Error),
@@ -123,9 +135,9 @@ pub enum ProviderError {
     /// The component does not compile.
     #[error(transparent)]
     Component(#[from] ComponentError),
-    /// It does not open its image.
+    /// It cannot be asked.
     #[error(transparent)]
-    Image(#[from] ImageError),
+    Claims(#[from] ClaimsError),
     /// The manifest does not hold the volume.
     #[error("its manifest does not hold the volume")]
     NoVolume,
@@ -153,20 +165,20 @@ pub async fn replay(order: Order<'_>) -> Result<Vec<Finding>, ReplayError> {
     let walk = spawn_blocking(move || walk(&namespace, root, &sender));
     let mut replay = Replay {
         order,
-        images: VecDeque::new(),
+        known: VecDeque::new(),
         claimed: BTreeMap::new(),
         waiting: 0,
+        segment: 0,
         findings: Vec::new(),
         placed: JoinSet::new(),
+        asked: JoinSet::new(),
     };
     let result = replay.read(&mut runs).await;
     runs.close();
     replay.placed.shutdown().await;
+    replay.asked.shutdown().await;
     if let Err(error) = walk.await? {
         replay.findings.push(Finding::Table(error));
-    }
-    for (_, image) in replay.images {
-        image.close().await;
     }
     result?;
     replay.findings.truncate(FINDINGS);
@@ -213,15 +225,21 @@ fn walk(
 
 struct Replay<'a> {
     order: Order<'a>,
-    /// The one that was used last comes last.
-    images: VecDeque<(BackupId, Image)>,
-    /// Runs that wait to be asked for, by where they were claimed.
-    claimed: BTreeMap<BackupId, Vec<Run>>,
+    /// What providers can be asked for; what was used last comes last.
+    known: VecDeque<Arc<Claims>>,
+    /// What waits to be asked for, by where it was claimed and by segment.
+    claimed: BTreeMap<BackupId, BTreeMap<u64, Wanted>>,
     /// Blocks in these.
     waiting: u64,
+    /// Where the last one of them lies.
+    segment: u64,
     findings: Vec<Finding>,
     placed: JoinSet<Result<Result<u64, Finding>, io::Error>>,
+    asked: JoinSet<Result<Vec<Finding>, ReplayError>>,
 }
+
+/// Blocks that are wanted of one segment, by their indices.
+type Wanted = BTreeMap<u64, Digest>;
 
 impl Replay<'_> {
     async fn read(&mut self, runs: &mut mpsc::Receiver<Run>) -> Result<(), ReplayError> {
@@ -238,12 +256,8 @@ impl Replay<'_> {
                         self.next_placed().await?;
                     }
                 }
-                RunContent::Claimed { backup, .. } => {
-                    self.waiting += run.blocks.end - run.blocks.start;
-                    self.claimed.entry(backup).or_default().push(run);
-                    if self.waiting >= WAITING {
-                        self.ask_for_claims().await?;
-                    }
+                RunContent::Claimed { backup, digests } => {
+                    self.want(backup, run.blocks, digests).await?;
                 }
             }
             if self.enough() {
@@ -256,51 +270,80 @@ impl Replay<'_> {
         self.ask_for_claims().await
     }
 
+    /// Notes what is to be asked for; asks once enough is known. A segment is not asked twice for what comes in a row.
+    async fn want(
+        &mut self,
+        backup: BackupId,
+        blocks: Range<u64>,
+        digests: Vec<Digest>,
+    ) -> Result<(), ReplayError> {
+        let block = u64::from(self.order.volume.root.block_size());
+        for (index, digest) in blocks.zip(digests) {
+            let segment = segment_of(index * block);
+            if self.waiting >= WAITING && self.segment != segment {
+                self.ask_for_claims().await?;
+            }
+            self.segment = segment;
+            self.waiting += 1;
+            let wanted = self.claimed.entry(backup).or_default();
+            wanted.entry(segment).or_default().insert(index, digest);
+        }
+        Ok(())
+    }
+
     /// Asks for all claims that wait.
     async fn ask_for_claims(&mut self) -> Result<(), ReplayError> {
         self.waiting = 0;
-        for (backup, runs) in std::mem::take(&mut self.claimed) {
-            let mut image = match self.image(backup).await {
-                Ok(image) => image,
+        for (backup, segments) in std::mem::take(&mut self.claimed) {
+            let claims = match self.claims(backup).await {
+                Ok(claims) => claims,
                 Err(source) => {
                     self.findings.push(Finding::NoProvider { backup, source });
                     continue;
                 }
             };
-            let mut of_use = true;
-            for run in runs {
-                if self.order.cancel.is_cancelled() {
-                    return Err(ReplayError::Cancelled);
+            for (segment, wanted) in segments {
+                while self.asked.len() >= IMAGES {
+                    self.next_asked().await?;
                 }
-                if self.enough() || !of_use {
-                    break;
+                if self.enough() {
+                    return Ok(());
                 }
-                of_use = self.ask_for(backup, &mut image, &run).await?;
+                let ask = Ask {
+                    claims: Arc::clone(&claims),
+                    segment,
+                    output: self.order.output.clone(),
+                    cancel: self.order.cancel.clone(),
+                    all_findings: self.order.all_findings,
+                };
+                self.asked.spawn(ask.give_back(wanted));
             }
-            // Whatever made it fail, such an instance is of no more use.
-            if of_use {
-                self.images.push_back((backup, image));
-            }
-            if self.enough() {
-                break;
-            }
+        }
+        while !self.asked.is_empty() && !self.enough() {
+            self.next_asked().await?;
         }
         Ok(())
     }
 
-    /// The opened image of a backup, taken from those that are kept.
-    async fn image(&mut self, backup: BackupId) -> Result<Image, ProviderError> {
-        if let Some(at) = self.images.iter().position(|(of, _)| *of == backup)
-            && let Some((_, image)) = self.images.remove(at)
-        {
-            return Ok(image);
+    async fn next_asked(&mut self) -> Result<(), ReplayError> {
+        if let Some(done) = self.asked.join_next().await {
+            self.findings.extend(done??);
         }
-        while self.images.len() >= IMAGES
-            && let Some((_, image)) = self.images.pop_front()
-        {
-            image.close().await;
+        Ok(())
+    }
+
+    /// What was claimed in a backup, from what is known already.
+    async fn claims(&mut self, backup: BackupId) -> Result<Arc<Claims>, ProviderError> {
+        let at = self.known.iter().position(|of| of.backup == backup);
+        let claims = match at.and_then(|at| self.known.remove(at)) {
+            Some(claims) => claims,
+            None => Arc::new(self.look_up(backup).await?),
+        };
+        self.known.push_back(Arc::clone(&claims));
+        while self.known.len() > BACKUPS {
+            self.known.pop_front();
         }
-        self.open(backup).await
+        Ok(claims)
     }
 
     fn enough(&self) -> bool {
@@ -308,10 +351,7 @@ impl Replay<'_> {
     }
 
     fn extent(&self, run: &Run) -> Extent {
-        let block = u64::from(self.order.volume.root.block_size());
-        let size = self.order.volume.root.size();
-        Extent::between(run.blocks.start * block, (run.blocks.end * block).min(size))
-            .expect("a run is not empty")
+        claims::extent_of(&self.order.volume.root, &run.blocks).expect("a run is not empty")
     }
 
     fn start_placed(&mut self, run: Run) {
@@ -340,7 +380,7 @@ impl Replay<'_> {
                     origin: origin(),
                 }));
             };
-            if let Some(extent) = first_wrong(bytes, extent, block, &digests) {
+            if let Some(extent) = digest::first_wrong(bytes, extent, block, &digests) {
                 return Ok(Err(Finding::Wrong {
                     extent,
                     origin: origin(),
@@ -363,120 +403,168 @@ impl Replay<'_> {
         Ok(())
     }
 
-    /// Asks for one run. Returns whether the image can be asked again.
-    async fn ask_for(
-        &mut self,
-        backup: BackupId,
-        image: &mut Image,
-        run: &Run,
-    ) -> Result<bool, ReplayError> {
-        let RunContent::Claimed { digests, .. } = &run.content else {
-            return Ok(true);
-        };
-        let extent = self.extent(run);
-        let block = self.order.volume.root.block_size();
-        let per_piece = (PIECE / u64::from(block)) as usize;
-        for (piece, digests) in extent.pieces(PIECE).zip(digests.chunks(per_piece)) {
-            let read = self.order.cancel.run_until_cancelled(image.read(piece));
-            let bytes = match read.await.ok_or(ReplayError::Cancelled)? {
-                Ok(bytes) => bytes,
-                Err(source) => {
-                    self.findings.push(Finding::NotGivenBack {
-                        extent: piece,
-                        backup,
-                        source,
-                    });
-                    return Ok(false);
-                }
-            };
-            if let Some(extent) = first_wrong(&bytes, piece, block, digests) {
-                self.findings.push(Finding::Wrong {
-                    extent,
-                    origin: format!("the provider of backup {backup}"),
-                });
-                return Ok(true);
-            }
-            if let Some(output) = self.order.output.clone() {
-                spawn_blocking(move || output.write_all_at(&bytes, piece.start())).await??;
-            }
-            self.order
-                .events
-                .send(Event::Advance { bytes: piece.len() });
-        }
-        Ok(true)
-    }
-
-    async fn open(&self, backup: BackupId) -> Result<Image, ProviderError> {
-        let own = backup == self.order.manifest.backup;
+    async fn look_up(&self, backup: BackupId) -> Result<Claims, ProviderError> {
+        let order = &self.order;
+        let own = backup == order.manifest.backup;
         let manifest = if own {
-            Arc::clone(self.order.manifest)
+            Arc::clone(order.manifest)
         } else {
-            Arc::new(self.order.namespace.manifest(backup)?)
+            Arc::new(order.namespace.manifest(backup)?)
         };
-        let name = &self.order.volume.name;
+        let name = &order.volume.name;
         let volume = manifest
             .record
             .volumes
             .iter()
             .find(|volume| volume.name == *name)
             .ok_or(ProviderError::NoVolume)?;
-        let provider = &manifest.record.provider;
-        let limits = self
-            .order
-            .restores
-            .limits(&manifest.record.vm, &provider.name)?;
-        let bytes = self
-            .order
-            .namespace
-            .component(manifest.record.provider.component)?;
+        let (vm, provider) = (&manifest.record.vm, &manifest.record.provider);
+        let granted = order.restores.limits(vm, &provider.name)?;
+        let granted = granted.map_or(0, |limits| guest_limits(&limits).cpu_ms);
+        let limits = GuestLimits {
+            // What it was at the proof: a provider can find out how much it may have.
+            memory: provider.limits.memory,
+            cpu_ms: provider.limits.cpu_ms.max(granted),
+        };
+        let bytes = order.namespace.component(provider.component)?;
         let component = Component::load(
             bytes.into(),
-            self.order.program,
-            self.order.cache,
-            self.order
-                .restores
-                .wasi(&manifest.record.vm, &provider.name),
-            self.order.events,
+            order.program,
+            order.cache,
+            order.restores.wasi(vm, &provider.name),
+            order.events,
         )
         .await?;
-        let open = OpenImage {
-            wasi: component.wasi,
-            limits: limits.map_or(provider.limits, |limits| guest_limits(&limits)),
-            context: Context {
-                id: context_id(backup),
-                settings: manifest.record.provider.settings.clone(),
-            },
-            receipt: volume.receipt.clone(),
-            max_read: MAX_READ,
-        };
-        let objects = self.order.namespace.objects(&manifest);
-        Ok(Image::open(
-            self.order.program,
-            open,
-            &component.compiled,
-            objects,
-            self.order.account,
-            name,
-            self.order.events,
-        )
-        .await?)
+        Ok(Claims {
+            program: order.program.clone(),
+            backup,
+            open: claims::image(
+                &component,
+                backup,
+                provider.settings.clone(),
+                volume.receipt.clone(),
+                limits,
+            ),
+            component,
+            objects: order.namespace.objects(&manifest),
+            table: Arc::new(order.namespace.table(volume.root)),
+            volume: name.clone(),
+            purpose: Purpose::Restore,
+            account: Arc::clone(order.account),
+            events: order.events.clone(),
+        })
     }
 }
 
-/// The first block of `bytes`, which lie at `extent`, that has another digest.
-fn first_wrong(
-    bytes: &[u8],
-    extent: Extent,
-    block: u32,
-    digests: &[archive::Digest],
-) -> Option<Extent> {
-    let found = digest::of_blocks(bytes, block);
-    if found.len() != digests.len() {
-        return Some(extent);
+/// Asking for what is wanted of one segment.
+struct Ask {
+    claims: Arc<Claims>,
+    segment: u64,
+    output: Option<Arc<File>>,
+    cancel: CancellationToken,
+    all_findings: bool,
+}
+
+impl Ask {
+    async fn give_back(self, mut wanted: Wanted) -> Result<Vec<Finding>, ReplayError> {
+        let backup = self.claims.backup;
+        let mut asking = match self.unless_cancelled(self.claims.ask(self.segment)).await? {
+            Ok(asking) => asking,
+            Err(source) => {
+                let source = source.into();
+                return Ok(vec![Finding::NoProvider { backup, source }]);
+            }
+        };
+        let mut findings = Vec::new();
+        while !wanted.is_empty() && self.goes_on(&findings) {
+            let Some((question, answer)) = self.unless_cancelled(asking.next()).await? else {
+                break;
+            };
+            let wanted_of_it = question
+                .blocks
+                .clone()
+                .filter_map(|index| Some((index, wanted.remove(&index)?)));
+            let wanted_of_it: Vec<_> = wanted_of_it.collect();
+            match answer {
+                // Only so that the next question comes after it, as it did at the proof.
+                Ok(_) if wanted_of_it.is_empty() => {}
+                Ok(bytes) => findings.extend(self.take(question, bytes, wanted_of_it).await?),
+                Err(source) => {
+                    let lost = if source.has_ended_it() {
+                        let rest = std::mem::take(&mut wanted).into_iter();
+                        wanted_of_it.into_iter().chain(rest).collect()
+                    } else {
+                        wanted_of_it
+                    };
+                    findings.extend(self.around(&lost).map(|extent| Finding::NotGivenBack {
+                        extent,
+                        backup,
+                        source,
+                    }));
+                }
+            }
+        }
+        asking.close().await;
+        if self.goes_on(&findings) {
+            let unknown: Vec<_> = wanted.into_iter().collect();
+            let extent = self.around(&unknown);
+            findings.extend(extent.map(|extent| Finding::NotClaimed { extent, backup }));
+        }
+        Ok(findings)
     }
-    extent
-        .pieces(block.into())
-        .zip(found.iter().zip(digests))
-        .find(|(_, (found, expected))| found != expected)
-        .map(|(extent, _)| extent)
+
+    fn goes_on(&self, findings: &[Finding]) -> bool {
+        findings.is_empty() || self.all_findings
+    }
+
+    /// Compares the wanted blocks of an answer, which has the length of its question, and writes them.
+    async fn take(
+        &self,
+        question: Question,
+        bytes: Vec<u8>,
+        wanted: Vec<(u64, Digest)>,
+    ) -> Result<Option<Finding>, ReplayError> {
+        let block = self.claims.table.root().block_size();
+        let (output, events) = (self.output.clone(), self.claims.events.clone());
+        let taken = spawn_blocking(move || {
+            for run in wanted.chunk_by(|(before, _), (after, _)| before + 1 == *after) {
+                let skip = (run[0].0 - question.blocks.start) * u64::from(block);
+                let (_, rest) = bytes.split_at(skip as usize);
+                let length = rest.len().min(run.len() * block as usize);
+                let Ok(extent) = Extent::new(question.extent.start() + skip, length as u64) else {
+                    continue;
+                };
+                let digests: Vec<_> = run.iter().map(|(_, digest)| *digest).collect();
+                let wrong = digest::first_wrong(&rest[..length], extent, block, &digests);
+                if wrong.is_some() {
+                    return Ok(wrong);
+                }
+                if let Some(output) = &output {
+                    output.write_all_at(&rest[..length], extent.start())?;
+                }
+                events.send(Event::Advance {
+                    bytes: extent.len(),
+                });
+            }
+            Ok::<_, io::Error>(None)
+        });
+        let wrong = taken.await??;
+        Ok(wrong.map(|extent| Finding::Wrong {
+            extent,
+            origin: format!("the provider of backup {}", self.claims.backup),
+        }))
+    }
+
+    /// From the first of these blocks to the last.
+    fn around(&self, blocks: &[(u64, Digest)]) -> Option<Extent> {
+        let ((first, _), (last, _)) = (blocks.first()?, blocks.last()?);
+        claims::extent_of(self.claims.table.root(), &(*first..last + 1))
+    }
+
+    async fn unless_cancelled<T>(&self, future: impl Future<Output = T>) -> Result<T, ReplayError> {
+        self.cancel
+            .run_until_cancelled(future)
+            .await
+            .ok_or(ReplayError::Cancelled)
+    }
 }

@@ -1,6 +1,7 @@
 //! One volume of a backup: from its export to covered blocks.
 
 use super::base::Choice;
+use super::claims::context_id;
 use super::component::Component;
 use super::event::{Event, Events};
 use crate::archive::{
@@ -223,15 +224,6 @@ async fn file_work<T: Send + 'static>(
         }
         () = order.stop.cancelled() => Err(RunError::Cancelled.into()),
     }
-}
-
-/// `job.context.id`: as unique as the backup's own id, and without the time of day that this begins with.
-pub fn context_id(backup: BackupId) -> String {
-    let key = blake3::derive_key(
-        "fleecebox 2026 job.context.id",
-        backup.to_string().as_bytes(),
-    );
-    hex::encode(&key[..16])
 }
 
 struct Opened {

@@ -237,6 +237,7 @@ mod tests {
             },
             receipt: b"receipt".to_vec(),
             max_read: 1 << 20,
+            still: Default::default(),
         })
     }
 

@@ -9,6 +9,7 @@ use bytes::Bytes;
 use rustix::process::Signal;
 use std::fs::File;
 use std::os::unix::process::ExitStatusExt;
+use std::sync::Arc;
 use std::time::Duration;
 use tokio::task::{JoinError, spawn_blocking};
 use tokio::time::timeout;
@@ -20,7 +21,7 @@ pub const MAX_COMPONENT: u64 = 64 << 20;
 const COMPILE_TIME: Duration = Duration::from_secs(600);
 
 /// A component that has been compiled. That it may run is another question: [`super::world_of`].
-#[derive(Debug)]
+#[derive(Debug, Clone)]
 pub struct Compiled {
     /// SHA-256 of the component's bytes.
     pub sha256: [u8; 32],
@@ -29,7 +30,7 @@ pub struct Compiled {
     /// What it imports and exports.
     pub interface: Interface,
     /// Its machine code, open for reading only. For [`Process::start`].
-    pub file: File,
+    pub file: Arc<File>,
     /// In what the process that compiled it just now was less confined than it could be.
     pub missing: Vec<Gap>,
     /// What the process that compiled it just now has used.
@@ -116,7 +117,7 @@ pub async fn compile(
         sha256: key.sha256(),
         size,
         interface,
-        file,
+        file: Arc::new(file),
         missing,
         usage,
     })

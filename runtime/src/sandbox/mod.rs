@@ -15,7 +15,8 @@
 //! - [`serve`], from entry to exit
 //! - `confine`, what the process gives up before it has an order, and before the provider's code runs
 //! - `engine`, `compiled`, `bindings`: from bytes to an instance
-//! - `stubs`, the contract's functions as calls over the socket; `wasi`, the few others
+//! - `stubs`, the contract's functions as calls over the socket; `wasi`, the few others, with the time and the chance of
+//!   their `surroundings`
 //! - `limits`, memory and CPU time
 //! - `orders`, what each order does
 //!
@@ -39,6 +40,7 @@ mod engine;
 mod limits;
 mod orders;
 mod stubs;
+mod surroundings;
 mod wasi;
 
 pub use budget::Budget;

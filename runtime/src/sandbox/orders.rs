@@ -7,6 +7,7 @@ use super::compiled;
 use super::confine::Confined;
 use super::limits::{Limits, OutOfTime};
 use super::stubs::{Host, Lost};
+use super::surroundings::Surroundings;
 use super::wasi;
 use crate::channel::{
     Call, Failure, ImageRead, Interface, MAX_RECEIPT, OpenImage, Outcome, Payload, Run, Socket,
@@ -83,6 +84,7 @@ pub(super) fn run(
         Some(order.volume),
         sizes,
         limits,
+        Surroundings::real(),
     );
     let mut store = store(engine, host);
     let base = order.base.as_deref();
@@ -181,6 +183,7 @@ pub(super) fn open_image(
         None,
         (order.max_read, 0),
         limits,
+        Surroundings::still(order.still),
     );
     let mut store = store(engine, host);
     let opened = component.map(|component| {

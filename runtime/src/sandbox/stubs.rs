@@ -6,6 +6,7 @@
 
 use super::bindings::{archive, content, job, stored, types, volume};
 use super::limits::Limits;
+use super::surroundings::Surroundings;
 use super::wasi;
 use crate::channel::{
     Answer, BitmapMode, Call, Context, Encoding, ErrorCode, LogLevel, MAX_NAME, MAX_REGIONS,
@@ -79,6 +80,7 @@ impl Host {
         volume: Option<VolumeInfo>,
         (max_read, max_write): (u32, u32),
         limits: Limits,
+        surroundings: Surroundings,
     ) -> Self {
         Self {
             socket,
@@ -88,7 +90,7 @@ impl Host {
             max_read,
             max_write,
             limits,
-            wasi: wasi::State::default(),
+            wasi: wasi::State::new(surroundings),
         }
     }
 

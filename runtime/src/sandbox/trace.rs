@@ -155,6 +155,7 @@ mod tests {
             },
             receipt: Vec::new(),
             max_read: 0,
+            still: Default::default(),
         };
         trace.begin(&Order::OpenImage(open)).unwrap()
     }

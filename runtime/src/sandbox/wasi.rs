@@ -8,12 +8,11 @@
 
 use super::bindings::wasi::{cli, clocks, io, random};
 use super::stubs::{Host, Lost, Refused};
+use super::surroundings::Surroundings;
 use crate::channel::{LogLevel, MAX_TEXT, Wasi};
 use io::streams::StreamError;
-use rustix::event::{Timespec, poll};
-use rustix::time::{ClockId, clock_gettime};
 use std::collections::BTreeSet;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 use wasmtime::component::{HasSelf, Linker, Resource};
 
 /// Timers at once. wasmtime-wasi's own limit on handles is a million, and nothing honest waits for more than a few.
@@ -24,9 +23,6 @@ const MAX_OUTPUT: usize = 4096;
 
 /// Random bytes in one call. Keys and seeds have some 32.
 const MAX_RANDOM: u64 = 64 << 10;
-
-/// Longest sleep at once; the wait goes on after it. Far below what a system call takes.
-const NAP: Duration = Duration::from_secs(3600);
 
 const STDOUT: u32 = 1;
 const STDERR: u32 = 2;
@@ -60,26 +56,24 @@ impl Misuse {
 /// What the guest's use of WASI leaves in its store.
 #[derive(Debug)]
 pub(super) struct State {
-    started: Instant,
-    /// When each timer is due, after `started`; a place without one is free.
+    surroundings: Surroundings,
+    /// When each timer is due, by the monotonic clock; a place without one is free.
     timers: Vec<Option<Duration>>,
     /// What was written since the last end of a line.
     stdout: Vec<u8>,
     stderr: Vec<u8>,
 }
 
-impl Default for State {
-    fn default() -> Self {
+impl State {
+    pub(super) fn new(surroundings: Surroundings) -> Self {
         Self {
-            started: Instant::now(),
+            surroundings,
             timers: Vec::new(),
             stdout: Vec::new(),
             stderr: Vec::new(),
         }
     }
-}
 
-impl State {
     fn timer(&mut self, due: Duration) -> wasmtime::Result<u32> {
         let free = self.timers.iter().position(Option::is_none);
         let index = match free {
@@ -96,7 +90,7 @@ impl State {
     }
 
     fn now(&self) -> Duration {
-        self.started.elapsed()
+        self.surroundings.elapsed()
     }
 
     /// When a pollable is ready.
@@ -106,19 +100,24 @@ impl State {
         timer.flatten().unwrap_or(Duration::ZERO)
     }
 
-    fn sleep_until(&self, due: Duration) {
-        loop {
-            let left = due.saturating_sub(self.now()).min(NAP);
-            if left.is_zero() {
-                return;
-            }
-            let wait = Timespec {
-                tv_sec: left.as_secs() as i64,
-                tv_nsec: left.subsec_nanos().into(),
-            };
-            // Ends early by a signal only, and is then begun again. std's sleep is a call that no sandbox may make.
-            let _ = poll(&mut [], Some(&wait));
+    fn random(&mut self, bytes: &mut [u8]) -> wasmtime::Result<()> {
+        let drawn = self.surroundings.random(bytes);
+        drawn.or_else(|_| Misuse::NoRandomness.trap())
+    }
+
+    fn random_bytes(&mut self, length: u64) -> wasmtime::Result<Vec<u8>> {
+        if length > MAX_RANDOM {
+            return Misuse::Random(length).trap();
         }
+        let mut bytes = vec![0; length as usize];
+        self.random(&mut bytes)?;
+        Ok(bytes)
+    }
+
+    fn random_number(&mut self) -> wasmtime::Result<u64> {
+        let mut bytes = [0; 8];
+        self.random(&mut bytes)?;
+        Ok(u64::from_le_bytes(bytes))
     }
 }
 
@@ -210,33 +209,17 @@ impl Host {
     }
 }
 
-fn random_bytes(length: u64) -> wasmtime::Result<Vec<u8>> {
-    if length > MAX_RANDOM {
-        return Misuse::Random(length).trap();
-    }
-    let mut bytes = vec![0; length as usize];
-    match getrandom::fill(&mut bytes) {
-        Ok(()) => Ok(bytes),
-        Err(_) => Misuse::NoRandomness.trap(),
-    }
-}
-
-fn random_number() -> wasmtime::Result<u64> {
-    getrandom::u64().or_else(|_| Misuse::NoRandomness.trap())
-}
-
 fn nanoseconds(time: Duration) -> u64 {
-    // 584 years.
-    time.as_nanos() as u64
+    // 584 years, which one that sleeps in an image may have passed.
+    u64::try_from(time.as_nanos()).unwrap_or(u64::MAX)
 }
 
 impl clocks::wall_clock::Host for Host {
     fn now(&mut self) -> wasmtime::Result<clocks::wall_clock::Datetime> {
-        let now = clock_gettime(ClockId::Realtime);
+        let now = self.wasi.surroundings.wall();
         Ok(clocks::wall_clock::Datetime {
-            seconds: now.tv_sec.unsigned_abs(),
-            // Below a second (clock_gettime(2)).
-            nanoseconds: now.tv_nsec as u32,
+            seconds: now.as_secs(),
+            nanoseconds: now.subsec_nanos(),
         })
     }
 
@@ -248,7 +231,6 @@ impl clocks::wall_clock::Host for Host {
     }
 }
 
-/// Counts from the start of the instance: since when the machine is up is nobody's business.
 impl clocks::monotonic_clock::Host for Host {
     fn now(&mut self) -> wasmtime::Result<u64> {
         Ok(nanoseconds(self.wasi.now()))
@@ -271,27 +253,27 @@ impl clocks::monotonic_clock::Host for Host {
 
 impl random::random::Host for Host {
     fn get_random_bytes(&mut self, length: u64) -> wasmtime::Result<Vec<u8>> {
-        random_bytes(length)
+        self.wasi.random_bytes(length)
     }
 
     fn get_random_u64(&mut self) -> wasmtime::Result<u64> {
-        random_number()
+        self.wasi.random_number()
     }
 }
 
 impl random::insecure::Host for Host {
     fn get_insecure_random_bytes(&mut self, length: u64) -> wasmtime::Result<Vec<u8>> {
-        random_bytes(length)
+        self.wasi.random_bytes(length)
     }
 
     fn get_insecure_random_u64(&mut self) -> wasmtime::Result<u64> {
-        random_number()
+        self.wasi.random_number()
     }
 }
 
 impl random::insecure_seed::Host for Host {
     fn insecure_seed(&mut self) -> wasmtime::Result<(u64, u64)> {
-        Ok((random_number()?, random_number()?))
+        Ok((self.wasi.random_number()?, self.wasi.random_number()?))
     }
 }
 
@@ -301,7 +283,7 @@ impl io::poll::Host for Host {
         let Some(first) = pollables.iter().map(due).min() else {
             return Misuse::PollsNothing.trap();
         };
-        self.wasi.sleep_until(first);
+        self.wasi.surroundings.sleep_until(first);
         let now = self.wasi.now();
         let ready = (0..)
             .zip(&pollables)
@@ -316,7 +298,8 @@ impl io::poll::HostPollable for Host {
     }
 
     fn block(&mut self, pollable: Resource<io::poll::Pollable>) -> wasmtime::Result<()> {
-        self.wasi.sleep_until(self.wasi.due(pollable.rep()));
+        let due = self.wasi.due(pollable.rep());
+        self.wasi.surroundings.sleep_until(due);
         Ok(())
     }
 

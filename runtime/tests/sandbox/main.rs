@@ -339,6 +339,7 @@ async fn an_image_is_opened_once_and_read_many_times() {
         context: context(),
         receipt: b"object".to_vec(),
         max_read: MIB,
+        still: Default::default(),
     });
     let bench = bench();
     let mut process = bench.start(guest, order).await;

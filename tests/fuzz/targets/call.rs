@@ -135,6 +135,7 @@ fn order(kind: Kind) -> Order {
             context,
             receipt: Vec::new(),
             max_read: MOST,
+            still: Default::default(),
         }),
         Kind::Run {
             blind,

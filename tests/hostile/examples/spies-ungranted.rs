@@ -1,5 +1,6 @@
 //! Attacks a policy that does not grant `read` to a provider whose world could use it: copies the disk into objects of
-//! its own, claims a block, and when the host asks for it reads all that `stored` serves.
+//! its own, claims a block to see what is answered, and where that is let pass and the host asks for the block, reads all
+//! that `stored` serves.
 //!
 //! What it finds is what it answers with. The pattern to look for comes backwards, in `how`.
 

@@ -244,10 +244,19 @@ pub(super) fn cases() -> Vec<Case> {
         },
         // Blindness.
         Case {
-            policy: "[provider.limits]\ncpu-seconds = 30\n[provider.grant]\nread = false\n",
+            policy: "[provider.grant]\nread = false\n",
             ..kind(
                 "spies-ungranted",
                 "spies-ungranted",
+                crate::blind::BACKWARDS,
+                "nothing can be claimed that may not be read",
+            )
+        },
+        Case {
+            policy: "[provider.limits]\ncpu-seconds = 30\n",
+            ..kind(
+                "spies-ungranted",
+                "spies-in-its-objects",
                 crate::blind::BACKWARDS,
                 "its own bytes were served: true, others were refused: true, bytes of the disk in memory: false",
             )

@@ -12,6 +12,7 @@ mod blind;
 mod cases;
 mod files;
 mod peak;
+mod proof;
 mod raw;
 mod scene;
 mod special;

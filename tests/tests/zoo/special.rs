@@ -2,16 +2,16 @@
 
 use crate::scene::Scene;
 use crate::stall::{Relay, frozen_archive};
-use crate::{Row, blind, check_told, row};
+use crate::{Row, blind, check_told, proof, row};
 use anyhow::{Context, Result, ensure};
 use fleecebox_tests::{Order, component};
 use std::time::{Duration, Instant};
 
-type Test = fn(&mut Scene) -> Result<Option<Row>>;
+pub(super) type Test = fn(&mut Scene) -> Result<Option<Row>>;
 
 /// By name.
 pub(super) fn all() -> Vec<(&'static str, Test)> {
-    vec![
+    let mut all: Vec<(&'static str, Test)> = vec![
         ("blind-no-byte-is-seen", blind::no_byte_is_seen),
         (
             "blind-bytes-cannot-be-compared",
@@ -23,11 +23,12 @@ pub(super) fn all() -> Vec<(&'static str, Test)> {
         ),
         ("reaches-for-others", another_tenants_objects_are_not_there),
         ("replays-a-receipt", another_takes_the_place_of_the_base),
-        ("restores-as-proven", a_lie_after_the_proof_is_found),
         ("trickles-while-the-guest-writes", the_fleecing_image_fills),
         ("stalled-server", a_server_stalls),
         ("stalled-archive", frozen_archive),
-    ]
+    ];
+    all.extend(proof::all());
+    all
 }
 
 /// All that was refused has changed nothing: the same provider then makes a backup that is right.
@@ -70,49 +71,6 @@ fn another_takes_the_place_of_the_base(scene: &mut Scene) -> Result<Option<Row>>
     scene.configure("hostile", &component("spins")?, "")?;
     scene.back_up_honestly()?;
     Ok(Some(row))
-}
-
-/// A provider that gives back the right bytes only as long as it is asked as the proof asks. Nothing can show that
-/// beforehand, but nobody gets wrong bytes: who verifies or restores is told which.
-fn a_lie_after_the_proof_is_found(scene: &mut Scene) -> Result<Option<Row>> {
-    let other = scene.site.path("another-archive");
-    std::fs::create_dir(&other)?;
-    let honest = Order {
-        archive: other.clone(),
-        ..scene.honest.clone()
-    };
-    let dishonest = Order {
-        provider: "hostile".into(),
-        ..honest.clone()
-    };
-    scene.configure("hostile", &component("restores-as-proven")?, "")?;
-    let base = scene.site.backup(&dishonest)?;
-    scene.site.verify(&other, &base.id)?;
-    scene.change()?;
-    let next = scene.site.backup(&honest)?;
-    scene.proxy.references()?;
-    next.assert_base("da", Some(&base));
-    let says = "the bytes are not those that were backed up (the provider of backup";
-    let verify = scene
-        .site
-        .command(&["verify", &next.id])
-        .arg("--archive")
-        .arg(&other);
-    let outcome = verify.run()?;
-    ensure!(outcome.code() == Some(10), "{}", outcome.stderr);
-    ensure!(outcome.stdout.contains(says), "{}", outcome.stdout);
-    let to = scene.site.path("restored-lies");
-    std::fs::create_dir(&to)?;
-    let restore = scene
-        .site
-        .command(&["restore", &next.id])
-        .arg("--archive")
-        .arg(&other);
-    let outcome = restore.arg("--to").arg(&to).run()?;
-    ensure!(outcome.code() == Some(10), "{}", outcome.stderr);
-    ensure!(outcome.stderr.contains(says), "{}", outcome.stderr);
-    scene.back_up_honestly()?;
-    Ok(None)
 }
 
 /// A provider takes its time while the guest writes, and the old data of what it overwrites has to be kept: the job is
