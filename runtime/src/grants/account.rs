@@ -7,14 +7,24 @@ use crate::policy::Limits;
 use crate::sandbox::Usage;
 use serde::Serialize;
 use std::collections::BTreeMap;
-use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
-/// The account of one job: all of its volumes and sandboxes charge the same.
+/// The account of one job: all of its volumes and sandboxes charge the same, unless it was split.
 #[derive(Debug)]
 pub struct Account {
     limits: Limits,
-    used: Mutex<Used>,
+    spent: Mutex<Spent>,
+    /// The job's.
+    used: Arc<Mutex<Used>>,
+}
+
+/// What was charged against the limits that a provider can run into.
+#[derive(Debug, Default)]
+struct Spent {
+    output_bytes: u64,
+    read_bytes: u64,
+    objects: u32,
 }
 
 /// What was used, for the audit.
@@ -53,8 +63,34 @@ impl Account {
     pub fn new(limits: Limits) -> Self {
         Self {
             limits,
-            used: Mutex::default(),
+            spent: Mutex::default(),
+            used: Arc::default(),
         }
+    }
+
+    /// One account for each of some volumes, by their sizes, for providers that must not tell time: what one of them uses
+    /// shows to none of the others. Bytes are split by size, objects and memory evenly. What is used is this job's.
+    pub(crate) fn split(&self, sizes: &[u64]) -> Vec<Self> {
+        let all: u128 = sizes.iter().copied().map(u128::from).sum();
+        let count = sizes.len().max(1);
+        let limits = &self.limits;
+        let part = |limit: u64, size: u64| {
+            let part = u128::from(limit) * u128::from(size) / all.max(1);
+            // A part is no more than the whole.
+            u64::try_from(part).unwrap_or(limit)
+        };
+        let of_volume = |(number, &size): (usize, &u64)| Self {
+            limits: Limits {
+                output_bytes: part(limits.output_bytes, size),
+                read_bytes: part(limits.read_bytes, size),
+                objects: (limits.objects as usize + count - 1 - number) as u32 / count as u32,
+                memory: limits.memory / count as u64,
+                ..limits.clone()
+            },
+            spent: Mutex::default(),
+            used: Arc::clone(&self.used),
+        };
+        sizes.iter().enumerate().map(of_volume).collect()
     }
 
     /// The limits.
@@ -71,44 +107,52 @@ impl Account {
     /// which bytes are equal or how well they compress.
     pub(super) fn output(&self, bytes: u64) -> Result<(), ErrorCode> {
         let most = self.limits.output_bytes;
-        let used = &mut self.entries().output_bytes;
-        charge(used, bytes, most, Quota::OutputBytes)
+        charge(
+            &mut self.spent().output_bytes,
+            bytes,
+            most,
+            Quota::OutputBytes,
+        )?;
+        self.entries().output_bytes += bytes;
+        Ok(())
     }
 
     /// Bytes read on behalf of the provider.
     pub(super) fn read(&self, bytes: u64) -> Result<(), ErrorCode> {
         let most = self.limits.read_bytes;
-        charge(
-            &mut self.entries().read_bytes,
-            bytes,
-            most,
-            Quota::ReadBytes,
-        )
+        charge(&mut self.spent().read_bytes, bytes, most, Quota::ReadBytes)?;
+        self.entries().read_bytes += bytes;
+        Ok(())
     }
 
     /// Bytes that the host copies from the volume to the archive: both read and stored, or neither.
     pub(super) fn copy(&self, bytes: u64) -> Result<(), ErrorCode> {
         let limits = &self.limits;
-        let mut used = self.entries();
-        let before = used.read_bytes;
+        let mut spent = self.spent();
+        let before = spent.read_bytes;
         charge(
-            &mut used.read_bytes,
+            &mut spent.read_bytes,
             bytes,
             limits.read_bytes,
             Quota::ReadBytes,
         )?;
-        let (output, most) = (&mut used.output_bytes, limits.output_bytes);
+        let (output, most) = (&mut spent.output_bytes, limits.output_bytes);
         let charged = charge(output, bytes, most, Quota::OutputBytes);
-        charged.inspect_err(|_| used.read_bytes = before)
+        charged.inspect_err(|_| spent.read_bytes = before)?;
+        let mut used = self.entries();
+        used.read_bytes += bytes;
+        used.output_bytes += bytes;
+        Ok(())
     }
 
     /// One more object.
     pub(super) fn object(&self) -> Result<(), ErrorCode> {
-        let mut used = self.entries();
-        if used.objects >= self.limits.objects {
+        let mut spent = self.spent();
+        if spent.objects >= self.limits.objects {
             return Err(ErrorCode::QuotaExceeded(Quota::Objects));
         }
-        used.objects += 1;
+        spent.objects += 1;
+        self.entries().objects += 1;
         Ok(())
     }
 
@@ -167,6 +211,10 @@ impl Account {
         used.fleecing_peak_bytes = fleecing_peak;
     }
 
+    fn spent(&self) -> MutexGuard<'_, Spent> {
+        self.spent.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
     fn entries(&self) -> MutexGuard<'_, Used> {
         // Nothing panics between the two halves of an entry.
         self.used.lock().unwrap_or_else(PoisonError::into_inner)
@@ -210,6 +258,42 @@ mod tests {
         assert_eq!(
             account.object(),
             Err(ErrorCode::QuotaExceeded(Quota::Objects))
+        );
+    }
+
+    #[test]
+    fn what_was_split_is_used_up_by_each_alone_and_counted_together() {
+        let limits = Limits {
+            output_bytes: 100,
+            read_bytes: u64::MAX,
+            objects: 5,
+            memory: 9,
+            ..Limits::default()
+        };
+        let job = Account::new(limits);
+        let parts = job.split(&[1, 0, 3]);
+        let of = |what: fn(&Limits) -> u64| {
+            let limits: Vec<u64> = parts.iter().map(|part| what(part.limits())).collect();
+            limits
+        };
+        assert_eq!(of(|it| it.output_bytes), [25, 0, 75]);
+        assert_eq!(of(|it| it.objects.into()), [2, 2, 1]);
+        assert_eq!(of(|it| it.memory), [3; 3]);
+        assert_eq!(parts[0].copy(25), Ok(()));
+        let full = Err(ErrorCode::QuotaExceeded(Quota::OutputBytes));
+        assert_eq!(parts[0].output(1), full);
+        assert_eq!(parts[2].output(75), Ok(()));
+        assert_eq!(parts[2].output(1), full);
+        assert_eq!(parts[2].object(), Ok(()));
+        let used = job.used();
+        assert_eq!(
+            (used.output_bytes, used.read_bytes, used.objects),
+            (100, 25, 1)
+        );
+        assert!(
+            job.split(&[0, 0])
+                .iter()
+                .all(|it| it.limits().output_bytes == 0)
         );
     }
 

@@ -6,6 +6,7 @@
 
 pub mod account;
 pub mod image;
+mod names;
 mod pace;
 mod provider_log;
 mod put;

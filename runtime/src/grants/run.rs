@@ -1,6 +1,7 @@
 //! One run of a provider on one volume: answers its calls until it returns, then looks at what it covered.
 
 use super::account::Account;
+use super::names;
 use super::pace::{Pace, TooSlow};
 use super::provider_log::{ProviderLog, harmless};
 use super::put;
@@ -33,7 +34,9 @@ pub struct Terms {
     pub reader: bool,
     /// Whether `discarder` is granted.
     pub discarder: bool,
-    /// What the job has used of the provider's limits.
+    /// The volume's number, where the names of its objects are its own.
+    pub own_names: Option<usize>,
+    /// What the job, or this volume of it, has used of the provider's limits.
     pub account: Arc<Account>,
     /// `job.context.attachment`.
     pub attachments: Arc<BTreeMap<String, Vec<u8>>>,
@@ -405,7 +408,10 @@ impl Run {
 
     async fn create(&mut self, name: &str, encoding: Encoding) -> Result<Answer, ErrorCode> {
         self.check_host()?;
-        let name: ObjectName = name.parse().map_err(|_| ErrorCode::InvalidName)?;
+        let mut name: ObjectName = name.parse().map_err(|_| ErrorCode::InvalidName)?;
+        if let Some(volume) = self.terms.own_names {
+            name = names::of_volume(volume, &name).map_err(|_| ErrorCode::InvalidName)?;
+        }
         if self.streams.len() >= MAX_STREAMS {
             return Err(ErrorCode::QuotaExceeded(crate::channel::Quota::Objects));
         }
@@ -460,7 +466,7 @@ impl Run {
                 "a blind provider cannot claim: it exports no restore".into(),
             )));
         }
-        // A claim is held against the disk, so that its proof would answer guesses at what may not be read.
+        // Its proof would answer guesses at what may not be read.
         if !self.terms.reader {
             return Err(ErrorCode::Other(Some(
                 "nothing can be claimed that may not be read: no reader is granted".into(),
@@ -587,9 +593,8 @@ fn io(_: Failed) -> ErrorCode {
 }
 
 fn refused(error: CoverageError) -> ErrorCode {
+    use CoverageError::{Covered, NotDirty, Unfinished};
     match error {
-        CoverageError::NotDirty(_) | CoverageError::Covered(_) | CoverageError::Unfinished(_) => {
-            ErrorCode::NotDirty
-        }
+        NotDirty(_) | Covered(_) | Unfinished(_) => ErrorCode::NotDirty,
     }
 }

@@ -12,6 +12,7 @@ use crate::archive::{
     self, BackupId, BackupRecord, BackupWriter, ComponentId, DiskRecord, Manifest, Namespace,
     Proof, ProviderRecord, VolumeRecord,
 };
+use crate::channel::World;
 use crate::config::Provider;
 use crate::grants::account::Account;
 use crate::qemu::snapshot::Volume;
@@ -92,34 +93,41 @@ impl Transfer<'_> {
         let bandwidth = bandwidth.map(|rate| Arc::new(Bandwidth::new(rate)));
         let writer = self.writer()?;
         let disks = volumes.len();
-        let runs = volumes.map(|(volume, choice)| {
-            let order = volume_run::Order {
-                socket,
-                disks,
-                volume,
-                choice,
-                provider_name: self.provider_name,
-                provider: self.provider,
-                component: self.component,
-                program: self.program,
-                namespace: &self.namespace,
-                writer,
-                backup: self.id,
-                attachments: &attachments,
-                account: self.account,
-                bandwidth: &bandwidth,
-                encoders: &encoders,
-                events: self.events,
-                stop,
-            };
-            async move {
-                let covered = volume_run::run(order).await;
-                if covered.is_err() {
-                    stop.cancel();
+        let volumes: Vec<_> = volumes.collect();
+        let accounts = self.accounts(&volumes);
+        let own = |number| (accounts.len() > 1).then_some(number);
+        let runs = volumes
+            .iter()
+            .enumerate()
+            .map(|(number, &(volume, choice))| {
+                let order = volume_run::Order {
+                    socket,
+                    disks,
+                    volume,
+                    choice,
+                    provider_name: self.provider_name,
+                    provider: self.provider,
+                    component: self.component,
+                    program: self.program,
+                    namespace: &self.namespace,
+                    writer,
+                    backup: self.id,
+                    attachments: &attachments,
+                    own_names: own(number),
+                    account: accounts.get(number).unwrap_or(self.account),
+                    bandwidth: &bandwidth,
+                    encoders: &encoders,
+                    events: self.events,
+                    stop,
+                };
+                async move {
+                    let covered = volume_run::run(order).await;
+                    if covered.is_err() {
+                        stop.cancel();
+                    }
+                    covered.map_err(|source| (volume.plan.disk.name.clone(), source))
                 }
-                covered.map_err(|source| (volume.plan.disk.name.clone(), source))
-            }
-        });
+            });
         let ended = futures_util::future::join_all(runs).await;
         if self.cancel.is_cancelled() {
             return Err(BackupError::Cancelled);
@@ -131,6 +139,19 @@ impl Transfer<'_> {
             return Err(BackupError::Volume { volume, source });
         }
         Ok(covered.into_iter().flatten().collect())
+    }
+
+    /// One account for each volume where instances of the provider must not see each other: who may not see the bytes must
+    /// not tell time, and whatever two instances share is a clock. None where all volumes have the job's.
+    fn accounts(&self, volumes: &[(&Volume, &Choice)]) -> Vec<Arc<Account>> {
+        let sees = self.component.world == World::Provider && self.provider.grant.read;
+        if sees || volumes.len() < 2 {
+            return Vec::new();
+        }
+        let size = |(volume, _): &(&Volume, &Choice)| volume.plan.disk.size;
+        let sizes: Vec<u64> = volumes.iter().map(size).collect();
+        let accounts = self.account.split(&sizes);
+        accounts.into_iter().map(Arc::new).collect()
     }
 
     /// Reads back what the provider claims.

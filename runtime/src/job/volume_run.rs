@@ -59,7 +59,9 @@ pub struct Order<'a> {
     pub backup: BackupId,
     /// Handed to the provider.
     pub attachments: &'a Arc<BTreeMap<String, Vec<u8>>>,
-    /// What the job uses of the provider's limits.
+    /// The volume's number, where the names of its objects are its own.
+    pub own_names: Option<usize>,
+    /// What the job, or this volume of it, uses of the provider's limits.
     pub account: &'a Arc<Account>,
     /// How fast the job may read.
     pub bandwidth: &'a Option<Arc<Bandwidth>>,
@@ -172,6 +174,7 @@ pub async fn run(order: Order<'_>) -> Result<Covered, VolumeError> {
         world: order.component.world,
         reader: order.provider.grant.read,
         discarder: order.provider.grant.discard,
+        own_names: order.own_names,
         account: Arc::clone(order.account),
         attachments: Arc::clone(order.attachments),
     };
@@ -359,7 +362,7 @@ async fn start(order: &Order<'_>, mode: BitmapMode) -> Result<Process, VolumeErr
     let run = Run {
         world,
         wasi: order.component.wasi.clone(),
-        limits: guest_limits(&order.provider.limits),
+        limits: guest_limits(order.account.limits()),
         context: Context {
             id: context_id(order.backup),
             settings: order.provider.settings.to_string(),

@@ -31,7 +31,8 @@ use std::time::Duration;
 /// Limits on a provider. Each has a default that suits an honest one.
 ///
 /// `wall-seconds`, `receipt-bytes` and `progress-per-minute` hold for each run, which is one volume of one backup; all
-/// others for the backup as a whole.
+/// others for the backup as a whole. Where a provider may not see the bytes, each volume has its part of `output-bytes`,
+/// `read-bytes`, `objects` and `memory` beforehand.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields, rename_all = "kebab-case", default)]
 pub struct Limits {

@@ -355,6 +355,7 @@ impl Case {
             },
             reader: self.reader,
             discarder: self.discarder,
+            own_names: None,
             account: Arc::new(Account::new(limits)),
             attachments: Arc::new([("a".to_owned(), vec![1, 2, 3])].into()),
         }

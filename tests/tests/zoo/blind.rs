@@ -121,3 +121,40 @@ pub(super) fn bytes_cannot_be_compared(scene: &mut Scene) -> Result<Option<Row>>
     scene.back_up_honestly().context("after the spies")?;
     Ok(None)
 }
+
+/// Two instances of a blind provider, one for each disk, share no name and no quota: each finds what it would find alone,
+/// whatever the other has done by then.
+pub(super) fn instances_share_nothing(scene: &mut Scene) -> Result<Option<Row>> {
+    let mut random = Random::new(0xb22d);
+    for disk in ["da", "db"] {
+        let mut bytes = vec![0; 4 << 20];
+        random.fill(&mut bytes);
+        scene.fill(disk, bytes.into_iter())?;
+    }
+    // Half of it, and half a block, for each.
+    let quota = (2 * QUOTA + 1) * BLOCK;
+    let policy = format!("[provider.limits]\noutput-bytes = {quota}\n");
+    scene.configure("hostile", &component("meets-its-neighbour")?, &policy)?;
+    let order = Order {
+        full: true,
+        ..scene.order("hostile")
+    };
+    for disks in [["da", "db"], ["db", "da"]] {
+        let command = scene.site.backup_command(&order.clone().only(&disks));
+        let attack = scene.attack_meanwhile(&command, |_, _| Ok(()))?;
+        let stderr = attack.outcome.stderr;
+        ensure!(stderr.contains("quota-exceeded(output-bytes)"), "{stderr}");
+        let said: Vec<_> = stderr
+            .lines()
+            .filter(|line| line.starts_with("provider ("))
+            .collect();
+        let alone = format!("somebody was there: false; blocks stored: {QUOTA}");
+        // The first that has had its share ends the other one.
+        ensure!(
+            !said.is_empty() && said.iter().all(|line| line.ends_with(&alone)),
+            "{stderr}"
+        );
+    }
+    scene.back_up_honestly().context("after the neighbours")?;
+    Ok(None)
+}

@@ -18,6 +18,10 @@ pub(super) fn all() -> Vec<(&'static str, Test)> {
             blind::bytes_cannot_be_compared,
         ),
         (
+            "blind-instances-share-nothing",
+            blind::instances_share_nothing,
+        ),
+        (
             "tries-arguments-and-backs-up",
             attempts_leave_the_books_right,
         ),
