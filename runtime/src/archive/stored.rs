@@ -31,10 +31,21 @@ pub struct StoredObjects {
 
 struct OpenObject {
     name: ObjectName,
+    reference: ObjectRef,
     file: File,
-    /// First byte before encoding → frame; empty for identity.
-    frames: BTreeMap<u64, Frame>,
+    /// In ascending order; none for identity.
+    frames: Vec<Place>,
     last: Mutex<Option<(u64, Arc<Vec<u8>>)>>,
+}
+
+/// Where a frame lies: as little as will do, for a provider decides how many there are and how often they are looked up.
+#[derive(Clone, Copy)]
+struct Place {
+    /// First byte before encoding.
+    start: u64,
+    /// First byte in the file.
+    offset: u64,
+    lengths: Lengths,
 }
 
 impl StoredObjects {
@@ -136,11 +147,12 @@ impl StoredObjects {
         let reference = self.reference(&info.name);
         let file = self.store.open_object(&reference)?;
         let frames = match info.encoding {
-            Encoding::Identity => BTreeMap::new(),
+            Encoding::Identity => Vec::new(),
             Encoding::Zstd => read_frames(&file, &reference)?,
         };
         let object = Arc::new(OpenObject {
             name: info.name.clone(),
+            reference,
             file,
             frames,
             last: Mutex::default(),
@@ -155,12 +167,13 @@ impl OpenObject {
         let mut bytes = Vec::new();
         let mut at = range.start();
         while at < range.end() {
-            let frame = self.frames.range(..=at).next_back();
+            let after = self.frames.partition_point(|place| place.start <= at);
             let short = || Error::damaged(&self.name)(Damage::Frame);
-            let (&start, frame) = frame.ok_or_else(short)?;
-            let decoded = self.frame(start, frame)?;
-            let end = (range.end() - start).min(decoded.len() as u64);
-            let part = decoded.get((at - start) as usize..end as usize);
+            let place = after.checked_sub(1).map(|index| self.frames[index]);
+            let place = place.ok_or_else(short)?;
+            let decoded = self.frame(place)?;
+            let end = (range.end() - place.start).min(decoded.len() as u64);
+            let part = decoded.get((at - place.start) as usize..end as usize);
             let part = part.filter(|part| !part.is_empty()).ok_or_else(short)?;
             bytes.extend(part);
             at += part.len() as u64;
@@ -168,19 +181,23 @@ impl OpenObject {
         Ok(bytes)
     }
 
-    fn frame(&self, start: u64, frame: &Frame) -> Result<Arc<Vec<u8>>, Error> {
+    fn frame(&self, place: Place) -> Result<Arc<Vec<u8>>, Error> {
         let mut last = lock(&self.last);
-        if let Some((_, decoded)) = last.as_ref().filter(|(at, _)| *at == start) {
+        if let Some((_, decoded)) = last.as_ref().filter(|(at, _)| *at == place.start) {
             return Ok(decoded.clone());
         }
-        let decoded = Arc::new(store::read_frame_of(&self.file, frame)?);
-        *last = Some((start, decoded.clone()));
+        let Lengths { stored, decoded } = place.lengths;
+        let object = self.reference.clone();
+        let frame = Frame::new(object, place.offset, stored, decoded, Encoding::Zstd)
+            .map_err(|_| Error::damaged(&self.name)(Damage::Frame))?;
+        let decoded = Arc::new(store::read_frame_of(&self.file, &frame)?);
+        *last = Some((place.start, decoded.clone()));
         Ok(decoded)
     }
 }
 
-/// The frames of a zstd object by where they begin before encoding.
-fn read_frames(file: &File, object: &ObjectRef) -> Result<BTreeMap<u64, Frame>, Error> {
+/// The frames of a zstd object.
+fn read_frames(file: &File, object: &ObjectRef) -> Result<Vec<Place>, Error> {
     let length = file.metadata().map_err(Error::at(object))?.len();
     let footer_at = length.saturating_sub(FOOTER as u64);
     let footer = store::read_range(file, object, footer_at, FOOTER as u64)?;
@@ -191,15 +208,17 @@ fn read_frames(file: &File, object: &ObjectRef) -> Result<BTreeMap<u64, Frame>, 
     let bytes = store::read_range(file, object, data, table)?;
     let lengths = seek_table::parse(&bytes, data).map_err(Error::damaged(object))?;
     let (mut offset, mut start) = (0, 0);
-    let mut frames = BTreeMap::new();
-    for Lengths { stored, decoded } in lengths {
-        let frame = Frame::new(object.clone(), offset, stored, decoded, Encoding::Zstd)
-            .map_err(|_| Error::damaged(object)(Damage::Frame))?;
-        frames.insert(start, frame);
-        offset += u64::from(stored);
-        start += u64::from(decoded);
-    }
-    Ok(frames)
+    let placed = lengths.into_iter().map(|lengths| {
+        let place = Place {
+            start,
+            offset,
+            lengths,
+        };
+        offset += u64::from(lengths.stored);
+        start += u64::from(lengths.decoded);
+        place
+    });
+    Ok(placed.collect())
 }
 
 #[cfg(test)]

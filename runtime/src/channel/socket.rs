@@ -97,6 +97,7 @@ impl AsFd for Socket {
 pub struct AsyncSocket {
     stream: tokio::net::UnixStream,
     inbox: Inbox,
+    outbox: Outbox,
 }
 
 impl AsyncSocket {
@@ -107,16 +108,26 @@ impl AsyncSocket {
         Ok(Self {
             stream,
             inbox: Inbox::default(),
+            outbox: Outbox::default(),
         })
     }
 
-    /// Sends one message. Not to be cancelled: half a frame would be of no use to the other side.
-    pub async fn send(&mut self, message: &impl Serialize) -> Result<(), SocketError> {
-        Ok(self.stream.write_all(&frame(message)?).await?)
+    /// Puts one message on its way: [`Self::receive`] sends it, as far as it is not sent yet.
+    pub fn queue(&mut self, message: &impl Serialize) -> Result<(), SocketError> {
+        self.outbox.bytes.extend(frame(message)?);
+        Ok(())
     }
 
-    /// Waits for one message. May be cancelled: what has arrived is kept for the next call.
+    /// Sends one message. May be cancelled: what is left of it goes first the next time.
+    pub async fn send(&mut self, message: &impl Serialize) -> Result<(), SocketError> {
+        self.queue(message)?;
+        self.flush().await
+    }
+
+    /// Waits for one message, after the other side has taken what is queued: one that does not read gets no further.
+    /// May be cancelled: what has arrived is kept for the next call.
     pub async fn receive<M: DeserializeOwned>(&mut self) -> Result<M, SocketError> {
+        self.flush().await?;
         loop {
             if let Some(message) = self.inbox.message()? {
                 return Ok(message);
@@ -128,6 +139,24 @@ impl AsyncSocket {
             }
         }
     }
+
+    async fn flush(&mut self) -> Result<(), SocketError> {
+        while let left @ [_, ..] = &self.outbox.bytes[self.outbox.sent..] {
+            match self.stream.write(left).await? {
+                0 => return Err(SocketError::Closed),
+                count => self.outbox.sent += count,
+            }
+        }
+        self.outbox = Outbox::default();
+        Ok(())
+    }
+}
+
+/// What is to be sent. Turns are strict, so that it is one frame, or two where the first is an order.
+#[derive(Debug, Default)]
+struct Outbox {
+    bytes: Vec<u8>,
+    sent: usize,
 }
 
 fn frame(message: &impl Serialize) -> Result<Vec<u8>, SocketError> {
@@ -244,6 +273,33 @@ mod tests {
                 here.receive::<Call>().await,
                 Err(SocketError::Closed)
             ));
+        });
+    }
+
+    #[test]
+    fn what_was_begun_to_be_sent_to_one_that_does_not_read_is_finished_later() {
+        let runtime = tokio::runtime::Builder::new_current_thread()
+            .enable_all()
+            .build()
+            .unwrap();
+        runtime.block_on(async {
+            let (a, b) = UnixStream::pair().unwrap();
+            let mut here = AsyncSocket::new(a).unwrap();
+            let long = |byte| Call::Done(crate::channel::Outcome::Receipt(vec![byte; 1 << 20]));
+            let moment = std::time::Duration::from_millis(50);
+            here.queue(&long(1)).unwrap();
+            let heard = tokio::time::timeout(moment, here.receive::<Answer>()).await;
+            assert!(heard.is_err(), "it is stuck in the socket: {heard:?}");
+            let there = std::thread::spawn(move || {
+                let mut there = Socket::new(b);
+                for byte in 1..=2 {
+                    assert_eq!(there.receive::<Call>().unwrap(), long(byte));
+                }
+                there.send(&Answer::Unit).unwrap();
+            });
+            here.queue(&long(2)).unwrap();
+            assert_eq!(here.receive::<Answer>().await.unwrap(), Answer::Unit);
+            there.join().unwrap();
         });
     }
 

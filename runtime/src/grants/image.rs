@@ -9,7 +9,7 @@ use crate::archive::{self, ObjectName, StoredObjects};
 use crate::channel::{Answer, Call, ErrorCode, Failure, ImageRead, OpenImage, Order, Outcome};
 use crate::extent::Extent;
 use crate::job::Events;
-use crate::sandbox::{self, Compiled, Process, Program};
+use crate::sandbox::{self, Compiled, Process, Program, Usage};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 use tokio::task::spawn_blocking;
@@ -196,7 +196,7 @@ impl Image {
         let began = Instant::now();
         let serve = async {
             if let Some(read) = ask {
-                self.process.read_image(read).await?;
+                self.process.read_image(read)?;
             }
             loop {
                 let answer = match self.process.next().await? {
@@ -223,7 +223,7 @@ impl Image {
                 if let Answer::Error(code) = &answer {
                     self.account.refused(code);
                 }
-                self.process.answer(&answer).await?;
+                self.process.answer(&answer)?;
             }
         };
         let served = timeout(left, serve).await;
@@ -242,7 +242,7 @@ impl Image {
     }
 
     async fn read_object(
-        &self,
+        &mut self,
         name: String,
         offset: u64,
         length: u32,
@@ -252,12 +252,17 @@ impl Image {
         }
         let name: ObjectName = name.parse().map_err(|_| ErrorCode::InvalidName)?;
         let objects = Arc::clone(&self.objects);
-        let read = spawn_blocking(move || objects.read(&name, offset, length)).await;
-        match read {
-            Ok(Ok(bytes)) => Ok(bytes),
-            Ok(Err(error)) => Err(code(&error)),
-            Err(_) => Err(ErrorCode::Io),
-        }
+        let read = spawn_blocking(move || {
+            let began = Usage::of_this_thread();
+            let read = objects.read(&name, offset, length);
+            (read, Usage::of_this_thread().saturating_sub(began))
+        });
+        let Ok((read, cpu)) = read.await else {
+            return Err(ErrorCode::Io);
+        };
+        // Decoding a frame, or looking for it among many, for one byte: it is done for the provider.
+        self.process.worked_for(cpu);
+        read.map_err(|error| code(&error))
     }
 }
 

@@ -236,7 +236,7 @@ impl Run {
                     Answer::Error(code)
                 }
             };
-            process.answer(&answer).await?;
+            process.answer(&answer)?;
         }
     }
 

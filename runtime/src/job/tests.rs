@@ -209,6 +209,18 @@ async fn an_escaped_sandbox_cannot_hold_a_job_up_for_longer_than_its_time() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn an_escaped_sandbox_that_takes_no_answer_makes_no_progress() {
+    let host = Host::new().await;
+    let least = "[limits]\nprogress-per-minute = 1048576";
+    let (error, _) = host.fails("never listens", least).await;
+    let stopped = matches!(
+        &error,
+        VolumeError::Run(RunError::Trickles { covered: 0, .. })
+    );
+    assert!(stopped, "{error:?}");
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn what_an_escaped_sandbox_claims_is_not_believed() {
     let host = Host::new().await;
     for escape in ["says that all is done", "uses what is not its own"] {

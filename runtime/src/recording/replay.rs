@@ -88,7 +88,7 @@ pub async fn replay(
     for step in &recorded.steps {
         let (call, payload, answer) = match step {
             Step::Ask(read) => {
-                sandbox.read_image(*read).await?;
+                sandbox.read_image(*read)?;
                 continue;
             }
             Step::Call {
@@ -105,7 +105,7 @@ pub async fn replay(
             match sandbox.next().await? {
                 Call::Log { level, message } => {
                     log(level, &message);
-                    sandbox.answer(&Answer::Unit).await?;
+                    sandbox.answer(&Answer::Unit)?;
                 }
                 call => break call,
             }
@@ -135,7 +135,7 @@ pub async fn replay(
             replayed.withheld |= matches!(payload, Payload::Withheld(_));
             sandbox.give_payload(&payload.bytes())?;
         }
-        sandbox.answer(answer).await?;
+        sandbox.answer(answer)?;
     }
     sandbox.kill().await;
     Ok(replayed)

@@ -1,6 +1,6 @@
 //! What the guest may use of memory and processor.
 
-use rustix::time::{ClockId, clock_gettime};
+use super::usage::Usage;
 use std::time::Duration;
 use wasmtime::ResourceLimiter;
 
@@ -36,20 +36,20 @@ impl Limits {
             table_elements_left: MAX_TABLE_ELEMENTS,
             memory_refused: false,
             cpu,
-            charged_from: thread_time(),
+            charged_from: Usage::of_this_thread(),
         }
     }
 
     /// Begins to charge CPU time anew. Called on the guest's thread before each call of an export.
     pub(super) fn begin_call(&mut self) {
-        self.charged_from = thread_time();
+        self.charged_from = Usage::of_this_thread();
     }
 
     /// Called on the guest's thread at each tick.
     ///
     /// What counts is the time that the thread had a processor, not what a busy machine made it wait.
     pub(super) fn charge(&self) -> Result<(), OutOfTime> {
-        if thread_time().saturating_sub(self.charged_from) > self.cpu {
+        if Usage::of_this_thread().saturating_sub(self.charged_from) > self.cpu {
             Err(OutOfTime)
         } else {
             Ok(())
@@ -110,15 +110,6 @@ fn take(left: &mut usize, current: usize, desired: usize) -> bool {
         }
         None => false,
     }
-}
-
-fn thread_time() -> Duration {
-    let time = clock_gettime(ClockId::ThreadCPUTime);
-    // A thread's CPU time is never negative, and its nanoseconds are below a second.
-    Duration::new(
-        time.tv_sec.unsigned_abs(),
-        u32::try_from(time.tv_nsec).unwrap_or(0),
-    )
 }
 
 #[cfg(test)]

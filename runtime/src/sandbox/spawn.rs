@@ -24,7 +24,7 @@ use std::process::{Command, ExitStatus, Stdio};
 use std::sync::Arc;
 use std::time::Duration;
 use tokio::sync::oneshot;
-use tokio::time::{Instant, timeout_at};
+use tokio::time::{Instant, timeout, timeout_at};
 
 /// How much of a dying sandbox's last words is kept, in bytes. They come from a process that may be hostile.
 const LAST_WORDS: usize = 300;
@@ -32,6 +32,10 @@ const LAST_WORDS: usize = 300;
 /// How often a process's time is held against its job's: what a job may use too much is at most this for each of its
 /// processes.
 const CHECKED_EVERY: Duration = Duration::from_millis(250);
+
+/// How long a process that was killed is waited for. The kernel ends it at once, unless it holds it itself, in a call on
+/// storage that hangs; the VM's snapshot must not wait for that.
+const END_TIME: Duration = Duration::from_secs(5);
 
 /// The program that a sandbox process runs: one whose `main` calls [`super::serve`] for [`ARGUMENT`].
 #[derive(Debug, Clone)]
@@ -112,6 +116,8 @@ pub struct Process {
     share: Option<Share>,
     member: Option<Member>,
     next_check: Instant,
+    /// Processor time that the job itself has used for it.
+    worked: Duration,
 }
 
 /// Why a sandbox process is of no more use. After any of these it has been killed, or is when it is dropped.
@@ -237,6 +243,7 @@ impl Process {
             },
             member: None,
             next_check: Instant::now() + CHECKED_EVERY,
+            worked: Duration::ZERO,
         };
         // Nothing hostile has reached the process before it has its order, so this is true.
         let Confinement { mut missing } = process.hear().await?;
@@ -254,10 +261,9 @@ impl Process {
         Ok(process)
     }
 
-    /// Waits for its next call, which is within what the order granted.
+    /// Waits until it has taken its answer, and for its next call, which is within what the order granted.
     ///
-    /// May be cancelled and called again, except while a trace lets calls fail. There is no time limit: the caller has
-    /// one.
+    /// May be cancelled and called again. There is no time limit: the caller has one.
     pub async fn next(&mut self) -> Result<Call, Error> {
         loop {
             let call = self.hear_within_budget().await?;
@@ -267,18 +273,17 @@ impl Process {
             }
             if let Call::Grow { bytes } = call {
                 let granted = self.share.as_ref().is_none_or(|share| share.grow(bytes));
-                self.say(&match granted {
+                self.queue(&match granted {
                     true => Answer::Unit,
                     false => Answer::Error(ErrorCode::TooLarge),
-                })
-                .await?;
+                })?;
                 continue;
             }
             if let Some(track) = &self.track {
                 track.called(&call, |length| self.take_payload(length).ok());
             }
             match self.listener.as_ref().and_then(|it| it.heard(&call)) {
-                Some(code) => self.say(&Answer::Error(code)).await?,
+                Some(code) => self.queue(&Answer::Error(code))?,
                 None => return Ok(call),
             }
         }
@@ -302,9 +307,23 @@ impl Process {
         }
     }
 
+    /// What it and the job have used for it.
+    fn usage(&self) -> Option<Usage> {
+        let usage = Usage::of(self.pid)?;
+        Some(Usage {
+            cpu: usage.cpu.saturating_add(self.worked),
+            ..usage
+        })
+    }
+
+    /// The job has used processor time for what it asked: it counts as its own.
+    pub fn worked_for(&mut self, cpu: Duration) {
+        self.worked = self.worked.saturating_add(cpu);
+    }
+
     /// One that has ended has used what it had when it was last looked at.
     fn check_time(&self) -> Result<(), Error> {
-        match (&self.share, Usage::of(self.pid)) {
+        match (&self.share, self.usage()) {
             // Whoever kills it reads first what it has used.
             (Some(share), Some(usage)) if !share.spend(usage.cpu) => Err(Error::CpuTime {
                 limit: share.cpu_limit(),
@@ -313,23 +332,23 @@ impl Process {
         }
     }
 
-    /// Answers the last call. Not to be cancelled.
-    pub async fn answer(&mut self, answer: &Answer) -> Result<(), Error> {
+    /// Answers the last call; [`Process::next`] sees to it that the answer is taken.
+    pub fn answer(&mut self, answer: &Answer) -> Result<(), Error> {
         if let Some(listener) = &self.listener {
             listener.answered(answer);
         }
         if let Some(track) = &self.track {
             track.answered(answer, |length| self.take_payload(length).ok());
         }
-        self.say(answer).await
+        self.queue(answer)
     }
 
     /// Asks an open image for bytes; the caller then goes on with [`Process::next`] until [`Call::Done`].
-    pub async fn read_image(&mut self, read: ImageRead) -> Result<(), Error> {
+    pub fn read_image(&mut self, read: ImageRead) -> Result<(), Error> {
         if let Some(track) = &self.track {
             track.asked(read);
         }
-        self.say(&read).await
+        self.queue(&read)
     }
 
     /// Copies `length` bytes out of what both processes hold.
@@ -353,7 +372,7 @@ impl Process {
     ///
     /// Returns what it has used, unless it had ended by itself or the system does not show it.
     pub async fn kill(mut self) -> Option<Usage> {
-        let usage = Usage::of(self.pid);
+        let usage = self.usage();
         if let (Some(share), Some(usage)) = (&self.share, &usage) {
             share.spend(usage.cpu);
         }
@@ -370,6 +389,10 @@ impl Process {
 
     pub(super) fn payload(&self) -> &Payload {
         &self.payload
+    }
+
+    fn queue(&mut self, message: &impl serde::Serialize) -> Result<(), Error> {
+        self.socket.queue(message).map_err(Error::Socket)
     }
 
     async fn say(&mut self, message: &impl serde::Serialize) -> Result<(), Error> {
@@ -410,7 +433,7 @@ impl Process {
     /// Kills it, waits, and says how it ended, once. One that ended by itself keeps its own status.
     async fn gone(&mut self) -> Option<ExitStatus> {
         self.signal_kill();
-        self.ended.take()?.await.ok()
+        ended(self.ended.take()?, END_TIME).await
     }
 
     fn signal_kill(&self) {
@@ -424,6 +447,11 @@ impl Process {
         let words = String::from_utf8_lossy(&bytes[..count]);
         words.trim().escape_debug().to_string()
     }
+}
+
+/// How a process ended, if it does so within `limit`. The thread that waits for it stays until it does.
+async fn ended(ended: oneshot::Receiver<ExitStatus>, limit: Duration) -> Option<ExitStatus> {
+    timeout(limit, ended).await.ok()?.ok()
 }
 
 impl Drop for Process {
@@ -513,4 +541,20 @@ async fn launch(mut command: Command) -> Result<Started, Error> {
 
 fn start(error: Errno) -> Error {
     Error::Start(error.into())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[tokio::test]
+    async fn a_process_that_the_kernel_does_not_let_go_is_not_waited_for() {
+        let moment = Duration::from_millis(20);
+        let (held, end) = oneshot::channel();
+        assert_eq!(ended(end, moment).await, None);
+        drop(held);
+        let (gone, end) = oneshot::channel();
+        gone.send(ExitStatus::from_raw(9)).unwrap();
+        assert_eq!(ended(end, moment).await, Some(ExitStatus::from_raw(9)));
+    }
 }

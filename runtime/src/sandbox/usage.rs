@@ -1,5 +1,6 @@
 //! What a sandbox process has used, as the kernel tells it: nothing that the process says of itself is believed.
 
+use rustix::time::{ClockId, clock_gettime};
 use std::time::Duration;
 
 /// Parts of a second in which `/proc/PID/stat` counts processor time (`USER_HZ`, fixed at 100 for programs on all
@@ -16,6 +17,13 @@ pub struct Usage {
 }
 
 impl Usage {
+    /// Processor time of the calling thread.
+    pub fn of_this_thread() -> Duration {
+        let time = clock_gettime(ClockId::ThreadCPUTime);
+        // A thread's time is never negative, and its nanoseconds are below a second.
+        Duration::new(time.tv_sec.unsigned_abs(), time.tv_nsec as u32)
+    }
+
     /// Of a process that still runs; none where it has ended or `/proc` does not show it.
     pub(super) fn of(pid: u32) -> Option<Self> {
         let read = |file| std::fs::read_to_string(format!("/proc/{pid}/{file}")).ok();

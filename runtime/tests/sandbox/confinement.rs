@@ -146,7 +146,7 @@ fn what_the_system_does_not_offer_is_said_and_the_rest_still_holds() {
             let bench = bench();
             let mut process = waiting(&bench).await;
             let found = (process.missing().to_vec(), about(&process, "status"));
-            process.answer(&Answer::Unit).await.unwrap();
+            process.answer(&Answer::Unit).unwrap();
             let outcome = process.next().await.unwrap();
             (found.0, found.1, outcome)
         });

@@ -72,7 +72,7 @@ async fn to_the_end(
             Call::Done(outcome) => return outcome,
             call => {
                 let answer = job(process, &call);
-                process.answer(&answer).await.unwrap();
+                process.answer(&answer).unwrap();
             }
         }
     }
@@ -366,7 +366,6 @@ async fn an_image_is_opened_once_and_read_many_times() {
                 offset,
                 length: 500,
             })
-            .await
             .unwrap();
         match to_the_end(&mut process, job).await {
             Outcome::Bytes { length: 500 } => {

@@ -242,6 +242,7 @@ pub(super) fn cases() -> Vec<Case> {
                 "reading back what it claims took longer than its limit of 2 s (wall-seconds)",
             )
         },
+        run("lets-the-host-work", CPU),
         // Blindness.
         Case {
             policy: "[provider.grant]\nread = false\n",
