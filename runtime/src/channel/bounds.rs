@@ -16,6 +16,7 @@ pub struct Bounds {
 #[derive(Debug, Clone, Copy)]
 enum Phase {
     Compile,
+    Fit,
     Run { reader: bool, discarder: bool },
     OpenImage,
 }
@@ -47,6 +48,11 @@ impl Bounds {
                 max_read: 0,
                 max_write: 0,
             },
+            Order::Fit(_) => Self {
+                phase: Phase::Fit,
+                max_read: 0,
+                max_write: 0,
+            },
             Order::Run(run) => Self {
                 phase: Phase::Run {
                     reader: run.reader && run.world == World::Provider,
@@ -68,7 +74,7 @@ impl Bounds {
         let name = name(call);
         let granted = match (call, self.phase) {
             (Call::Attachment { .. } | Call::Log { .. } | Call::Grow { .. }, phase) => {
-                !matches!(phase, Phase::Compile)
+                !matches!(phase, Phase::Compile | Phase::Fit)
             }
             (Call::Read { .. }, phase) => matches!(phase, Phase::Run { reader: true, .. }),
             (Call::Discard(_), phase) => matches!(
@@ -83,9 +89,10 @@ impl Bounds {
             }
             (Call::Done(outcome), phase) => match outcome {
                 Outcome::Compiled { .. } => matches!(phase, Phase::Compile),
+                Outcome::Fits => matches!(phase, Phase::Fit),
                 Outcome::Receipt(_) => matches!(phase, Phase::Run { .. }),
                 Outcome::Opened | Outcome::Bytes { .. } => matches!(phase, Phase::OpenImage),
-                Outcome::GuestError(_) => !matches!(phase, Phase::Compile),
+                Outcome::GuestError(_) => !matches!(phase, Phase::Compile | Phase::Fit),
                 Outcome::Failed(_) => true,
             },
             (

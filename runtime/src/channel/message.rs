@@ -67,6 +67,9 @@ pub enum Order {
         /// Length of the component in the payload file, in bytes.
         length: u64,
     },
+    /// Load a compiled component, which arrives in a file of its own, and say whether it fits its world. Runs none of its
+    /// code.
+    Fit(Fit),
     /// Run `run` once on one volume. The compiled component arrives in a file of its own.
     Run(Run),
     /// Open `restore.image` and serve [`ImageRead`]s until the socket closes.
@@ -131,6 +134,16 @@ pub struct GuestLimits {
     /// CPU time that the guest's thread may use in one call of an export (`run`, `image.open`, one `image.read`),
     /// in milliseconds. For an open image the sum is bounded by whoever makes the calls.
     pub cpu_ms: u64,
+}
+
+/// What a component is held against.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case", deny_unknown_fields)]
+pub struct Fit {
+    /// The world that it was inspected to be for.
+    pub world: World,
+    /// The parts of WASI that it may use.
+    pub wasi: BTreeSet<Wasi>,
 }
 
 /// `backup.run` or `blind-backup.run`.
@@ -406,6 +419,8 @@ pub enum Outcome {
         /// What the component imports and exports.
         interface: Interface,
     },
+    /// [`Order::Fit`]: it does.
+    Fits,
     /// [`Order::Run`]: what `run` returned.
     Receipt(#[serde(with = "octets")] Vec<u8>),
     /// [`Order::OpenImage`]: the image is open.

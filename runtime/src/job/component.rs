@@ -2,7 +2,7 @@
 
 use super::event::Events;
 use crate::channel::{Wasi, World};
-use crate::sandbox::{self, Cache, CompileError, Compiled, Program, Refusal};
+use crate::sandbox::{self, Cache, CompileError, Compiled, FitError, Program, Refusal};
 use bytes::Bytes;
 use std::collections::BTreeSet;
 
@@ -26,13 +26,17 @@ pub enum ComponentError {
     /// Its imports are not granted, or it exports no provider.
     #[error("it cannot be used as a provider: {0}")]
     Refused(#[from] Refusal),
+    /// It cannot be run, or not as confined as required.
+    #[error(transparent)]
+    Unfit(#[from] FitError),
 }
 
 impl ComponentError {
     /// Whether the component itself is at fault, and not this host.
     pub fn is_refusal(&self) -> bool {
         match self {
-            Self::Refused(_) => true,
+            Self::Refused(_) | Self::Unfit(FitError::Refused(_)) => true,
+            Self::Unfit(_) => false,
             Self::Compile(error) => matches!(
                 error,
                 CompileError::TooLarge { .. }
@@ -59,6 +63,9 @@ impl Component {
         let compiled = sandbox::compile(program, bytes, cache).await?;
         events.confinement(&compiled.missing);
         let world = sandbox::world_of(&compiled.interface, &wasi)?;
+        // Now, and not when a VM has a snapshot for it.
+        let missing = sandbox::fit(program, &compiled, world, wasi.clone()).await?;
+        events.confinement(&missing);
         Ok(Self {
             compiled,
             world,

@@ -153,7 +153,9 @@ impl Recorded {
     /// Limits that no host gives are lowered: they are for this machine now.
     fn begin(mut order: Order) -> Result<Self, String> {
         let (limits, sizes) = match &mut order {
-            Order::Compile { .. } => return Err("a recording holds no compiling".into()),
+            Order::Compile { .. } | Order::Fit(_) => {
+                return Err("a recording holds only what runs a provider".into());
+            }
             Order::Run(run) => (&mut run.limits, [run.max_read, run.max_write]),
             Order::OpenImage(open) => (&mut open.limits, [open.max_read, 0]),
         };

@@ -182,5 +182,6 @@ fn ending(outcome: &crate::channel::Outcome) -> String {
         Outcome::Opened => "the image is open".into(),
         Outcome::Bytes { length } => format!("{length} bytes"),
         Outcome::Compiled { .. } => "compiled".into(),
+        Outcome::Fits => "fits".into(),
     }
 }

@@ -96,7 +96,7 @@ impl Recorder {
 
     /// A process begins, unless it only compiles.
     pub(crate) fn begin(&self, order: &Order) -> Option<Track> {
-        if matches!(order, Order::Compile { .. }) {
+        if matches!(order, Order::Compile { .. } | Order::Fit(_)) {
             return None;
         }
         let mut state = self.0.state();

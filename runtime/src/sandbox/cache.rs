@@ -1,17 +1,20 @@
 //! Compiled components on disk: `KEY.entry` says what a component imports and exports and names the file that holds
-//! its machine code, by that file's own digest.
+//! its machine code, by that file's own digest. `KEY.refused` says why there is none.
 //!
 //! Files are replaced whole, never changed. Whatever is missing, cut short, damaged or from another version counts as
 //! not there. The directory must be the operator's alone: its files become machine code in sandbox processes.
 
-use crate::channel::Interface;
-use cap_std::fs::{Dir, Permissions, PermissionsExt};
+use crate::channel::{Failure, Interface};
+use cap_std::fs::{Dir, OpenOptions, OpenOptionsExt, Permissions, PermissionsExt};
 use cap_tempfile::TempFile;
+use rustix::fs::{FlockOperation, flock};
+use rustix::io::Errno;
 use serde::{Deserialize, Serialize};
 use sha2::{Digest, Sha256};
 use std::fs::File;
 use std::io::{Read, Write};
 use std::sync::Arc;
+use std::time::{Duration, SystemTime};
 
 /// The compiler's version. wasmtime refuses what another version made; with the version in the key, the two do not
 /// take turns in throwing each other's work away.
@@ -22,6 +25,16 @@ const MAX_ENTRY: u64 = 1 << 20;
 
 /// Only the owner reads and writes.
 const MODE: u32 = 0o600;
+
+/// Components that all who use one cache compile at once: each may take 2 GiB and a processor.
+const AT_ONCE: u32 = 2;
+
+/// How often it is looked for a turn.
+const LOOKS_EVERY: Duration = Duration::from_millis(50);
+
+/// For how long a refusal is believed without another try, in seconds. What the compiler says of a component it says again,
+/// but memory and time may have been short for other reasons.
+const BELIEVED: u64 = 24 * 3600;
 
 /// A directory of compiled components.
 #[derive(Debug, Clone)]
@@ -45,6 +58,28 @@ struct Entry {
     code: [u8; 32],
 }
 
+/// Why a component was not compiled, kept so that it is not tried for each job anew.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub(super) enum Refusal {
+    /// The compiler's reason.
+    Refused(Failure),
+    /// It takes too much of the processor.
+    ProcessorTime,
+    /// It takes too much memory.
+    Memory,
+}
+
+#[derive(Serialize, Deserialize)]
+struct RefusedEntry {
+    /// In seconds since 1970.
+    at: u64,
+    refusal: Refusal,
+}
+
+/// A turn to compile, until it is dropped, however its process ends.
+#[derive(Debug)]
+pub(super) struct Turn(#[allow(dead_code, reason = "held for its lock")] cap_std::fs::File);
+
 impl Key {
     pub(super) fn of(component: &[u8]) -> Self {
         Self {
@@ -57,8 +92,12 @@ impl Key {
     }
 
     fn file_name(&self) -> String {
+        self.named("entry")
+    }
+
+    fn named(&self, kind: &str) -> String {
         format!(
-            "{}-{}-{COMPILER}.entry",
+            "{}-{}-{COMPILER}.{kind}",
             hex::encode(self.sha256),
             env!("CARGO_PKG_VERSION")
         )
@@ -101,6 +140,43 @@ impl Cache {
         Ok(Some((entry.interface, code.into_std())))
     }
 
+    /// Why the component of `key` was refused lately.
+    pub(super) fn refusal(&self, key: &Key) -> Result<Option<Refusal>, CacheError> {
+        let Some(file) = absent_as_none(self.0.open(key.named("refused")))? else {
+            return Ok(None);
+        };
+        let mut bytes = Vec::new();
+        file.take(MAX_ENTRY).read_to_end(&mut bytes)?;
+        let entry = postcard::from_bytes::<RefusedEntry>(&bytes).ok();
+        let age = |entry: &RefusedEntry| now().checked_sub(entry.at);
+        let believed = entry.filter(|entry| age(entry).is_some_and(|age| age < BELIEVED));
+        Ok(believed.map(|entry| entry.refusal))
+    }
+
+    /// Keeps it.
+    pub(super) fn refuse(&self, key: &Key, refusal: Refusal) -> Result<(), CacheError> {
+        let entry = RefusedEntry { at: now(), refusal };
+        let encoded = postcard::to_stdvec(&entry).map_err(std::io::Error::other)?;
+        Ok(self.replace(&key.named("refused"), &encoded)?)
+    }
+
+    /// Waits until fewer than [`AT_ONCE`] components are being compiled.
+    pub(super) async fn turn(&self) -> Result<Turn, CacheError> {
+        let mut options = OpenOptions::new();
+        options.write(true).create(true).mode(MODE);
+        loop {
+            for number in 0..AT_ONCE {
+                let file = self.0.open_with(format!("compiling-{number}"), &options)?;
+                match flock(&file, FlockOperation::NonBlockingLockExclusive) {
+                    Ok(()) => return Ok(Turn(file)),
+                    Err(Errno::WOULDBLOCK) => {}
+                    Err(error) => return Err(CacheError(error.into())),
+                }
+            }
+            tokio::time::sleep(LOOKS_EVERY).await;
+        }
+    }
+
     /// Keeps a compiled component under `key`.
     pub(super) fn keep(
         &self,
@@ -126,6 +202,11 @@ impl Cache {
         file.write_all(bytes)?;
         file.replace(name)
     }
+}
+
+fn now() -> u64 {
+    let since = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH);
+    since.map_or(0, |since| since.as_secs())
 }
 
 fn code_name(digest: &[u8; 32]) -> String {
@@ -207,6 +288,35 @@ mod tests {
                 assert!(cache.find(&key).unwrap().is_none(), "{suffix} {damage:?}");
             }
         }
+    }
+
+    #[test]
+    fn a_refusal_is_kept_for_a_day() {
+        let (_folder, cache) = cache();
+        let key = Key::of(b"component");
+        assert_eq!(cache.refusal(&key).unwrap(), None);
+        cache.refuse(&key, Refusal::Memory).unwrap();
+        assert_eq!(cache.refusal(&key).unwrap(), Some(Refusal::Memory));
+        assert_eq!(cache.refusal(&Key::of(b"another")).unwrap(), None);
+        for at in [now() - BELIEVED, now() + BELIEVED] {
+            let refusal = Refusal::ProcessorTime;
+            let entry = postcard::to_stdvec(&RefusedEntry { at, refusal }).unwrap();
+            cache.replace(&key.named("refused"), &entry).unwrap();
+            assert_eq!(cache.refusal(&key).unwrap(), None);
+        }
+    }
+
+    #[tokio::test]
+    async fn as_many_compile_at_once_as_may_and_the_next_waits_for_one_to_end() {
+        let (_folder, cache) = cache();
+        let mut turns = Vec::new();
+        for _ in 0..AT_ONCE {
+            turns.push(cache.turn().await.unwrap());
+        }
+        let wait = tokio::time::timeout(LOOKS_EVERY * 3, cache.turn()).await;
+        assert!(wait.is_err(), "{wait:?}");
+        turns.pop();
+        cache.turn().await.unwrap();
     }
 
     #[test]

@@ -1,6 +1,6 @@
 //! From a component's bytes to machine code and the names of what it imports and exports.
 
-use super::cache::{Cache, CacheError, Key};
+use super::cache::{Cache, CacheError, Key, Refusal};
 use super::confine::{COMPILE_CPU_SECONDS, COMPILE_MEMORY};
 use super::spawn::{Error, Process, Program};
 use super::usage::Usage;
@@ -94,25 +94,34 @@ pub async fn compile(
     if component.starts_with(b"\0asm\x01\0\0\0") {
         return Err(CompileError::CoreModule);
     }
-    let (held, bytes) = (cache.clone(), component.clone());
-    let (key, found) = spawn_blocking(move || {
-        let key = Key::of(&bytes);
-        held.find(&key).map(|found| (key, found))
-    })
-    .await??;
+    let bytes = component.clone();
+    let key = spawn_blocking(move || Key::of(&bytes)).await?;
+    let mut turn = None;
+    let mut found = look_up(cache, key).await?;
+    if found.is_none() {
+        turn = Some(cache.turn().await?);
+        // Another may have compiled it meanwhile.
+        found = look_up(cache, key).await?;
+    }
     let mut missing = Vec::new();
     let mut usage = None;
     let (interface, file) = match found {
         Some(entry) => entry,
         None => {
             let compiling = in_a_sandbox(program, &component, &mut missing, &mut usage);
-            let (interface, code) = timeout(COMPILE_TIME, compiling)
+            let compiled = timeout(COMPILE_TIME, compiling)
                 .await
-                .map_err(|_| CompileError::TimedOut)??;
+                .unwrap_or(Err(CompileError::TimedOut));
+            if let Some(refusal) = compiled.as_ref().err().and_then(CompileError::refusal) {
+                let held = cache.clone();
+                spawn_blocking(move || held.refuse(&key, refusal)).await??;
+            }
+            let (interface, code) = compiled?;
             let held = cache.clone();
             spawn_blocking(move || held.keep(&key, interface, &code)).await??
         }
     };
+    drop(turn);
     Ok(Compiled {
         sha256: key.sha256(),
         size,
@@ -121,6 +130,42 @@ pub async fn compile(
         missing,
         usage,
     })
+}
+
+impl CompileError {
+    /// What is worth remembering of it.
+    fn refusal(&self) -> Option<Refusal> {
+        match self {
+            Self::Refused(failure) => Some(Refusal::Refused(failure.clone())),
+            Self::ProcessorTime => Some(Refusal::ProcessorTime),
+            Self::Memory => Some(Refusal::Memory),
+            _ => None,
+        }
+    }
+}
+
+impl From<Refusal> for CompileError {
+    fn from(refusal: Refusal) -> Self {
+        match refusal {
+            Refusal::Refused(failure) => Self::Refused(failure),
+            Refusal::ProcessorTime => Self::ProcessorTime,
+            Refusal::Memory => Self::Memory,
+        }
+    }
+}
+
+/// What the cache holds of a component; an error where that is a refusal.
+async fn look_up(cache: &Cache, key: Key) -> Result<Option<(Interface, File)>, CompileError> {
+    let held = cache.clone();
+    let looked_up = spawn_blocking(move || match held.find(&key)? {
+        Some(found) => Ok(Ok(Some(found))),
+        None => Ok(match held.refusal(&key)? {
+            Some(refusal) => Err(refusal),
+            None => Ok(None),
+        }),
+    });
+    let found: Result<_, CacheError> = looked_up.await?;
+    Ok(found??)
 }
 
 async fn in_a_sandbox(

@@ -7,6 +7,7 @@
 //! In the job process:
 //! - [`Process`] starts a sandbox and speaks with it
 //! - [`compile`] makes machine code of a component, in such a process, once ([`Cache`])
+//! - [`fit`] sees beforehand whether it can be run
 //! - [`Budget`] bounds what all such processes of a job use together; `cgroup` lets the kernel hold them to it
 //! - [`Trace`] follows what is asked and answered
 //! - [`world_of`] refuses a component that imports what its world does not grant
@@ -26,6 +27,7 @@ mod budget;
 mod cache;
 mod cgroup;
 mod compile;
+mod fit;
 mod process;
 mod spawn;
 mod trace;
@@ -47,6 +49,7 @@ pub use budget::Budget;
 pub use cache::{Cache, CacheError};
 pub use cgroup::remove_dead_groups;
 pub use compile::{CompileError, Compiled, MAX_COMPONENT, compile};
+pub use fit::{FitError, fit};
 pub use process::{ARGUMENT, serve};
 pub use spawn::{Error, Process, Program};
 pub use trace::{Conversation, Exchange, Fault, Trace};

@@ -10,8 +10,8 @@ use super::stubs::{Host, Lost};
 use super::surroundings::Surroundings;
 use super::wasi;
 use crate::channel::{
-    Call, Failure, ImageRead, Interface, MAX_RECEIPT, OpenImage, Outcome, Payload, Run, Socket,
-    SocketError, Wasi, World,
+    Call, Failure, Fit, ImageRead, Interface, MAX_RECEIPT, OpenImage, Outcome, Payload, Run,
+    Socket, SocketError, Wasi, World,
 };
 use provider::exports::fleecebox::provider as provider_exports;
 use rustix::fs::fstat;
@@ -64,6 +64,29 @@ pub(super) fn machine_code(component: &[u8]) -> Result<(Interface, Vec<u8>), Fai
     Ok((interface(&component)?, code))
 }
 
+/// Links a component as a run would, by the types of all that it imports and exports, and goes no further.
+pub(super) fn fit(
+    engine: &Engine,
+    confined: &Confined,
+    (mut socket, file): (Socket, OwnedFd),
+    order: &Fit,
+) -> Result<(), Lost> {
+    let linked = load(engine, confined, 0, file)?.and_then(|component| {
+        let linked = match order.world {
+            World::Provider => provider_pre(engine, &component, &order.wasi).map(drop),
+            World::BlindProvider => blind_pre(engine, &component, &order.wasi).map(drop),
+        };
+        linked.map_err(|error| Failure::CannotLink(reason(&error)))
+    });
+    let outcome = linked.map_or_else(Outcome::Failed, |()| Outcome::Fits);
+    socket.send(&Call::Done(outcome))?;
+    // As `linger` does.
+    match socket.receive::<()>() {
+        Err(SocketError::Closed) => Ok(()),
+        other => Ok(other?),
+    }
+}
+
 /// Runs `run` once.
 pub(super) fn run(
     engine: &Engine,
@@ -90,9 +113,7 @@ pub(super) fn run(
     let base = order.base.as_deref();
     let returned = component.map(|component| match order.world {
         World::Provider => {
-            let linker = provider_linker(engine, &order.wasi).map_err(Stop::Link)?;
-            let instance = linker.instantiate_pre(&component).map_err(Stop::Link)?;
-            let instance = provider::ProviderPre::new(instance).map_err(Stop::Link)?;
+            let instance = provider_pre(engine, &component, &order.wasi).map_err(Stop::Link)?;
             let instance: Provider = instance.instantiate(&mut store).map_err(Stop::Trap)?;
             let grant = provider_exports::backup::Grant {
                 snapshot: Resource::new_own(THE_ONLY_ONE),
@@ -112,12 +133,7 @@ pub(super) fn run(
                 .map_err(Stop::Trap)
         }
         World::BlindProvider => {
-            let mut linker = Linker::new(engine);
-            BlindProvider::add_to_linker::<_, HasSelf<Host>>(&mut linker, |host| host)
-                .map_err(Stop::Link)?;
-            wasi::add_to_linker(&mut linker, &order.wasi).map_err(Stop::Link)?;
-            let instance = linker.instantiate_pre(&component).map_err(Stop::Link)?;
-            let instance = blind::BlindProviderPre::new(instance).map_err(Stop::Link)?;
+            let instance = blind_pre(engine, &component, &order.wasi).map_err(Stop::Link)?;
             let instance = instance.instantiate(&mut store).map_err(Stop::Trap)?;
             let grant = blind::exports::fleecebox::provider::blind_backup::Grant {
                 snapshot: Resource::new_own(THE_ONLY_ONE),
@@ -187,9 +203,7 @@ pub(super) fn open_image(
     );
     let mut store = store(engine, host);
     let opened = component.map(|component| {
-        let linker = provider_linker(engine, &order.wasi).map_err(Stop::Link)?;
-        let instance = linker.instantiate_pre(&component).map_err(Stop::Link)?;
-        let instance = provider::ProviderPre::new(instance).map_err(Stop::Link)?;
+        let instance = provider_pre(engine, &component, &order.wasi).map_err(Stop::Link)?;
         let instance = instance.instantiate(&mut store).map_err(Stop::Trap)?;
         let image = instance
             .fleecebox_provider_restore()
@@ -249,11 +263,26 @@ pub(super) fn open_image(
     }
 }
 
-fn provider_linker(engine: &Engine, granted: &BTreeSet<Wasi>) -> wasmtime::Result<Linker<Host>> {
+fn provider_pre(
+    engine: &Engine,
+    component: &Component,
+    granted: &BTreeSet<Wasi>,
+) -> wasmtime::Result<provider::ProviderPre<Host>> {
     let mut linker = Linker::new(engine);
     Provider::add_to_linker::<_, HasSelf<Host>>(&mut linker, |host| host)?;
     wasi::add_to_linker(&mut linker, granted)?;
-    Ok(linker)
+    provider::ProviderPre::new(linker.instantiate_pre(component)?)
+}
+
+fn blind_pre(
+    engine: &Engine,
+    component: &Component,
+    granted: &BTreeSet<Wasi>,
+) -> wasmtime::Result<blind::BlindProviderPre<Host>> {
+    let mut linker = Linker::new(engine);
+    BlindProvider::add_to_linker::<_, HasSelf<Host>>(&mut linker, |host| host)?;
+    wasi::add_to_linker(&mut linker, granted)?;
+    blind::BlindProviderPre::new(linker.instantiate_pre(component)?)
 }
 
 fn store(engine: &Engine, host: Host) -> Store<Host> {

@@ -97,6 +97,7 @@ fn obey(
     let order = socket.receive().map_err(Lost::Socket)?;
     Ok(match (order, compiled) {
         (Order::Compile { length }, None) => orders::compile(&confined, socket, &payload, length),
+        (Order::Fit(fit), Some(file)) => orders::fit(engine, &confined, (socket, file), &fit),
         (Order::Run(run), Some(file)) => {
             orders::run(engine, &confined, (socket, payload, file), run)
         }

@@ -189,7 +189,7 @@ fn said(words: &str) -> String {
 impl Process {
     /// Starts a process, and gives it `order` and the compiled component, open for reading only.
     ///
-    /// For [`Order::Run`] and [`Order::OpenImage`]; compiling is [`super::compile`]'s.
+    /// For all but [`Order::Compile`], which is [`super::compile`]'s.
     pub async fn start(program: &Program, order: &Order, compiled: &File) -> Result<Self, Error> {
         let payload = Payload::create(Payload::TRANSFER_SIZE)?;
         Self::begin(program, order, payload, Some(compiled.as_fd())).await
@@ -238,7 +238,7 @@ impl Process {
             track: program.recorder.as_ref().and_then(|it| it.begin(order)),
             share: match order {
                 // It has limits of its own.
-                Order::Compile { .. } => None,
+                Order::Compile { .. } | Order::Fit(_) => None,
                 Order::Run(_) | Order::OpenImage(_) => program.budget.as_ref().map(Budget::share),
             },
             member: None,
@@ -477,6 +477,7 @@ fn group(
         // What it puts into the memory file is charged to whoever touched it first.
         (Order::Compile { .. }, _) => (own(confine::COMPILE_MEMORY), room + Payload::COMPILE_SIZE),
         (_, Some(budget)) => (budget.group(), room),
+        (Order::Fit(_), None) => (own(0), room),
         (Order::Run(run), None) => (own(run.limits.memory), room),
         (Order::OpenImage(open), None) => (own(open.limits.memory), room),
     };

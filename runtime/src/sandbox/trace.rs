@@ -61,10 +61,10 @@ impl Trace {
         self.state().conversations.clone()
     }
 
-    /// Begins the list of one process, unless it only compiles.
+    /// Begins the list of one process, unless it runs no provider.
     pub(super) fn begin(&self, order: &Order) -> Option<Listener> {
         let volume = match order {
-            Order::Compile { .. } => return None,
+            Order::Compile { .. } | Order::Fit(_) => return None,
             Order::Run(run) => Some(run.volume.name.clone()),
             Order::OpenImage(_) => None,
         };

@@ -231,6 +231,17 @@ pub(crate) fn empty() -> Vec<u8> {
     wat::parse_str("(component)").unwrap()
 }
 
+/// A component that has the name of what a blind provider exports, with a function of another type.
+pub(crate) fn of_other_types() -> Vec<u8> {
+    let text = r#"(component
+        (core module $code (func (export "run") (result i32) (i32.const 7)))
+        (core instance $core (instantiate $code))
+        (func $run (result u32) (canon lift (core func $core "run")))
+        (instance $exports (export "run" (func $run)))
+        (export "fleecebox:provider/blind-backup@0.1.0" (instance $exports)))"#;
+    wat::parse_str(text).unwrap()
+}
+
 fn blind_core(run: &str) -> String {
     format!(
         r#"(module {imports} {PRELUDE} (func (export "fleecebox:provider/blind-backup@0.1.0#run") {BLIND_RUN} {run}))"#,

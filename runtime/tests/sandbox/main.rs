@@ -506,6 +506,50 @@ async fn a_component_of_another_world_is_not_run_even_if_somebody_tries() {
 }
 
 #[tokio::test]
+async fn whether_a_component_fits_its_world_is_known_before_it_runs() {
+    let bench = bench();
+    let fits = async |component: Vec<u8>, world, wasi: &[Wasi]| {
+        let compiled = bench.compile(component).await;
+        let wasi = wasi.iter().copied().collect();
+        fit(&bench.program, &compiled, world, wasi).await
+    };
+    let (seeing, blind) = (World::Provider, World::BlindProvider);
+    assert!(fits(provider(OK_EMPTY), seeing, &[]).await.is_ok());
+    assert!(fits(blind_provider(OK_EMPTY), blind, &[]).await.is_ok());
+    // None of its code runs.
+    let spins = blind_provider_with_more(OK_EMPTY, "(func $on (loop $l (br $l))) (start $on)");
+    assert!(fits(spins, blind, &[]).await.is_ok());
+    for (component, world) in [
+        (of_other_types(), blind),
+        (blind_provider(OK_EMPTY), seeing),
+        (provider_with_a_socket(), blind),
+    ] {
+        let refused = fits(component, world, &Wasi::ALL).await.unwrap_err();
+        let unfit = matches!(&refused, FitError::Refused(Failure::CannotLink(_)));
+        assert!(unfit, "{refused:?}");
+    }
+}
+
+#[tokio::test]
+async fn what_was_refused_is_refused_again_without_another_try() {
+    let bench = bench();
+    let refused = async |program: &Program| {
+        let rubbish = Bytes::from_static(b"\0asm\x0d\0\x01\0 and no more");
+        let refused = compile(program, rubbish, &bench.cache).await;
+        refused.unwrap_err().to_string()
+    };
+    let first = refused(&bench.program).await;
+    assert!(first.contains("not a component that can be run"), "{first}");
+    // There is nothing that could be started.
+    assert_eq!(refused(&Program::at("/nowhere")).await, first);
+    // What was compiled is not, however it was refused before.
+    let compiled = bench.compile(blind_provider(OK_EMPTY)).await;
+    let bytes = Bytes::from(blind_provider(OK_EMPTY));
+    let again = compile(&Program::at("/nowhere"), bytes, &bench.cache).await;
+    assert_eq!(again.unwrap().sha256, compiled.sha256);
+}
+
+#[tokio::test]
 async fn each_world_is_told_by_its_exports() {
     let bench = bench();
     let blind = bench.compile(blind_provider(OK_EMPTY)).await;

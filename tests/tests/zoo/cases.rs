@@ -285,6 +285,11 @@ pub(super) fn cases() -> Vec<Case> {
             ..run("wrong-world", "it cannot be used as a provider")
         },
         refused(
+            "of-other-types",
+            raw::of_other_types,
+            "it cannot be used as a provider: it does not fit its world",
+        ),
+        refused(
             "garbage",
             files::garbage,
             "it is not a component that can be run",

@@ -111,6 +111,11 @@ pub(super) fn finds_randomness(at: &Path) -> Result<PathBuf> {
     )
 }
 
+/// Attacks the moment at which it is found out: its names are right, and its types are not.
+pub(super) fn of_other_types(at: &Path) -> Result<PathBuf> {
+    keep(at, component::of_other_types())
+}
+
 fn keep(at: &Path, bytes: Vec<u8>) -> Result<PathBuf> {
     fs::write(at, bytes)?;
     Ok(at.into())

@@ -444,6 +444,7 @@ fn take_the_place() -> Option<()> {
             let compiled = Outcome::Compiled { length, interface };
             return socket.send(&Call::Done(compiled)).ok();
         }
+        Order::Fit(_) => return socket.send(&Call::Done(Outcome::Fits)).ok(),
         Order::Run(run) => run,
         Order::OpenImage(_) => return None,
     };
