@@ -32,9 +32,9 @@ const AT_ONCE: u32 = 2;
 /// How often it is looked for a turn.
 const LOOKS_EVERY: Duration = Duration::from_millis(50);
 
-/// For how long a refusal is believed without another try, in seconds. What the compiler says of a component it says again,
-/// but memory and time may have been short for other reasons.
-const BELIEVED: u64 = 24 * 3600;
+/// For how long it is believed without another try that a component takes too much, in seconds: memory and time may have
+/// been short for other reasons. What the compiler says of a component it says again.
+const BELIEVED: u64 = 3600;
 
 /// A directory of compiled components.
 #[derive(Debug, Clone)]
@@ -148,9 +148,11 @@ impl Cache {
         let mut bytes = Vec::new();
         file.take(MAX_ENTRY).read_to_end(&mut bytes)?;
         let entry = postcard::from_bytes::<RefusedEntry>(&bytes).ok();
-        let age = |entry: &RefusedEntry| now().checked_sub(entry.at);
-        let believed = entry.filter(|entry| age(entry).is_some_and(|age| age < BELIEVED));
-        Ok(believed.map(|entry| entry.refusal))
+        let believed = |entry: &RefusedEntry| {
+            let age = now().checked_sub(entry.at);
+            matches!(entry.refusal, Refusal::Refused(_)) || age.is_some_and(|age| age < BELIEVED)
+        };
+        Ok(entry.filter(believed).map(|entry| entry.refusal))
     }
 
     /// Keeps it.
@@ -291,7 +293,7 @@ mod tests {
     }
 
     #[test]
-    fn a_refusal_is_kept_for_a_day() {
+    fn that_a_component_takes_too_much_is_believed_for_an_hour() {
         let (_folder, cache) = cache();
         let key = Key::of(b"component");
         assert_eq!(cache.refusal(&key).unwrap(), None);

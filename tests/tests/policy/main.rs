@@ -316,6 +316,18 @@ fn a_provider_without_a_rule_is_not_run_to_give_back_what_it_claimed() -> Result
 }
 
 #[test]
+fn what_was_proven_is_given_back_with_the_memory_of_its_proof_whatever_the_rule_says_by_now()
+-> Result<()> {
+    let scene = Scene::new("image", "read = true\nlimits = { memory = 67108864 }")?;
+    let claimed = scene.site.backup(&scene.order("limited")?)?;
+    // Less than any component takes.
+    scene.configure_with(|text| text.replace("memory = 67108864", "memory = 65536"))?;
+    scene
+        .site
+        .verify(&scene.order("honest")?.archive, &claimed.id)
+}
+
+#[test]
 fn every_job_leaves_a_record_of_what_it_was_granted_and_used() -> Result<()> {
     let scene = Scene::new("stalls-half-way", "discard = true")?;
     let backup = scene.site.backup(&scene.order("honest")?)?;

@@ -18,7 +18,7 @@ mod scene;
 mod special;
 mod stall;
 
-use anyhow::{Context, Result, ensure};
+use anyhow::{Result, ensure};
 use cases::{Case, Source, cases};
 use fleecebox_tests::{MIB, component};
 use scene::{Attack, Scene};
