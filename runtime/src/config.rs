@@ -3,7 +3,7 @@
 //! Each can be given on the command line instead, so that one long command works without a file; both end up in
 //! the same types here. A file with tenants is a policy besides: see [`crate::policy`].
 
-use crate::archive::ComponentId;
+use crate::archive::{BELIEVED, ComponentId, Recheck};
 use crate::policy::check::contradictions;
 use crate::policy::{Grant, Limits, Lines, Tenant, optional_pin};
 use crate::qemu::Form;
@@ -12,6 +12,7 @@ use serde::Deserialize;
 use std::collections::BTreeMap;
 use std::num::NonZeroU64;
 use std::path::{Path, PathBuf};
+use std::time::Duration;
 
 /// Where the configuration is looked for unless a file is named.
 pub const DEFAULT_PATH: &str = "/etc/fleecebox.toml";
@@ -86,6 +87,29 @@ pub struct Vm {
 pub struct Archive {
     /// Its folder.
     pub path: PathBuf,
+    /// For how many days stored bytes that were read and matched are believed. Those of chunks that are known already are
+    /// read again after that, before a backup refers to them; with 0 always. Default: 7.
+    #[serde(default = "check_days")]
+    pub check_days: u32,
+}
+
+impl Archive {
+    /// One in that folder, and all else as it is unless it is configured.
+    pub fn at(path: PathBuf) -> Self {
+        let check_days = check_days();
+        Self { path, check_days }
+    }
+
+    /// Which stored bytes are read again.
+    pub fn recheck(&self) -> Recheck {
+        Recheck::OlderThan(DAY * self.check_days)
+    }
+}
+
+const DAY: Duration = Duration::from_secs(24 * 60 * 60);
+
+fn check_days() -> u32 {
+    (BELIEVED.as_secs() / DAY.as_secs()) as u32
 }
 
 /// One provider.
@@ -210,7 +234,7 @@ impl Config {
     pub fn archive(&self, name: &str) -> Result<Archive, ConfigError> {
         match self.archive.get(name) {
             Some(archive) => Ok(archive.clone()),
-            None if looks_like_a_path(name) => Ok(Archive { path: name.into() }),
+            None if looks_like_a_path(name) => Ok(Archive::at(name.into())),
             None => Err(unknown(
                 "archive",
                 name,
@@ -314,6 +338,18 @@ mod tests {
             "{message}"
         );
         assert_eq!(config.archive("./here").unwrap().path, Path::new("./here"));
+    }
+
+    #[test]
+    fn stored_bytes_are_believed_for_as_many_days_as_the_archive_says() {
+        let recheck = |text: &str| {
+            let config = Config::parse(text, Path::new("f")).unwrap();
+            config.archive("main").unwrap().recheck()
+        };
+        let one = "[archive.main]\npath='/srv'\n";
+        assert_eq!(recheck(one), Recheck::OlderThan(BELIEVED));
+        let never = format!("{one}check-days = 0\n");
+        assert_eq!(recheck(&never), Recheck::OlderThan(Duration::ZERO));
     }
 
     #[test]

@@ -22,6 +22,12 @@ pub struct NotARange {
 }
 
 impl Extent {
+    /// As long as an extent can be.
+    pub const WHOLE: Self = Self {
+        start: 0,
+        end: u64::MAX,
+    };
+
     /// The range `offset .. offset + length`, where that is a range.
     pub fn new(offset: u64, length: u64) -> Result<Self, NotARange> {
         match offset.checked_add(length) {

@@ -1,15 +1,17 @@
 //! The one writer of one backup, up to its commit.
 
 use super::block_table::{BlockTable, BlockTableWriter, PagesFile, TableRoot};
+use super::checks::Author;
 use super::directory;
 use super::encoding::Compressors;
 use super::error::Error;
 use super::frame::{FRAME_LIMIT, Frame};
 use super::index::Index;
 use super::lock;
-use super::manifest::{BackupRecord, MANIFEST_FORMAT, Manifest, Stats};
+use super::manifest::{BackupRecord, MANIFEST_FORMAT, Manifest, RULES, Stats};
 use super::name::{BackupId, ComponentId, ObjectName};
 use super::namespace::COMPONENT_LIMIT;
+use super::needs::{self, Finished, Needs};
 use super::object::{ObjectWriter, Objects};
 use super::pack::ChunkId;
 use super::pack_writer::PackWriter;
@@ -42,6 +44,10 @@ pub struct BackupWriter {
     /// Under temporary names.
     components: Mutex<BTreeSet<ComponentId>>,
     stats: Mutex<Stats>,
+    /// The block tables so far.
+    finished: Arc<Mutex<Vec<Finished>>>,
+    /// What tables of bases need.
+    inherited: Mutex<Vec<(TableRoot, Needs)>>,
     /// Held for reading while a chunk is added, for writing while packs are closed.
     adding: RwLock<()>,
     /// Why some bytes may not be where a table says.
@@ -72,6 +78,8 @@ impl BackupWriter {
             index: Mutex::default(),
             components: Mutex::default(),
             stats: Mutex::default(),
+            finished: Arc::default(),
+            inherited: Mutex::default(),
             adding: RwLock::default(),
             failed: OnceLock::new(),
             settled: false,
@@ -97,8 +105,7 @@ impl BackupWriter {
         let _adding = self.adding.read().expect(NO_PANIC);
         self.check()?;
         let id = ChunkId::of(&self.store.key, length, digests);
-        let known = self.index()?.find(id).or_else(|| self.packs.find(id));
-        let (frame, new) = match known {
+        let (frame, new) = match self.known(id, data)? {
             Some(frame) => (frame, false),
             None => {
                 let compressed = match encoding {
@@ -126,6 +133,17 @@ impl BackupWriter {
         Ok(frame)
     }
 
+    /// Where a chunk lies already and was seen to be sound.
+    fn known(&self, id: ChunkId, data: &[u8]) -> Result<Option<Frame>, Error> {
+        // What this backup added comes first: it may have replaced one that is damaged.
+        if let Some(frame) = self.packs.find(id) {
+            return Ok(Some(frame));
+        }
+        let index = self.index()?;
+        let mut places = index.find(id);
+        Ok(places.find(|frame| self.store.holds(frame, data)))
+    }
+
     /// Starts an object; fails with [`Error::Exists`] where this backup has one of that name.
     pub fn create(&self, name: &ObjectName, encoding: Encoding) -> Result<ObjectWriter, Error> {
         self.objects.create(name, encoding)
@@ -140,7 +158,15 @@ impl BackupWriter {
         base: Option<TableRoot>,
     ) -> Result<BlockTableWriter, Error> {
         let (store, pages) = (self.store.clone(), self.pages.clone());
-        BlockTableWriter::new(store, pages, size, block_size, base)
+        let finished = self.finished.clone();
+        BlockTableWriter::new(store, pages, finished, size, block_size, base)
+    }
+
+    /// Tells what the volumes of a base need, so that it need not be found out.
+    pub fn build_on(&self, base: &Manifest) {
+        let roots = base.record.volumes.iter().map(|volume| volume.root);
+        let known = roots.zip(base.needs.iter().cloned());
+        lock(&self.inherited).extend(known);
     }
 
     /// Opens a table that was finished, of this backup or another.
@@ -220,6 +246,10 @@ impl BackupWriter {
     pub fn commit(mut self, record: BackupRecord) -> Result<Manifest, Error> {
         let objects = self.objects.all()?;
         self.durable()?;
+        let roots = record.volumes.iter().map(|volume| volume.root);
+        let needs = roots
+            .map(|root| self.needs(root))
+            .collect::<Result<_, _>>()?;
         let manifest = Manifest {
             format: MANIFEST_FORMAT,
             archive: self.store.archive,
@@ -227,6 +257,8 @@ impl BackupWriter {
             backup: self.id,
             objects,
             stats: self.stats(),
+            rules: RULES,
+            needs,
             record,
         };
         let temporary = directory::temporary(self.id, MANIFEST);
@@ -237,12 +269,50 @@ impl BackupWriter {
             .rename(&temporary, &self.dir, MANIFEST)
             .and_then(|()| directory::sync(&self.dir))
             .map_err(|source| Error::CommitUnknown { source })?;
+        self.record_checks(Author::Backup);
         Ok(manifest)
+    }
+
+    /// All that a table needs, seen to be there with its length.
+    fn needs(&self, root: TableRoot) -> Result<Needs, Error> {
+        let mut needs = Needs::default();
+        let mut made_here = false;
+        for table in lock(&self.finished)
+            .iter()
+            .filter(|table| table.root == root)
+        {
+            made_here = true;
+            needs.merge(&self.inherited(table.base)?);
+            needs.add(&self.store, &table.reached)?;
+        }
+        if !made_here {
+            needs.merge(&self.inherited(root)?);
+        }
+        needs.are_there(&self.store)?;
+        Ok(needs)
+    }
+
+    fn inherited(&self, base: TableRoot) -> Result<Needs, Error> {
+        let inherited = lock(&self.inherited);
+        let known = inherited.iter().find(|(root, _)| *root == base);
+        match known {
+            Some((_, needs)) => Ok(needs.clone()),
+            None => needs::by_walking(&self.store, base),
+        }
+    }
+
+    /// Keeps what was read back and what was wrong. The backup is none the worse without: it is read again then.
+    fn record_checks(&self, author: Author) {
+        let by = format!("backup {}", self.id);
+        if let Err(error) = self.store.checks.record(&by, author) {
+            tracing::warn!(%error, "what was read back is not recorded");
+        }
     }
 
     /// Removes all of the backup, as dropping it does, and says whether that worked.
     pub fn abandon(mut self) -> Result<(), Error> {
         self.settled = true;
+        self.record_checks(Author::Failed);
         self.store.discard(self.id)
     }
 
@@ -251,7 +321,7 @@ impl BackupWriter {
         if let Some(index) = &*index {
             return Ok(index.clone());
         }
-        let loaded = Arc::new(Index::load(&self.store, self.id)?);
+        let loaded = Arc::new(Index::load(&self.store, Some(self.id))?);
         Ok(index.insert(loaded).clone())
     }
 
@@ -273,6 +343,7 @@ impl BackupWriter {
 impl Drop for BackupWriter {
     fn drop(&mut self) {
         if !self.settled {
+            self.record_checks(Author::Failed);
             discard(&self.store, self.id);
         }
     }

@@ -186,6 +186,11 @@ pub enum Damage {
 }
 
 impl Error {
+    /// Whether what was asked for is not there as it was written, and will not be the next time either.
+    pub fn is_damage(&self) -> bool {
+        matches!(self, Self::Damaged { .. } | Self::NotFound { .. })
+    }
+
     /// For `map_err`: an error of the file system at `path`.
     pub(super) fn at(path: impl Display) -> impl FnOnce(io::Error) -> Self {
         move |source| {

@@ -2,6 +2,7 @@
 
 use super::name::{BackupId, ObjectName, PackName};
 use crate::channel::Encoding;
+use crate::extent::Extent;
 use serde::{Deserialize, Serialize};
 use std::fmt;
 
@@ -95,6 +96,11 @@ impl Frame {
     /// First byte in the file.
     pub fn offset(&self) -> u64 {
         self.offset
+    }
+
+    /// Where in the file it lies.
+    pub(super) fn bytes(&self) -> Extent {
+        Extent::new(self.offset, self.stored.into()).expect("a frame is not empty and has an end")
     }
 
     /// Bytes in the file, 1 to [`STORED_LIMIT`].

@@ -39,8 +39,8 @@ type Packs = BTreeMap<PackName, Contents>;
 
 impl Index {
     /// Reads the cache and the tables of the packs that it lacks. A pack that cannot be read is left out:
-    /// nothing new will refer to it.
-    pub(super) fn load(store: &Store, backup: BackupId) -> Result<Self, Error> {
+    /// nothing new will refer to it. The cache is made anew for a backup only.
+    pub(super) fn load(store: &Store, backup: Option<BackupId>) -> Result<Self, Error> {
         let mut cached = read_cache(store).unwrap_or_default();
         let mut packs = Packs::new();
         let mut news = 0;
@@ -65,6 +65,7 @@ impl Index {
             }
         }
         if news + cached.len() >= CACHE_LAG
+            && let Some(backup) = backup
             && let Err(error) = write_cache(store, backup, &packs)
         {
             tracing::warn!(%error, "the index is not cached");
@@ -83,7 +84,6 @@ impl Index {
             })
             .collect();
         chunks.sort_unstable_by_key(|&(id, ..)| id);
-        chunks.dedup_by_key(|&mut (id, ..)| id);
         chunks.shrink_to_fit();
         Self {
             packs: names,
@@ -91,10 +91,12 @@ impl Index {
         }
     }
 
-    pub(super) fn find(&self, id: ChunkId) -> Option<Frame> {
-        let at = self.chunks.binary_search_by_key(&id, |&(id, ..)| id).ok()?;
-        let (_, number, place) = self.chunks[at];
-        place.frame(self.packs[number as usize])
+    /// Everywhere that it lies: more than once where one of them was found damaged, or by chance.
+    pub(super) fn find(&self, id: ChunkId) -> impl Iterator<Item = Frame> {
+        let first = self.chunks.partition_point(|&(other, ..)| other < id);
+        let all = self.chunks[first..].iter();
+        all.take_while(move |&&(other, ..)| other == id)
+            .filter_map(|&(_, number, place)| place.frame(self.packs[number as usize]))
     }
 }
 
@@ -199,7 +201,9 @@ mod tests {
         let bytes = render_cache(&packs(), &[1; 32]);
         let parsed = parse_cache(&bytes, &[1; 32]).unwrap();
         assert_eq!(Index::of(parsed).chunks, Index::of(packs()).chunks);
-        assert_eq!(Index::of(packs()).chunks.len(), 3);
+        let index = Index::of(packs());
+        let places = |n| index.find(ChunkId([n; 16])).count();
+        assert_eq!([places(0), places(1), places(2), places(3)], [3, 2, 1, 0]);
         assert!(parse_cache(&bytes, &[2; 32]).is_none());
     }
 

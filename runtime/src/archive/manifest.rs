@@ -3,6 +3,7 @@
 use super::block_table::TableRoot;
 use super::error::{Damage, Error};
 use super::name::{ArchiveId, BackupId, ComponentId, NamespaceName, ObjectName};
+use super::needs::Needs;
 use super::object::ObjectInfo;
 use crate::channel::{BitmapMode, GuestLimits, World};
 use crate::digest::Digest;
@@ -12,6 +13,15 @@ use time::OffsetDateTime;
 
 /// Changes when an older reader would misunderstand a manifest. Fields that it may ignore can be added without.
 pub const MANIFEST_FORMAT: u32 = 1;
+
+/// Version of the rules that a backup is made under. It grows where an older version could commit what cannot be restored,
+/// or not as it was: nothing is built on such a backup without proof.
+///
+/// 0: until 0.1. An increment believed the bitmap of the active node, whatever became of the chain beneath it; a known
+/// chunk was referred to unseen; claims were proven in other pieces than they are restored in; whether what the base
+/// needs is still there was not asked.
+/// 1: all of that is proven, read back or looked at.
+pub const RULES: u32 = 1;
 
 /// Longest manifest, in bytes: what lists of objects and receipts may grow to, and what a reader takes into memory.
 pub const MANIFEST_LIMIT: u64 = 64 << 20;
@@ -31,6 +41,12 @@ pub struct Manifest {
     pub objects: Vec<ObjectInfo>,
     /// What the archive counted.
     pub stats: Stats,
+    /// The [`RULES`] under which it was made; 0 where it does not say.
+    #[serde(default)]
+    pub rules: u32,
+    /// What each of [`BackupRecord::volumes`] needs, in their order; none at all where it does not say.
+    #[serde(default)]
+    pub needs: Vec<Needs>,
     /// What the job recorded.
     pub record: BackupRecord,
 }
@@ -227,6 +243,8 @@ pub(super) mod tests {
             backup: "20261123T003000Z-0123456789abcdef".parse().unwrap(),
             objects: vec![],
             stats: Stats::default(),
+            rules: RULES,
+            needs: vec![],
             record: record(vec![]),
         }
     }

@@ -10,6 +10,7 @@
 //!   packs/<pack>.pack                what was put: frames and a table of contents
 //!   packs/index-cache                spares reading all those tables
 //!   components/<sha256>.wasm         the providers that made the backups
+//!   checks/<kind>-<random>           what was read back, and what of it was wrong
 //!   backups/<backup>/manifest.json   its appearance is the commit
 //!   backups/<backup>/pages           the block-table pages that this backup adds
 //!   backups/<backup>/objects/<name>  what the provider created
@@ -24,6 +25,7 @@
 //! | archive file, key | whoever links it first | never | nobody |
 //! | pack, component | the job whose id its temporary name begins with | never, once renamed | nobody yet |
 //! | index-cache | any job, by renaming | as a whole | anybody |
+//! | checks | any job, by renaming | never | of what was seen, any backup once it is too old |
 //! | `backups/<id>/` without a manifest | the one job with that id | by that job | that job, or recovery after it |
 //! | `backups/<id>/` with a manifest | nobody | never | nobody yet |
 //!
@@ -38,11 +40,20 @@
 //!    durable and may serve other backups, so they stay.
 //! 3. After the rename: a committed backup. All that it refers to was durable before.
 //!
+//! # What is believed
+//!
+//! A chunk that the namespace has already is referred to only where its stored bytes were read and are those of the disk:
+//! in this backup, or within the last days as `checks/` records it ([`Recheck`]). What was found wrong is never referred
+//! to again; the next backup that has the bytes stores them anew, in a pack of its own. Older backups find them there
+//! too, as long as the damaged pack's own table says which chunk it was ([`Namespace::copies`]). What a backup takes over
+//! from its base is looked at before ([`Namespace::lack_of`]).
+//!
 //! A failed write or sync spoils the backup for good ([`Error::WriterFailed`]): after a failed sync the kernel
 //! may drop the bytes and report success the next time.
 
 mod backup;
 mod block_table;
+mod checks;
 
 mod directory;
 mod encoding;
@@ -52,10 +63,12 @@ mod index;
 mod manifest;
 mod name;
 mod namespace;
+mod needs;
 mod object;
 mod pack;
 mod pack_writer;
 mod seek_table;
+mod soundness;
 mod store;
 mod stored;
 #[cfg(test)]
@@ -66,17 +79,20 @@ pub use backup::BackupWriter;
 pub use block_table::{
     BlockTable, BlockTableWriter, Entry, MAX_BLOCK_SIZE, MIN_BLOCK_SIZE, Run, RunContent, TableRoot,
 };
+pub use checks::{BELIEVED, Recheck};
 pub use error::{Damage, Error};
 pub use frame::{FRAME_LIMIT, Frame, NotAFrame, ObjectRef, STORED_LIMIT};
 pub use manifest::{
     Attachment, BackupRecord, DiskRecord, MANIFEST_FORMAT, MANIFEST_LIMIT, Manifest, Proof,
-    ProviderRecord, Stats, VolumeRecord,
+    ProviderRecord, RULES, Stats, VolumeRecord,
 };
 pub use name::{
     ArchiveId, BackupId, ComponentId, NAME_LIMIT, NamespaceName, NotAName, ObjectName, PackName,
 };
 pub use namespace::{COMPONENT_LIMIT, Namespace};
+pub use needs::Needs;
 pub use object::{EncodedFrame, FrameEncoder, ObjectInfo, ObjectWriter};
+pub use soundness::Lack;
 pub use stored::{STORED_READ_LIMIT, StoredObjects};
 
 use cap_std::fs::Dir;
@@ -94,6 +110,7 @@ const NAMESPACES: &str = "namespaces";
 pub struct Archive {
     root: Dir,
     id: ArchiveId,
+    recheck: Recheck,
 }
 
 #[derive(Serialize, Deserialize)]
@@ -139,7 +156,17 @@ impl Archive {
                 actual: file.format.into(),
             }));
         }
-        Ok(Self { root, id: file.id })
+        Ok(Self {
+            root,
+            id: file.id,
+            recheck: Recheck::OlderThan(BELIEVED),
+        })
+    }
+
+    /// The same, where stored bytes are read again after another time.
+    pub fn rechecking(mut self, recheck: Recheck) -> Self {
+        self.recheck = recheck;
+        self
     }
 
     /// Tells this archive from all others.
@@ -151,7 +178,9 @@ impl Archive {
     pub fn namespace(&self, name: &NamespaceName) -> Result<Namespace, Error> {
         let path = format!("{NAMESPACES}/{name}");
         let root = self.root.open_dir(&path).map_err(Error::at(&path))?;
-        Namespace::open(&root, self.id, name.clone())
+        let namespace = Namespace::open(&root, self.id, name.clone())?;
+        namespace.set_recheck(self.recheck);
+        Ok(namespace)
     }
 
     /// Opens a namespace and makes it first where there is none of that name.
@@ -164,7 +193,9 @@ impl Archive {
             directory::sync(dir).map_err(Error::at(NAMESPACES))?;
         }
         let root = self.root.open_dir(&path).map_err(Error::at(&path))?;
-        Namespace::create(&root, self.id, name.clone())
+        let namespace = Namespace::create(&root, self.id, name.clone())?;
+        namespace.set_recheck(self.recheck);
+        Ok(namespace)
     }
 
     /// The names of all namespaces, in order.

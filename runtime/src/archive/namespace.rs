@@ -2,18 +2,24 @@
 
 use super::backup::BackupWriter;
 use super::block_table::{BlockTable, TableRoot};
+use super::checks::{Author, Checks, Recheck};
 use super::directory;
 use super::error::{Damage, Error};
 use super::frame::Frame;
 use super::manifest::{MANIFEST_LIMIT, Manifest};
-use super::name::{ArchiveId, BackupId, ComponentId, NamespaceName, random};
+use super::name::{ArchiveId, BackupId, ComponentId, NamespaceName, ObjectName, random};
+use super::soundness;
 use super::store::{MANIFEST, Store};
 use super::stored::StoredObjects;
+use crate::extent::Extent;
 use cap_std::fs::Dir;
-use std::sync::Arc;
+use std::sync::{Arc, OnceLock};
 
 /// Largest component that is kept, in bytes: a hundred times a large one.
 pub const COMPONENT_LIMIT: u64 = 256 << 20;
+
+/// Stands for all of a file, whatever its length.
+const WHOLE: Extent = Extent::WHOLE;
 
 const KEY: &str = "key";
 const KEY_LENGTH: u64 = 32;
@@ -52,10 +58,14 @@ impl Namespace {
             })
         })?;
         let open = |dir| root.open_dir(dir).map_err(Error::at(dir));
+        let own = || root.try_clone().map_err(Error::at(&namespace));
         let store = Store {
             archive,
-            namespace,
             key,
+            checks: Checks::new(own()?, key),
+            index: OnceLock::new(),
+            root: own()?,
+            namespace: namespace.clone(),
             packs: open("packs")?,
             components: open("components")?,
             backups: open("backups")?,
@@ -73,6 +83,15 @@ impl Namespace {
     /// The archive that it is part of.
     pub fn archive(&self) -> ArchiveId {
         self.store.archive
+    }
+
+    pub(super) fn store(&self) -> &Arc<Store> {
+        &self.store
+    }
+
+    /// Says which stored bytes are read again before a backup refers to them.
+    pub fn set_recheck(&self, recheck: Recheck) {
+        self.store.checks.set_recheck(recheck);
     }
 
     /// Begins a backup; fails with [`Error::Exists`] where there is one of that id, committed or not.
@@ -151,5 +170,43 @@ impl Namespace {
     /// caller to check, block by block, against the digests of the block table.
     pub fn read_frame(&self, frame: &Frame) -> Result<Vec<u8>, Error> {
         self.store.read_frame(frame)
+    }
+
+    /// Where else the chunk of a frame lies: a backup that finds it damaged stores it anew. Nothing where the frame's pack
+    /// cannot say any more which chunk it was. Whether the bytes are the right ones is for the caller to check here too.
+    pub fn copies(&self, frame: &Frame) -> Vec<Frame> {
+        self.store.copies(frame).unwrap_or_else(|error| {
+            tracing::debug!(%error, "no copies can be looked for");
+            Vec::new()
+        })
+    }
+
+    /// Remembers that a frame was read and that all of its bytes are what was stored.
+    pub fn note_seen(&self, frame: &Frame) {
+        let checks = &self.store.checks;
+        checks.note_seen(&frame.object().to_string(), frame.bytes());
+    }
+
+    /// Remembers that a frame does not hold what was stored.
+    pub fn note_wrong(&self, frame: &Frame) {
+        let checks = &self.store.checks;
+        checks.note_wrong(&frame.object().to_string(), frame.bytes());
+    }
+
+    /// Remembers that what the provider wrote of an object is not what it was.
+    pub fn note_wrong_object(&self, backup: BackupId, object: &ObjectName) {
+        let file = soundness::written_in(&format!("backups/{backup}/objects/{object}"));
+        self.store.checks.note_wrong(&file, WHOLE);
+    }
+
+    /// Remembers that the provider of a backup does not give back what it claimed there.
+    pub fn note_wrong_claims(&self, backup: BackupId) {
+        let file = soundness::claims_of(backup);
+        self.store.checks.note_wrong(&file, WHOLE);
+    }
+
+    /// Writes down what was seen and what was wrong, for `by` (in words, for people).
+    pub fn record_checks(&self, by: &str) -> Result<(), Error> {
+        self.store.checks.record(by, Author::Verify)
     }
 }

@@ -10,6 +10,8 @@ use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
+mod reading_back;
+
 const BLOCK: u32 = 4096;
 
 /// An archive with one namespace, in a directory that goes when it is dropped.
@@ -790,6 +792,8 @@ proptest! {
                         Content::Claimed => Entry::Claimed { digest, backup: writer.id() },
                         Content::Placed(pack, at) => {
                             let object = ObjectRef::Pack(PackName::from_bytes([pack; 16]));
+                            // A commit asks whether it is there.
+                            std::fs::write(fixture.path(&object.to_string()), "").unwrap();
                             let frame = Frame::new(object, 9, 99, 4 * BLOCK, Encoding::Zstd).unwrap();
                             Entry::Placed { digest, frame, skip: (at + block as u32) % 4 * BLOCK }
                         }

@@ -26,13 +26,15 @@ pub(super) fn archive(
         Some(name) => name,
         None => only(session.config.archive.keys(), "archive", "--archive")?,
     };
-    let path = session.config.archive(name)?.path;
-    let dir = archive_folder(&path)?;
+    let configured = session.config.archive(name)?;
+    let path = &configured.path;
+    let dir = archive_folder(path)?;
     let opened = match Archive::open(dir.try_clone().map_err(failed)?) {
         Err(archive::Error::NotAnArchive) if make => Archive::create(dir),
         opened => opened,
     };
-    opened.map_err(|error| unusable(&path, error))
+    let opened = opened.map_err(|error| unusable(path, error))?;
+    Ok(opened.rechecking(configured.recheck()))
 }
 
 /// As [`archive`] for a backup, where nothing may be made: none where the folder is empty and would become one.
@@ -44,10 +46,11 @@ pub(super) fn archive_if_made(
         Some(name) => name,
         None => only(session.config.archive.keys(), "archive", "--archive")?,
     };
-    let path = session.config.archive(name)?.path;
+    let configured = session.config.archive(name)?;
+    let path = configured.path.clone();
     let dir = archive_folder(&path)?;
     match Archive::open(dir.try_clone().map_err(failed)?) {
-        Ok(archive) => Ok(Some(archive)),
+        Ok(archive) => Ok(Some(archive.rechecking(configured.recheck()))),
         Err(archive::Error::NotAnArchive) => match dir.entries().map_err(failed)?.next() {
             None => Ok(None),
             Some(_) => Err(unusable(&path, archive::Error::NotEmpty)),

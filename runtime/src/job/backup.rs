@@ -18,7 +18,7 @@ use super::recover::{self, RecoverError};
 use super::subject::{self, Subject};
 use super::transfer::Transfer;
 use super::volume_run::{Covered, VolumeError};
-use crate::archive::{self, Archive, BackupId, Manifest, NamespaceName};
+use crate::archive::{self, Archive, BackupId, Manifest, NamespaceName, Recheck};
 use crate::config::{Provider, Vm};
 use crate::grants::account::Account;
 use crate::qemu::snapshot::Readers;
@@ -175,6 +175,9 @@ pub async fn backup(
     };
     request.account.compiling(component.compiled.usage);
     let namespace = Arc::new(places.archive.create_namespace(&request.namespace)?);
+    if request.full {
+        namespace.set_recheck(Recheck::Everything);
+    }
     let owner = Owner {
         archive: places.archive.id(),
         namespace: request.namespace.clone(),

@@ -1,6 +1,6 @@
 //! What one disk's backup builds on: decided by its bitmaps' names and the archive, never by time or by "the latest".
 
-use crate::archive::{self, ArchiveId, BackupId, Manifest, NamespaceName, VolumeRecord};
+use crate::archive::{self, ArchiveId, BackupId, Manifest, NamespaceName, RULES, VolumeRecord};
 use crate::qemu::bitmap::{BitmapName, BitmapNameError, Own};
 use crate::qemu::{BitmapPlan, Disk};
 use std::sync::Arc;
@@ -78,20 +78,27 @@ impl Choice {
 
     /// The same disk read in full: what would have been its base is useless once the new backup is committed.
     pub fn in_full(
+        self,
+        owner: &Owner,
+        disk: &Disk,
+        backup: BackupId,
+    ) -> Result<Self, BitmapNameError> {
+        self.without_base(owner, disk, backup, "it was asked for (--full)".into())
+    }
+
+    /// [`Self::in_full`] for another reason.
+    pub fn without_base(
         mut self,
         owner: &Owner,
         disk: &Disk,
         backup: BackupId,
+        reason: String,
     ) -> Result<Self, BitmapNameError> {
         self.stale.extend(self.bitmap.old().cloned());
         self.bitmap = BitmapPlan::New {
             name: owner.bitmap(&disk.name, backup, None)?,
         };
-        self.reason = self
-            .base
-            .take()
-            .map(|_| "it was asked for (--full)".into())
-            .or(self.reason);
+        self.reason = self.base.take().map(|_| reason).or(self.reason);
         Ok(self)
     }
 }
@@ -206,24 +213,28 @@ fn base_of(
     else {
         return Ok(Err(format!("the base {id} does not hold it")));
     };
-    Ok(
-        if volume.bitmap.as_deref() != Some(name.to_string().as_str()) {
-            Err(format!("the base {id} speaks of another bitmap"))
-        } else if volume.root.size() != disk.size {
-            Err(format!(
-                "it had {} bytes in the base {id} and has {} now",
-                volume.root.size(),
-                disk.size
-            ))
-        } else if volume.root.block_size() != block_size || granularity > block_size {
-            Err(format!(
-                "the base {id} has blocks of {} bytes",
-                volume.root.block_size()
-            ))
-        } else {
-            Ok(Base { manifest, volume })
-        },
-    )
+    Ok(if manifest.rules < RULES {
+        Err(format!(
+            "the base {id} was made by version {}, which did not prove all that an increment takes over; this is \
+                 needed once",
+            manifest.record.host_version
+        ))
+    } else if volume.bitmap.as_deref() != Some(name.to_string().as_str()) {
+        Err(format!("the base {id} speaks of another bitmap"))
+    } else if volume.root.size() != disk.size {
+        Err(format!(
+            "it had {} bytes in the base {id} and has {} now",
+            volume.root.size(),
+            disk.size
+        ))
+    } else if volume.root.block_size() != block_size || granularity > block_size {
+        Err(format!(
+            "the base {id} has blocks of {} bytes",
+            volume.root.block_size()
+        ))
+    } else {
+        Ok(Base { manifest, volume })
+    })
 }
 
 /// Why nothing can be chosen.

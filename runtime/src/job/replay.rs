@@ -9,7 +9,7 @@ use super::component::{Component, ComponentError};
 use super::event::{Event, Events};
 use super::volume_run::guest_limits;
 use crate::archive::{
-    self, BackupId, Manifest, Namespace, ObjectName, Run, RunContent, VolumeRecord,
+    self, BackupId, Frame, Manifest, Namespace, ObjectName, Run, RunContent, VolumeRecord,
 };
 use crate::channel::GuestLimits;
 use crate::digest::{self, Digest};
@@ -24,6 +24,7 @@ use std::io;
 use std::ops::Range;
 use std::os::unix::fs::FileExt;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
 use tokio::sync::mpsc;
 use tokio::task::{JoinSet, spawn_blocking};
 use tokio_util::sync::CancellationToken;
@@ -172,11 +173,19 @@ pub async fn replay(order: Order<'_>) -> Result<Vec<Finding>, ReplayError> {
         findings: Vec::new(),
         placed: JoinSet::new(),
         asked: JoinSet::new(),
+        copied: Arc::default(),
     };
     let result = replay.read(&mut runs).await;
     runs.close();
     replay.placed.shutdown().await;
     replay.asked.shutdown().await;
+    let copied = replay.copied.load(Ordering::Relaxed);
+    if copied > 0 {
+        replay.order.events.warn(format!(
+            "{}: {copied} damaged pieces were read from copies that a later backup stored",
+            replay.order.volume.name
+        ));
+    }
     if let Err(error) = walk.await? {
         replay.findings.push(Finding::Table(error));
     }
@@ -236,6 +245,8 @@ struct Replay<'a> {
     findings: Vec<Finding>,
     placed: JoinSet<Result<Result<u64, Finding>, io::Error>>,
     asked: JoinSet<Result<Vec<Finding>, ReplayError>>,
+    /// Runs that were read from copies of damaged frames.
+    copied: Arc<AtomicU64>,
 }
 
 /// Blocks that are wanted of one segment, by their indices.
@@ -310,6 +321,7 @@ impl Replay<'_> {
                     return Ok(());
                 }
                 let ask = Ask {
+                    namespace: Arc::clone(self.order.namespace),
                     claims: Arc::clone(&claims),
                     segment,
                     output: self.order.output.clone(),
@@ -359,6 +371,7 @@ impl Replay<'_> {
         let namespace = Arc::clone(self.order.namespace);
         let output = self.order.output.clone();
         let block = self.order.volume.root.block_size();
+        let copied = Arc::clone(&self.copied);
         self.placed.spawn_blocking(move || {
             let RunContent::Placed {
                 frame,
@@ -368,26 +381,24 @@ impl Replay<'_> {
             else {
                 return Ok(Ok(0));
             };
-            let bytes = match namespace.read_frame(&frame) {
+            let placed = Placed {
+                extent,
+                skip,
+                digests,
+                block,
+            };
+            let bytes = match placed.read(&namespace, &frame) {
                 Ok(bytes) => bytes,
-                Err(source) => return Ok(Err(Finding::Unreadable { extent, source })),
+                Err(finding) => match placed.from_copies(&namespace, &frame) {
+                    Some(bytes) => {
+                        copied.fetch_add(1, Ordering::Relaxed);
+                        bytes
+                    }
+                    None => return Ok(Err(finding)),
+                },
             };
-            let range = skip as usize..skip as usize + extent.len() as usize;
-            let origin = || frame.object().to_string();
-            let Some(bytes) = bytes.get(range) else {
-                return Ok(Err(Finding::Wrong {
-                    extent,
-                    origin: origin(),
-                }));
-            };
-            if let Some(extent) = digest::first_wrong(bytes, extent, block, &digests) {
-                return Ok(Err(Finding::Wrong {
-                    extent,
-                    origin: origin(),
-                }));
-            }
             if let Some(output) = output {
-                output.write_all_at(bytes, extent.start())?;
+                output.write_all_at(&bytes, extent.start())?;
             }
             Ok(Ok(extent.len()))
         });
@@ -456,8 +467,58 @@ impl Replay<'_> {
     }
 }
 
+/// A run that the host placed, on its way back.
+struct Placed {
+    extent: Extent,
+    /// In the decoded frame.
+    skip: u32,
+    digests: Vec<Digest>,
+    block: u32,
+}
+
+impl Placed {
+    /// From `frame`, compared; what is found is remembered for backups that would refer to it.
+    fn read(&self, namespace: &Namespace, frame: &Frame) -> Result<Vec<u8>, Finding> {
+        let extent = self.extent;
+        let mut bytes = namespace.read_frame(frame).map_err(|source| {
+            if source.is_damage() {
+                namespace.note_wrong(frame);
+            }
+            Finding::Unreadable { extent, source }
+        })?;
+        let wrong = |extent| {
+            namespace.note_wrong(frame);
+            let origin = frame.object().to_string();
+            Err(Finding::Wrong { extent, origin })
+        };
+        let whole = extent.len() == bytes.len() as u64;
+        let end = u64::from(self.skip) + extent.len();
+        if end > bytes.len() as u64 {
+            return wrong(extent);
+        }
+        bytes.truncate(end as usize);
+        bytes.drain(..self.skip as usize);
+        if let Some(extent) = digest::first_wrong(&bytes, extent, self.block, &self.digests) {
+            return wrong(extent);
+        }
+        if whole {
+            namespace.note_seen(frame);
+        }
+        Ok(bytes)
+    }
+
+    /// From where a later backup stored the same chunk anew.
+    fn from_copies(&self, namespace: &Namespace, frame: &Frame) -> Option<Vec<u8>> {
+        let copies = namespace.copies(frame);
+        copies
+            .iter()
+            .find_map(|copy| self.read(namespace, copy).ok())
+    }
+}
+
 /// Asking for what is wanted of one segment.
 struct Ask {
+    namespace: Arc<Namespace>,
     claims: Arc<Claims>,
     segment: u64,
     output: Option<Arc<File>>,
@@ -509,6 +570,9 @@ impl Ask {
             let unknown: Vec<_> = wanted.into_iter().collect();
             let extent = self.around(&unknown);
             findings.extend(extent.map(|extent| Finding::NotClaimed { extent, backup }));
+        }
+        if !findings.is_empty() {
+            self.namespace.note_wrong_claims(backup);
         }
         Ok(findings)
     }

@@ -147,7 +147,12 @@ pub async fn run(order: Order<'_>) -> Result<Covered, VolumeError> {
 
     let (writer, plan) = (Arc::clone(order.writer), Arc::clone(&frozen));
     let (size, base) = (disk.size, opened.base);
+    let manifest = order.choice.base.as_ref();
+    let manifest = manifest.map(|base| Arc::clone(&base.manifest));
     let table = file_work(&order, move || {
+        if let Some(manifest) = manifest {
+            writer.build_on(&manifest);
+        }
         let table = writer.block_table(size, BLOCK_SIZE, base)?;
         if base.is_some() {
             for zero in plan.plan.zero().iter() {

@@ -4,7 +4,7 @@ use cap_std::ambient_authority;
 use cap_std::fs::Dir;
 use fleecebox::archive::{
     Archive, BackupId, BackupRecord, ComponentId, DiskRecord, Manifest, Namespace, Proof,
-    ProviderRecord, TableRoot, VolumeRecord,
+    ProviderRecord, RULES, TableRoot, VolumeRecord,
 };
 use fleecebox::channel::{BitmapMode, World};
 use std::path::PathBuf;
@@ -60,6 +60,8 @@ impl Scratch {
             backup: BACKUP.parse().expect("it is an id"),
             objects: Vec::new(),
             stats: Default::default(),
+            rules: RULES,
+            needs: Vec::new(),
             record: BackupRecord {
                 vm: "vm".into(),
                 created: OffsetDateTime::UNIX_EPOCH,

@@ -8,7 +8,7 @@ use crate::archive::Archive;
 use crate::qemu::{self, BLOCKS, BitmapName, BitmapPlan, Qemu};
 use fleecebox::archive::{
     BackupId, BackupRecord, ComponentId, DiskRecord, MANIFEST_FORMAT, Manifest, Proof,
-    ProviderRecord, Stats, VolumeRecord,
+    ProviderRecord, RULES, Stats, VolumeRecord,
 };
 use fleecebox::channel::{BitmapMode, World};
 use fleecebox::job::base::{self, Owner, Recorded};
@@ -301,6 +301,8 @@ fn manifest(archive: u8, id: u8, base: Option<u8>) -> Manifest {
         backup: backup_id(id),
         objects: Vec::new(),
         stats: Stats::default(),
+        rules: RULES,
+        needs: vec![],
         record: BackupRecord {
             vm,
             created: std::time::UNIX_EPOCH.into(),

@@ -8,10 +8,12 @@
 mod page;
 mod pages;
 mod reader;
+mod walk;
 mod writer;
 
 pub(super) use pages::PagesFile;
 pub use reader::BlockTable;
+pub(super) use walk::{LeafRef, LostPage, Reached, Walk, file as pages_file};
 pub use writer::BlockTableWriter;
 
 use super::error::Error;

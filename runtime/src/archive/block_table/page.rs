@@ -52,6 +52,11 @@ impl Leaf {
         self.runs.iter().flat_map(one_by_one).collect()
     }
 
+    /// In ascending order, without gaps.
+    pub(super) fn all(&self) -> &[Run] {
+        &self.runs
+    }
+
     /// The run that holds a block.
     pub(super) fn run(&self, block: u64) -> Option<&Run> {
         let at = self.runs.partition_point(|run| run.blocks.end <= block);

@@ -157,6 +157,10 @@ impl PageReader {
         let file = self.store.open_pages(page.backup)?;
         let bytes = store::read_range(&file, PAGES, page.offset, page.length.into())?;
         if Digest::of(&bytes) != page.digest {
+            if let Some(bytes) = page.bytes() {
+                let checks = &self.store.checks;
+                checks.note_wrong(&super::pages_file(page.backup), bytes);
+            }
             return Err(damaged(page)(Damage::Digest));
         }
         Ok(bytes)

@@ -2,10 +2,11 @@
 
 use super::super::error::Error;
 use super::super::lock;
+use super::super::needs::Finished;
 use super::super::store::Store;
 use super::page::{Inner, Leaf};
 use super::pages::PagesFile;
-use super::{BlockTable, Entry, FAN_OUT, PageRef, Shape, TableRoot};
+use super::{BlockTable, Entry, FAN_OUT, PageRef, Reached, Shape, TableRoot};
 use std::collections::{BTreeMap, HashMap};
 use std::ops::Range;
 use std::sync::{Arc, Mutex};
@@ -22,6 +23,8 @@ pub struct BlockTableWriter {
     /// The table that this one changes; all zero where there is no base.
     base: BlockTable,
     pages: Arc<PagesFile>,
+    /// Where it is told what the table needs.
+    finished: Arc<Mutex<Vec<Finished>>>,
     state: Mutex<State>,
 }
 
@@ -31,6 +34,8 @@ struct State {
     open: HashMap<u64, OpenLeaf>,
     /// Leaves that differ from the base's and where they are written; nothing where all is zero.
     changed: BTreeMap<u64, Option<PageRef>>,
+    /// What was ever set leads to these.
+    reached: Reached,
 }
 
 struct OpenLeaf {
@@ -42,6 +47,7 @@ impl BlockTableWriter {
     pub(in super::super) fn new(
         store: Arc<Store>,
         pages: Arc<PagesFile>,
+        finished: Arc<Mutex<Vec<Finished>>>,
         size: u64,
         block_size: u32,
         base: Option<TableRoot>,
@@ -60,6 +66,7 @@ impl BlockTableWriter {
             shape,
             base: BlockTable::new(store, base),
             pages,
+            finished,
             state: Mutex::default(),
         })
     }
@@ -85,6 +92,7 @@ impl BlockTableWriter {
             });
         }
         let mut state = lock(&self.state);
+        state.reached.add(&entry);
         let leaf = self.open(&mut state, block / FAN_OUT)?;
         // A leaf has an entry for each of its blocks.
         leaf.entries[(block % FAN_OUT) as usize] = entry;
@@ -138,10 +146,18 @@ impl BlockTableWriter {
         let page = changed.remove(&0).unwrap_or(self.base.root().page);
         // Readers go to the file, never to the buffer.
         self.pages.flush()?;
-        Ok(TableRoot {
+        let root = TableRoot {
             shape: self.shape,
             page,
-        })
+        };
+        let mut reached = state.reached.clone();
+        reached.pages.extend(page.map(|page| page.backup));
+        lock(&self.finished).push(Finished {
+            root,
+            reached,
+            base: *self.base.root(),
+        });
+        Ok(root)
     }
 
     /// Writes the pages of a level above those that changed, and says which those are.

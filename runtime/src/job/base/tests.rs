@@ -1,6 +1,6 @@
 use super::*;
 use crate::archive::{
-    BackupRecord, DiskRecord, MANIFEST_FORMAT, Proof, ProviderRecord, Stats, TableRoot,
+    BackupRecord, DiskRecord, MANIFEST_FORMAT, Proof, ProviderRecord, RULES, Stats, TableRoot,
 };
 use crate::channel::{BitmapMode, World};
 use crate::qemu::machine::Bitmap;
@@ -187,6 +187,8 @@ fn recorded(says: Says, backup: BackupId, of_bitmap: &str) -> Recorded {
         backup,
         objects: Vec::new(),
         stats: Stats::default(),
+        rules: RULES,
+        needs: vec![],
         record: BackupRecord {
             vm: "web".into(),
             created: OffsetDateTime::UNIX_EPOCH,
@@ -435,4 +437,35 @@ fn a_full_backup_that_was_asked_for_makes_its_base_useless() {
     );
     assert_eq!(full.stale, [name(&Of::Ours, 1, None)]);
     assert!(full.base.is_none() && full.reason.is_some());
+}
+
+#[test]
+fn nothing_is_built_on_a_backup_that_an_older_version_made() {
+    let only = Made {
+        of: Of::Ours,
+        backup: 1,
+        base: None,
+        state: bitmap(&name(&Of::Ours, 1, None), true),
+    };
+    let (bitmaps, says) = ([only], [Says::Committed; 5]);
+    let disk = disk(&bitmaps);
+    let mut now = ask(&says, &bitmaps);
+    let before = |id| {
+        Ok(match now(id)? {
+            Recorded::Committed(manifest) => {
+                let mut manifest = Manifest::clone(&manifest);
+                manifest.rules = 0;
+                Recorded::Committed(Arc::new(manifest))
+            }
+            other => other,
+        })
+    };
+    let choice = choose(&owner(), &disk, id(9), BLOCK, before).unwrap();
+    assert!(choice.base.is_none());
+    assert_eq!(choice.stale, [name(&Of::Ours, 1, None)]);
+    assert!(
+        choice
+            .reason
+            .is_some_and(|reason| reason.contains("version"))
+    );
 }
