@@ -171,7 +171,7 @@ pub fn choose(
                     .in_full(owner, &disk, id)
                     .map_err(ChoiceError::from)?
             } else {
-                choice
+                unless_lacking(owner, namespace, choice, &disk, id, events)?
             }
         };
         tell_choice(events, &disk, &choice);
@@ -179,6 +179,52 @@ pub fn choose(
     }
     tell_missing(events, &disks);
     Ok(disks)
+}
+
+/// The choice, or the disk read in full where its base lacks something: afterwards there would be nothing left to read.
+fn unless_lacking(
+    owner: &Owner,
+    namespace: &Namespace,
+    choice: Choice,
+    disk: &qemu::Disk,
+    id: BackupId,
+    events: &Events,
+) -> Result<Choice, ChoiceError> {
+    let Some(base) = &choice.base else {
+        return Ok(choice);
+    };
+    let Some(lack) = namespace.lack_of(&base.manifest, &disk.name)? else {
+        return Ok(choice);
+    };
+    let backup = base.manifest.backup;
+    let reason = format!(
+        "the base {backup} cannot be restored any more ({})",
+        lack.why
+    );
+    let mut miss: Vec<_> = namespace.who_needs(&lack.file)?;
+    miss.sort_unstable_by(|a, b| b.cmp(a));
+    events.warn(format!(
+        "{}: {reason}; it is read in full. Backups that refer to {}: {}",
+        disk.name,
+        lack.file,
+        named(&miss)
+    ));
+    Ok(choice.without_base(owner, disk, id, reason)?)
+}
+
+/// The latest of them by name, the others by number.
+fn named(backups: &[BackupId]) -> String {
+    /// As many as fit a line or two.
+    const NAMED: usize = 8;
+    let (first, rest) = backups.split_at(backups.len().min(NAMED));
+    let mut names: Vec<_> = first.iter().map(ToString::to_string).collect();
+    if !rest.is_empty() {
+        names.push(format!("{} older ones", rest.len()));
+    }
+    match names.is_empty() {
+        true => "none that can be read".into(),
+        false => names.join(", "),
+    }
 }
 
 pub(super) fn tell_choice(events: &Events, disk: &qemu::Disk, choice: &Choice) {
