@@ -2,6 +2,7 @@
 
 use super::{Failure, Session, target, text};
 use crate::job::audit::FILE;
+use crate::job::doubts::{self, Suspect};
 use anyhow::Context;
 use clap::Args;
 use serde_json::{Value, json};
@@ -9,14 +10,20 @@ use std::collections::BTreeSet;
 
 /// Show what became of jobs, and what they used of what they were granted.
 #[derive(Debug, Args)]
-#[command(after_help = "Example:\n  fleecebox audit acme --json")]
+#[command(after_help = "Example:\n  fleecebox audit acme --json\n  fleecebox audit --archive main")]
 pub(super) struct Audit {
     /// Only jobs of this tenant
     tenant: Option<String>,
+    /// Instead, name the backups in this archive that are suspect: made by a version that proved less, or built on such
+    #[arg(long, value_name = "NAME|FOLDER", conflicts_with = "tenant")]
+    archive: Option<String>,
 }
 
 impl Audit {
     pub(super) fn run(self, session: &Session) -> Result<(), Failure> {
+        if let Some(archive) = &self.archive {
+            return suspects(session, archive);
+        }
         let (state, path) = target::folder(&session.state)?;
         target::find_dead(session)?;
         let text = match state.read(FILE) {
@@ -66,12 +73,61 @@ impl Audit {
                     0 => String::new(),
                     calls => format!("  {calls} calls refused"),
                 },
-                match record["error"].as_str() {
-                    None => String::new(),
-                    Some(error) => format!("  {}", text::one_line(error)),
+                match (record["error"].as_str(), record["doubts"][0].as_str()) {
+                    (None, None) => String::new(),
+                    (None, Some(doubt)) => format!("  suspect: {}", text::one_line(doubt)),
+                    (Some(error), _) => format!("  {}", text::one_line(error)),
                 },
             );
         }
         Ok(())
     }
+}
+
+/// Names the suspects of an archive.
+fn suspects(session: &Session, archive: &str) -> Result<(), Failure> {
+    let archive = target::archive(session, Some(archive), false)?;
+    let mut found = Vec::new();
+    for name in archive.namespaces().map_err(target::failed)? {
+        let in_it = archive
+            .namespace(&name)
+            .and_then(|namespace| doubts::in_namespace(&namespace));
+        match in_it {
+            Ok((suspects, unreadable)) => {
+                found.extend(suspects);
+                for (id, error) in unreadable {
+                    say!("warning: backup {id}: {error}");
+                }
+            }
+            Err(error) => say!("warning: namespace {name}: {error}"),
+        }
+    }
+    if session.json {
+        let all = found.iter().map(|Suspect { manifest, doubts }| {
+            json!({
+                "backup": manifest.backup,
+                "namespace": manifest.namespace,
+                "vm": manifest.record.vm,
+                "version": manifest.record.host_version,
+                "bases": manifest.record.volumes.iter().map(|it| it.base).collect::<Vec<_>>(),
+                "doubts": doubts.iter().map(ToString::to_string).collect::<Vec<_>>(),
+            })
+        });
+        show!("{:#}", json!(all.collect::<Vec<_>>()));
+        return Ok(());
+    }
+    for Suspect { manifest, doubts } in &found {
+        for doubt in doubts {
+            show!(
+                "{} {} (version {}): {doubt}",
+                manifest.backup,
+                text::one_line(&manifest.record.vm),
+                text::one_line(&manifest.record.host_version)
+            );
+        }
+    }
+    if found.is_empty() {
+        say!("no backup in the archive is suspect");
+    }
+    Ok(())
 }

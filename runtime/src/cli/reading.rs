@@ -55,6 +55,11 @@ impl<'a> Reading<'a> {
         target::begun(self.session, &mut self.record)
     }
 
+    /// What may be wrong with the backup although nothing was found.
+    pub(super) fn doubt(&mut self, doubts: &[String]) {
+        self.record.doubts = doubts.to_vec();
+    }
+
     /// Writes down what became of it.
     pub(super) fn end(self, ended: Result<(), Failure>) -> Result<(), Failure> {
         let mut record = self.record;

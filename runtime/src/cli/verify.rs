@@ -5,6 +5,7 @@ use super::reading::Reading;
 use super::{AllowWasi, Failure, Sandboxes, Session, Status, target, text};
 use crate::archive::{Manifest, Namespace};
 use crate::job::audit::Job;
+use crate::job::doubts;
 use crate::job::replay::{self, Order};
 use anyhow::anyhow;
 use clap::Args;
@@ -102,9 +103,22 @@ impl Verify {
                 Err(error) => ended = Err(target::failed(error)),
             }
         }
+        let by = format!("verify of {}", manifest.backup);
+        match namespace.record_checks(&by) {
+            Ok(()) => {}
+            // Whoever may only read gets what was asked for.
+            Err(error) if error.is_not_writable() => {
+                events.note(format!("what was found is not recorded: {error}"));
+            }
+            Err(error) => events.warn(format!("what was found is not recorded: {error}")),
+        }
         drop(events);
         progress.finish().await;
         ended?;
+        let doubts = doubts::of(manifest);
+        let left = doubts.iter().filter(|it| !it.is_settled_by_verify());
+        let left: Vec<_> = left.map(ToString::to_string).collect();
+        reading.doubt(&left);
         if session.json {
             let findings: Vec<_> = findings
                 .iter()
@@ -112,7 +126,9 @@ impl Verify {
                 .collect();
             show!(
                 "{:#}",
-                json!({ "backup": manifest.backup, "intact": findings.is_empty(), "findings": findings })
+                json!({
+                    "backup": manifest.backup, "intact": findings.is_empty(), "findings": findings, "doubts": left,
+                })
             );
         } else {
             for found in &findings {
@@ -123,6 +139,13 @@ impl Verify {
                     text::one_line(&found.finding)
                 );
             }
+        }
+        for doubt in &left {
+            say!(
+                "warning: backup {} is suspect: version {} made it, and {doubt}",
+                manifest.backup,
+                manifest.record.host_version
+            );
         }
         if !findings.is_empty() {
             let denied = findings.iter().all(|found| found.status == Status::Denied);

@@ -92,6 +92,9 @@ pub struct Record {
     outcome: Outcome,
     /// Why, in one line; none where it is done.
     error: Option<String>,
+    /// What may be wrong with the backup that was read, although nothing was found.
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    pub doubts: Vec<String>,
     #[serde(skip)]
     started: Instant,
     #[serde(skip)]
@@ -154,6 +157,7 @@ impl Record {
             seconds: 0.0,
             outcome: Outcome::Done,
             error: None,
+            doubts: Vec::new(),
             started: Instant::now(),
             running: None,
         }

@@ -6,6 +6,7 @@ pub mod backup;
 pub mod base;
 pub mod claims;
 pub mod component;
+pub mod doubts;
 pub mod dry_run;
 mod event;
 pub mod export;
