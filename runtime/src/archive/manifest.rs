@@ -121,8 +121,51 @@ pub struct VolumeRecord {
 pub struct DiskRecord {
     /// Such as `raw` or `qcow2`.
     pub format: String,
-    /// What tells this disk from another of the same name and size.
+    /// Its image as QEMU names it, for people.
     pub identity: String,
+    /// The image, then what it builds on, in this order: what a bitmap is believed by. Empty in manifests of versions
+    /// that did not record it.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub layers: Vec<LayerRecord>,
+}
+
+/// One image of a disk.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct LayerRecord {
+    /// Such as `raw` or `qcow2`.
+    pub format: String,
+    /// As QEMU names its file.
+    pub name: String,
+    /// In bytes, as the guest sees it.
+    pub size: u64,
+    /// What tells its file from any other.
+    pub file: FileRecord,
+}
+
+/// What tells a file from any other.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(tag = "kind", rename_all = "kebab-case")]
+pub enum FileRecord {
+    /// A file of the host.
+    File {
+        /// Within its file system.
+        inode: u64,
+        /// When the inode was made, in nanoseconds since 1970, where the file system keeps that.
+        born: Option<i64>,
+        /// In bytes.
+        length: u64,
+        /// When it was last written, in nanoseconds since 1970.
+        modified: i64,
+    },
+    /// A block device of the host.
+    Device {
+        /// What stays the same over restarts of the host, where it has such a thing.
+        id: Option<String>,
+    },
+    /// Its name is all that was known.
+    Named,
+    /// It could not be told from others.
+    Unknown,
 }
 
 /// How far a provider's claims were checked.

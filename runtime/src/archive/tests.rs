@@ -105,6 +105,7 @@ fn volume(root: TableRoot) -> VolumeRecord {
         disk: DiskRecord {
             format: "raw".into(),
             identity: "a".into(),
+            layers: Vec::new(),
         },
         mode: BitmapMode::New,
         base: None,

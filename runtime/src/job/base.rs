@@ -1,8 +1,9 @@
 //! What one disk's backup builds on: decided by its bitmaps' names and the archive, never by time or by "the latest".
 
+use super::lineage;
 use crate::archive::{self, ArchiveId, BackupId, Manifest, NamespaceName, RULES, VolumeRecord};
 use crate::qemu::bitmap::{BitmapName, BitmapNameError, Own};
-use crate::qemu::{BitmapPlan, Disk};
+use crate::qemu::{BitmapPlan, Disk, Layer};
 use std::sync::Arc;
 
 /// Whose bitmaps are looked at: this archive's and namespace's, for this volume of this VM.
@@ -94,6 +95,9 @@ impl Choice {
         backup: BackupId,
         reason: String,
     ) -> Result<Self, BitmapNameError> {
+        if self.bitmap == BitmapPlan::None {
+            return Ok(self);
+        }
         self.stale.extend(self.bitmap.old().cloned());
         self.bitmap = BitmapPlan::New {
             name: owner.bitmap(&disk.name, backup, None)?,
@@ -125,9 +129,15 @@ pub fn choose(
     block_size: u32,
     mut recorded: impl FnMut(BackupId) -> Result<Recorded, archive::Error>,
 ) -> Result<Choice, ChoiceError> {
+    if let Some(reason) = lineage::written_unseen(disk) {
+        return Ok(Choice {
+            stale: own(owner, disk),
+            ..Choice::untracked(&reason)
+        });
+    }
     let mut usable: Option<(u64, BitmapName, Base)> = None;
     let mut stale = Vec::new();
-    let mut reason = None;
+    let mut reason = left_below(owner, disk);
     for bitmap in &disk.bitmaps {
         let Some(name) = BitmapName::parse(&bitmap.name).filter(|name| owner.owns(name)) else {
             continue;
@@ -139,22 +149,15 @@ pub fn choose(
             });
             continue;
         }
+        let dirty = disk.dirty(&bitmap.name).unwrap_or(bitmap.dirty);
         let judged = match bitmap.usable() {
             Err(unusable) => Err(format!("its bitmap cannot be used: {unusable}")),
             Ok(()) => base_of(&name, disk, block_size, bitmap.granularity, &mut recorded)?,
         };
         match judged {
             // Of two that both serve, the one with less to read; what the other holds is in neither's gap.
-            Ok(base)
-                if usable
-                    .as_ref()
-                    .is_none_or(|(dirty, ..)| bitmap.dirty < *dirty) =>
-            {
-                stale.extend(
-                    usable
-                        .replace((bitmap.dirty, name, base))
-                        .map(|(_, name, _)| name),
-                );
+            Ok(base) if usable.as_ref().is_none_or(|(least, ..)| dirty < *least) => {
+                stale.extend(usable.replace((dirty, name, base)).map(|(_, name, _)| name));
             }
             Ok(_) => stale.push(name),
             Err(why) => {
@@ -182,6 +185,28 @@ pub fn choose(
             reason,
         },
     })
+}
+
+/// The bitmaps of ours for this disk on its image.
+fn own(owner: &Owner, disk: &Disk) -> Vec<BitmapName> {
+    let names = disk
+        .bitmaps
+        .iter()
+        .filter_map(|bitmap| BitmapName::parse(&bitmap.name));
+    let ours = |name: &BitmapName| owner.owns(name) && name.volume() == owner.volume(&disk.name);
+    names.filter(ours).collect()
+}
+
+/// That the image below an overlay carries a bitmap of ours, which the overlay may not have: then nobody knows what was
+/// written to the overlay.
+fn left_below(owner: &Owner, disk: &Disk) -> Option<String> {
+    let ours = |name: &str| BitmapName::parse(name).is_some_and(|name| owner.owns(&name));
+    let carries = |layer: &&Layer| layer.bitmaps.iter().any(|bitmap| ours(&bitmap.name));
+    let layer = disk.below.iter().find(carries)?;
+    Some(format!(
+        "an overlay is above {}, which carries its bitmap, and does not carry it",
+        layer.image.name
+    ))
 }
 
 /// The base that `name` speaks of, or why it is none.
@@ -233,7 +258,11 @@ fn base_of(
             volume.root.block_size()
         ))
     } else {
-        Ok(Base { manifest, volume })
+        lineage::tracked(&volume.disk, disk, &name.to_string())
+            .map(|()| Base { manifest, volume })
+            .map_err(|why| {
+                format!("its bitmap since the base {id} cannot hold all changes: {why}")
+            })
     })
 }
 

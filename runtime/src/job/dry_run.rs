@@ -6,6 +6,7 @@ use super::event::Events;
 use super::extra::{Extra, ExtraError, Source};
 use super::fleecing;
 use super::journal::Journal;
+use super::lineage;
 use super::point_in_time::PointError;
 use super::power::PowerError;
 use super::recover::{self, RecoverError};
@@ -219,7 +220,7 @@ async fn settled_first(
 
 fn tracked(disk: &qemu::Disk, choice: Choice, id: BackupId) -> DiskForecast {
     let used = choice.bitmap.old().map(ToString::to_string);
-    let dirty = used.as_deref().and_then(|used| disk.bitmap(used));
+    let dirty = used.as_deref().and_then(|used| disk.dirty(used));
     let id = id.to_string();
     let added = choice.bitmap.new_bitmap().map(ToString::to_string);
     DiskForecast {
@@ -229,8 +230,7 @@ fn tracked(disk: &qemu::Disk, choice: Choice, id: BackupId) -> DiskForecast {
             BitmapPlan::Reuse { .. } => Mode::Incremental,
         },
         base: choice.base.map(|base| base.manifest.backup),
-        // Bits stand for whole blocks, the last of which may reach past the end.
-        dirty_bytes: dirty.map_or(disk.size, |bitmap| bitmap.dirty.min(disk.size)),
+        dirty_bytes: dirty.unwrap_or(disk.size),
         bitmap_added: added.map(|added| added.replace(&id, "BACKUP")),
         bitmaps_removed: choice.stale.iter().map(ToString::to_string).collect(),
         bitmap_used: used,
@@ -241,9 +241,13 @@ fn tracked(disk: &qemu::Disk, choice: Choice, id: BackupId) -> DiskForecast {
 
 /// One that the archive knows nothing of, being empty itself.
 fn first_of_its_archive(disk: &qemu::Disk) -> DiskForecast {
-    match disk.read_only {
-        true => untracked(disk),
-        false => DiskForecast {
+    match lineage::written_unseen(disk) {
+        _ if disk.read_only => untracked(disk),
+        Some(reason) => DiskForecast {
+            reason: Some(reason),
+            ..untracked(disk)
+        },
+        None => DiskForecast {
             mode: Mode::Full,
             reason: Some("the archive holds nothing of this provider's".into()),
             ..untracked(disk)

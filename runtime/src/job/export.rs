@@ -13,12 +13,13 @@ use super::event::Events;
 use super::extra::Extra;
 use super::fleecing::{Bounds, VirtualFile};
 use super::journal::{Journal, JournalError, Step};
+use super::lineage;
 use super::point_in_time::{BLOCK_SIZE, PointError, Prepared};
 use super::recover;
 use super::subject::{self, Subject};
 use crate::archive::{
-    self, Archive, BackupId, BackupRecord, ComponentId, DiskRecord, Namespace, NamespaceName,
-    Proof, ProviderRecord, VolumeRecord,
+    self, Archive, BackupId, BackupRecord, ComponentId, Namespace, NamespaceName, Proof,
+    ProviderRecord, VolumeRecord,
 };
 use crate::channel::{BitmapMode, GuestLimits, World};
 use crate::config::Vm;
@@ -500,13 +501,10 @@ fn record(
     let mut volumes = Vec::new();
     for (disk, choice) in disks {
         let dirty = choice.bitmap.old().map(ToString::to_string);
-        let dirty = dirty.and_then(|old| disk.bitmap(&old).map(|old| old.dirty));
+        let dirty = dirty.and_then(|old| disk.dirty(&old));
         volumes.push(VolumeRecord {
             name: disk.name.clone(),
-            disk: DiskRecord {
-                format: disk.format.clone(),
-                identity: disk.filename.clone(),
-            },
+            disk: lineage::record(disk),
             mode: match (&choice.base, choice.bitmap.new_bitmap()) {
                 (Some(_), _) => BitmapMode::Reuse,
                 (None, Some(_)) => BitmapMode::New,

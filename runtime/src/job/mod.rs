@@ -13,6 +13,7 @@ pub mod export;
 pub mod extra;
 pub mod fleecing;
 pub mod journal;
+pub mod lineage;
 pub mod point_in_time;
 pub mod power;
 pub mod prove;

@@ -10,7 +10,7 @@ use super::recover::{self, Traces};
 use crate::archive::{Archive, BackupId, Namespace};
 use crate::config::Vm;
 use crate::qemu::machine::Standing;
-use crate::qemu::{self, Monitor, machine, needs};
+use crate::qemu::{self, Monitor, image, machine, needs};
 use cap_std::fs::Dir;
 use std::collections::BTreeMap;
 use std::path::Path;
@@ -136,6 +136,7 @@ pub async fn find_disks(
     let mut found = machine::disks(monitor, &choice).await?;
     extra::add_nodes(monitor, extra, &mut found).await?;
     needs::check(monitor, &found.disks).await?;
+    image::describe(monitor, &mut found.disks).await?;
     for skipped in &found.skipped {
         events.note(format!("{} is skipped: {}", skipped.name, skipped.reason));
     }

@@ -6,11 +6,12 @@
 use super::base::Choice;
 use super::component::Component;
 use super::event::Events;
+use super::lineage;
 use super::prove::{self, ProofError};
 use super::volume_run::{self, Covered};
 use crate::archive::{
-    self, BackupId, BackupRecord, BackupWriter, ComponentId, DiskRecord, Manifest, Namespace,
-    Proof, ProviderRecord, VolumeRecord,
+    self, BackupId, BackupRecord, BackupWriter, ComponentId, Manifest, Namespace, Proof,
+    ProviderRecord, VolumeRecord,
 };
 use crate::channel::World;
 use crate::config::Provider;
@@ -243,10 +244,7 @@ impl Transfer<'_> {
             .zip(disks)
             .map(|(volume, (disk, choice))| VolumeRecord {
                 name: volume.name,
-                disk: DiskRecord {
-                    format: disk.format.clone(),
-                    identity: disk.filename.clone(),
-                },
+                disk: lineage::record(disk),
                 mode: volume.mode,
                 base: volume.base,
                 fallback: volume.reason,

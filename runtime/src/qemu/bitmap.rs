@@ -4,6 +4,7 @@
 //! the same transaction; afterwards either the old one goes ([`accept`]) or the new one is poured back
 //! into it ([`back_out`]). So at every moment some set of bitmaps holds every change since the base.
 
+use super::image::Layer;
 use super::machine::{self, Bitmap};
 use super::monitor::{Monitor, MonitorError};
 use super::present;
@@ -200,13 +201,16 @@ pub struct Own {
     pub state: Bitmap,
 }
 
-/// Every bitmap of ours on every node, for recovery, which decides by asking the archive what committed.
+/// Every bitmap of ours on every node that can be written, for recovery, which decides by asking the archive what
+/// committed. One on a node below an overlay cannot be changed; its name stays true of that image, so it may be believed
+/// again once the overlay is merged into the image or thrown away.
 ///
 /// # Errors
 /// Those of [`Monitor::query`].
 pub async fn find(monitor: &Monitor) -> Result<Vec<Own>, MonitorError> {
     let nodes = present::nodes(monitor).await?;
-    let own = nodes.iter().flat_map(|node| {
+    let writable = nodes.iter().filter(|node| !node.read_only);
+    let own = writable.flat_map(|node| {
         machine::bitmaps(node).into_iter().filter_map(|state| {
             Some(Own {
                 node: node.name.clone(),
@@ -283,7 +287,7 @@ async fn pour_back(
             // Enabled first: a write between the other two would be in neither otherwise.
             let actions = json!([
                 action("enable", node, old),
-                merge(node, old, &[new]),
+                merge(node, old, &[(node, new)]),
                 action("remove", node, new),
             ]);
             monitor
@@ -314,7 +318,8 @@ async fn state(
         .find(|bitmap| bitmap.name == name))
 }
 
-/// The bitmaps' part of a point in time: every add, then every disable.
+/// The bitmaps' part of a point in time: every add, then every disable, then what the images below an old bitmap's know
+/// of the time before they got an overlay. They are read-only, so nothing falls between.
 pub(super) fn switch(plans: &[Plan], granularity: u32) -> Vec<Value> {
     let adds = plans.iter().filter_map(|plan| {
         let mut data = json!({
@@ -330,7 +335,17 @@ pub(super) fn switch(plans: &[Plan], granularity: u32) -> Vec<Value> {
     let disables = plans
         .iter()
         .filter_map(|plan| Some(action("disable", &plan.disk.node, plan.bitmap.old()?)));
-    adds.chain(disables).collect()
+    let merges = plans.iter().flat_map(|plan| {
+        let added = |old: &BitmapName| {
+            let name = old.to_string();
+            let carriers = plan.disk.carriers(&name);
+            let merge =
+                |(layer, _): (&Layer, _)| merge(&plan.disk.node, old, &[(&layer.node, old)]);
+            carriers.map(merge).collect::<Vec<_>>()
+        };
+        plan.bitmap.old().map(added).unwrap_or_default()
+    });
+    adds.chain(disables).chain(merges).collect()
 }
 
 /// Whether it is one of [`switch`]'s that begin something, and not one of those that end something.
@@ -346,9 +361,10 @@ pub(super) fn action(verb: &str, node: &str, name: &BitmapName) -> Value {
     })
 }
 
-/// An array of one: QEMU 10.0.2 crashes on a merge of no bitmaps, so this one cannot be built.
-fn merge(node: &str, target: &BitmapName, sources: &[&BitmapName; 1]) -> Value {
-    let sources = sources.map(BitmapName::to_string);
+/// An array of one: QEMU 10.0.2 crashes on a merge of no bitmaps, so this one cannot be built. The source is named with
+/// its node.
+fn merge(node: &str, target: &BitmapName, sources: &[(&str, &BitmapName); 1]) -> Value {
+    let sources = sources.map(|(node, name)| json!({ "node": node, "name": name.to_string() }));
     json!({
         "type": "block-dirty-bitmap-merge",
         "data": { "node": node, "target": target.to_string(), "bitmaps": sources },

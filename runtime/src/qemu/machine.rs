@@ -4,6 +4,7 @@
 //! taken for the disk's own node.
 
 use super::ids::OwnId;
+use super::image::{Image, Layer};
 use super::monitor::{Monitor, MonitorError};
 use super::present::{self, Device, DirtyInfo, Node};
 use serde_json::json;
@@ -42,12 +43,37 @@ pub struct Disk {
     pub can_persist: bool,
     /// Whether it cannot be written to: no bitmap can be added, and none is needed.
     pub read_only: bool,
+    /// What the node shows: the image that the guest writes to. Its file is known once [`super::image::describe`] looked.
+    pub image: Image,
+    /// What that image builds on, in this order, once that was looked at.
+    pub below: Vec<Layer>,
+    /// Whether others may write to it too, by its device's own word, once that was asked.
+    pub shared: bool,
 }
 
 impl Disk {
     /// The bitmap of that name.
     pub fn bitmap(&self, name: &str) -> Option<&Bitmap> {
         self.bitmaps.iter().find(|bitmap| bitmap.name == name)
+    }
+
+    /// The layers right below the image whose bitmaps of that name can be added to its own: as many as there are in a
+    /// row.
+    pub fn carriers(&self, name: &str) -> impl Iterator<Item = (&Layer, &Bitmap)> {
+        self.below.iter().map_while(move |layer| {
+            let bitmap = layer.bitmap(name)?;
+            let fits = layer.image.size == self.size && bitmap.usable().is_ok();
+            fits.then_some((layer, bitmap))
+        })
+    }
+
+    /// What the bitmap of that name calls dirty, in bytes, with those of the layers below that are added to it: at most
+    /// this much is read by it.
+    pub fn dirty(&self, name: &str) -> Option<u64> {
+        let own = self.bitmap(name)?.dirty;
+        let below = self.carriers(name).map(|(_, bitmap)| bitmap.dirty);
+        // Bits stand for whole blocks, the last of which may reach past the end.
+        Some(below.fold(own, u64::saturating_add).min(self.size))
     }
 }
 
@@ -344,6 +370,9 @@ fn disk(name: String, node: &Node) -> Disk {
         bitmaps: bitmaps(node),
         can_persist: node.driver == "qcow2" && compat != "0.10",
         read_only: node.read_only,
+        image: Image::of(node),
+        below: Vec::new(),
+        shared: false,
     }
 }
 
@@ -408,6 +437,17 @@ async fn refuse_pass_through(monitor: &Monitor, device: &Device) -> Result<(), M
         // A device that QEMU cannot find by this path is none of SCSI's, which all have an id or a path.
         Err(e) if e.is_refusal() => Ok(()),
         Err(e) => Err(e.into()),
+    }
+}
+
+/// Whether the device lets others write to its disk, as disks of a cluster are.
+pub(super) async fn is_shared(monitor: &Monitor, qdev: &str) -> Result<bool, MonitorError> {
+    let arguments = json!({ "path": qdev_path(qdev), "property": "share-rw" });
+    match monitor.query("qom-get", arguments).await {
+        Ok(shared) => Ok(shared),
+        // One that does not know the word does not do it.
+        Err(e) if e.is_refusal() => Ok(false),
+        Err(e) => Err(e),
     }
 }
 

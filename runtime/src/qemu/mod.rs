@@ -10,7 +10,7 @@
 //! 6. [`PointInTime::teardown`], then per disk [`bitmap::accept`] or [`bitmap::back_out`].
 //!
 //! Absences: this module knows no provider and no archive, reads no byte of a disk, and opens no path
-//! but the sockets that it is given.
+//! but the sockets that it is given; images' files are looked at, by [`open_files`], and not opened.
 //!
 //! Three things abort or crash QEMU 10.0.2 and are never done here: an `iothread` on an export
 //! (`blockdev-backup` on such a node aborts the storage daemon), `block-dirty-bitmap-merge` with an
@@ -24,11 +24,13 @@ mod descriptor;
 pub(crate) mod extra;
 pub mod filter;
 pub mod ids;
+pub mod image;
 pub mod leftovers;
 mod line;
 pub mod machine;
 pub mod monitor;
 pub mod needs;
+pub mod open_files;
 mod present;
 pub mod removal;
 pub mod schema;
@@ -42,8 +44,10 @@ pub(crate) mod tests;
 pub use agent::{Agent, AgentError};
 pub use bitmap::{BitmapName, BitmapPlan};
 pub use ids::JobId;
+pub use image::{Image, Layer};
 pub use machine::{Choice, Disk, MachineError};
 pub use monitor::{Monitor, MonitorError};
+pub use open_files::Identity;
 pub use schema::Schema;
 pub use snapshot::{Form, Plan, PointInTime, SnapshotError};
 pub use watchdog::{Watchdog, WatchdogError};

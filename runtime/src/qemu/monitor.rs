@@ -253,6 +253,7 @@ pub struct Monitor {
     waiting: Arc<Mutex<Waiting>>,
     events: broadcast::WeakSender<Event>,
     next_id: AtomicU64,
+    process: Option<i32>,
     tasks: [AbortHandle; 2],
 }
 
@@ -312,6 +313,7 @@ impl Monitor {
             socket: name.into(),
             reason,
         };
+        let process = stream.peer_cred().ok().and_then(|peer| peer.pid());
         let (reader, writer) = stream.into_split();
         let mut reader = BufReader::new(reader);
         timeout(GREETING_LIMIT, greeting(&mut reader))
@@ -321,7 +323,7 @@ impl Monitor {
             }))
             .map_err(not_qmp)?;
 
-        let monitor = Self::start(reader, writer);
+        let monitor = Self::start(reader, writer, process);
         monitor
             .within(GREETING_LIMIT, "qmp_capabilities", json!({}), None)
             .await
@@ -332,7 +334,11 @@ impl Monitor {
         Ok(monitor)
     }
 
-    fn start(reader: BufReader<OwnedReadHalf>, writer: OwnedWriteHalf) -> Self {
+    fn start(
+        reader: BufReader<OwnedReadHalf>,
+        writer: OwnedWriteHalf,
+        process: Option<i32>,
+    ) -> Self {
         let (events, _) = broadcast::channel(EVENTS_KEPT);
         let weak_events = events.downgrade();
         let waiting = Arc::new(Mutex::new(Waiting::Open(HashMap::new())));
@@ -345,6 +351,7 @@ impl Monitor {
             waiting,
             events: weak_events,
             next_id: AtomicU64::new(1),
+            process,
             tasks: [write.abort_handle(), read.abort_handle()],
         }
     }
@@ -403,6 +410,11 @@ impl Monitor {
         let descriptor = Some(descriptor);
         self.within(COMMAND_LIMIT, command, arguments, descriptor)
             .await
+    }
+
+    /// The process that made the socket: QEMU itself, unless another program listens for it.
+    pub(super) fn process(&self) -> Option<i32> {
+        self.process
     }
 
     /// Whether the connection is gone, so that no command can succeed on it.
@@ -649,7 +661,7 @@ mod tests {
         for _ in 0..CLOSED {
             let (ours, qemu) = UnixStream::pair().unwrap();
             let (reader, writer) = ours.into_split();
-            let monitor = Monitor::start(BufReader::new(reader), writer);
+            let monitor = Monitor::start(BufReader::new(reader), writer, None);
             let closing = tokio::spawn(async move {
                 let mut line = Vec::new();
                 BufReader::new(qemu).read_until(b'\n', &mut line).await

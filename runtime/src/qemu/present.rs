@@ -119,37 +119,42 @@ pub(super) async fn has_iothreads(monitor: &Monitor) -> Result<bool, MonitorErro
         .any(|object| object.kind == "child<iothread>"))
 }
 
-/// The node below the filter `name` (QMP `x-debug-query-block-graph`: no other command names the children of a node).
+/// The node below the filter `name`.
 pub(super) async fn filtered(monitor: &Monitor, name: &str) -> Result<String, MonitorError> {
-    let command = "x-debug-query-block-graph";
-    let graph: Graph = monitor.query(command, json!({})).await?;
-    let id = |name: &str| {
-        graph
-            .nodes
-            .iter()
-            .find(|node| node.name == name)
-            .map(|node| node.id)
-    };
-    let below = id(name).and_then(|parent| {
-        let edges = graph.edges.iter();
-        let mut files = edges.filter(|edge| edge.parent == parent && edge.name == "file");
-        let child = files.next()?.child;
-        graph.nodes.iter().find(|node| node.id == child)
-    });
+    let below = graph(monitor).await?.child(name, "file").map(str::to_owned);
     let missing = || serde::de::Error::custom(format!("it has no node below {name}"));
-    below
-        .map(|node| node.name.clone())
-        .ok_or_else(|| MonitorError::Answer {
-            command: command.into(),
-            source: missing(),
-        })
+    below.ok_or_else(|| MonitorError::Answer {
+        command: GRAPH.into(),
+        source: missing(),
+    })
+}
+
+/// No other command names the children of a node.
+const GRAPH: &str = "x-debug-query-block-graph";
+
+/// How the nodes hang together.
+pub(super) async fn graph(monitor: &Monitor) -> Result<Graph, MonitorError> {
+    monitor.query(GRAPH, json!({})).await
 }
 
 /// `XDbgBlockGraph`.
 #[derive(Debug, Deserialize)]
-struct Graph {
+pub(super) struct Graph {
     nodes: Vec<GraphNode>,
     edges: Vec<GraphEdge>,
+}
+
+impl Graph {
+    /// The child of the node `name` by this edge, such as `file` or `backing`.
+    pub(super) fn child(&self, name: &str, edge: &str) -> Option<&str> {
+        let parent = self.nodes.iter().find(|node| node.name == name)?.id;
+        let mut edges = self.edges.iter();
+        let child = edges
+            .find(|found| found.parent == parent && found.name == edge)?
+            .child;
+        let child = self.nodes.iter().find(|node| node.id == child)?;
+        Some(&child.name)
+    }
 }
 
 #[derive(Debug, Deserialize)]

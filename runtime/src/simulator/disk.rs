@@ -106,6 +106,15 @@ impl Disk {
             bitmaps: bitmaps.collect(),
             can_persist: true,
             read_only: false,
+            image: qemu::Image {
+                format: "memory".into(),
+                name: format!("memory:{}", self.name),
+                size: self.size(),
+                identity: qemu::Identity::Unseen,
+                data_file: None,
+            },
+            below: Vec::new(),
+            shared: false,
         }
     }
 

@@ -78,6 +78,7 @@ impl Scratch {
                     disk: DiskRecord {
                         format: "raw".into(),
                         identity: "disk".into(),
+                        layers: Vec::new(),
                     },
                     mode: BitmapMode::New,
                     base: None,

@@ -15,12 +15,14 @@ pub(crate) enum Commit {
 }
 
 /// One backup.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+#[derive(Debug, Clone, PartialEq, Eq, Hash)]
 pub(crate) struct Backup {
     /// Its id. Ids are drawn at random in the product; here they count, and nothing is decided by their order.
     pub id: u8,
     /// The backup that its block table builds on.
     pub base: Option<u8>,
+    /// The images that the disk was made of.
+    pub images: Vec<u8>,
     /// What it says itself: what was read. The rest is in the base's table.
     pub blocks: [Option<u8>; BLOCKS],
     /// What it has to restore to: the disk at its point in time. Nobody in the model looks at it.

@@ -31,6 +31,10 @@ pub enum Bug {
     UncommittedNewLeft,
     /// The old bitmap is forgotten after the commit.
     OldKeptAfterCommit,
+    /// Of a disk with an overlay, only the overlay's own bitmap is read.
+    OverlaysBitmapAlone,
+    /// A bitmap is believed whatever its disk is made of now.
+    ImagesNotCompared,
     /// Backups are removed without regard to a job that builds on them.
     BaseRemovedUnderJob,
 }

@@ -7,11 +7,12 @@ use crate::Bug;
 use crate::archive::Archive;
 use crate::qemu::{self, BLOCKS, BitmapName, BitmapPlan, Qemu};
 use fleecebox::archive::{
-    BackupId, BackupRecord, ComponentId, DiskRecord, MANIFEST_FORMAT, Manifest, Proof,
-    ProviderRecord, RULES, Stats, VolumeRecord,
+    BackupId, BackupRecord, ComponentId, MANIFEST_FORMAT, Manifest, Proof, ProviderRecord, RULES,
+    Stats, VolumeRecord,
 };
 use fleecebox::channel::{BitmapMode, World};
 use fleecebox::job::base::{self, Owner, Recorded};
+use fleecebox::job::lineage;
 use fleecebox::job::point_in_time::BLOCK_SIZE;
 use fleecebox::qemu::bitmap::Own;
 use fleecebox::qemu::{self as product, Disk};
@@ -44,48 +45,120 @@ pub(crate) enum Remedy {
     BackOut(BitmapPlan),
 }
 
-/// What a decision is made of: whose it is, what QEMU says of its bitmaps, and what the archive holds.
+/// A committed backup, as far as a decision looks at it.
+#[derive(Clone, PartialEq, Eq, Hash)]
+struct Committed {
+    id: u8,
+    base: Option<u8>,
+    images: Vec<u8>,
+}
+
+/// What a decision is made of: whose it is, what QEMU says of its images and bitmaps, and what the archive holds.
 #[derive(Clone, PartialEq, Eq, Hash)]
 struct Question {
     archive: u8,
     bitmaps: Vec<qemu::Bitmap>,
+    images: Vec<u8>,
+    /// Of each image below.
+    below: Vec<Vec<qemu::Bitmap>>,
     busy: Option<BitmapName>,
-    /// Ids and bases.
-    committed: Vec<(u8, Option<u8>)>,
+    committed: Vec<Committed>,
 }
 
 impl Question {
-    fn new(archive: u8, qemu: &Qemu, held: &Archive) -> Self {
+    fn new(archive: u8, qemu: &Qemu, held: &Archive, bug: Option<Bug>) -> Self {
+        let images = |backup: &crate::archive::Backup| match bug {
+            Some(Bug::ImagesNotCompared) => qemu.chain(),
+            _ => backup.images.clone(),
+        };
         Self {
             archive,
             bitmaps: qemu.bitmaps.clone(),
+            images: qemu.chain(),
+            below: qemu
+                .below
+                .iter()
+                .map(|below| below.bitmaps.clone())
+                .collect(),
             busy: qemu.export.flatten(),
             committed: held
                 .committed()
-                .map(|backup| (backup.id, backup.base))
+                .map(|backup| Committed {
+                    id: backup.id,
+                    base: backup.base,
+                    images: images(backup),
+                })
                 .collect(),
         }
     }
 
     fn recorded(&self, id: BackupId) -> Recorded {
-        let mut committed = self.committed.iter().copied();
-        match committed.find(|&(known, _)| backup_id(known) == id) {
-            Some((id, base)) => Recorded::Committed(Arc::new(manifest(self.archive, id, base))),
+        let mut committed = self.committed.iter();
+        match committed.find(|known| backup_id(known.id) == id) {
+            Some(known) => Recorded::Committed(Arc::new(manifest(self.archive, known))),
             None => Recorded::Absent,
         }
     }
 
     fn bitmaps(&self) -> Vec<product::machine::Bitmap> {
-        let bitmap = |bitmap: &qemu::Bitmap| product::machine::Bitmap {
-            name: name(bitmap.name).to_string(),
-            granularity: BLOCK_SIZE,
-            dirty: u64::from(bitmap.dirty.count_ones()) * u64::from(BLOCK_SIZE),
-            recording: bitmap.recording,
-            busy: self.busy == Some(bitmap.name),
-            persistent: bitmap.stored,
-            inconsistent: bitmap.inconsistent,
+        let busy = |bitmap: &qemu::Bitmap| self.busy == Some(bitmap.name);
+        let shown = |bitmap: &qemu::Bitmap| product::machine::Bitmap {
+            busy: busy(bitmap),
+            ..shown(bitmap)
         };
-        self.bitmaps.iter().map(bitmap).collect()
+        self.bitmaps.iter().map(shown).collect()
+    }
+
+    fn disk(&self) -> Disk {
+        let mut disk = made_of(&self.images);
+        disk.bitmaps = self.bitmaps();
+        for (layer, bitmaps) in disk.below.iter_mut().zip(&self.below) {
+            layer.bitmaps = bitmaps.iter().map(shown).collect();
+        }
+        disk
+    }
+}
+
+fn shown(bitmap: &qemu::Bitmap) -> product::machine::Bitmap {
+    product::machine::Bitmap {
+        name: name(bitmap.name).to_string(),
+        granularity: BLOCK_SIZE,
+        dirty: u64::from(bitmap.dirty.count_ones()) * u64::from(BLOCK_SIZE),
+        recording: bitmap.recording,
+        busy: false,
+        persistent: bitmap.stored,
+        inconsistent: bitmap.inconsistent,
+    }
+}
+
+/// The disk, without bitmaps.
+fn made_of(images: &[u8]) -> Disk {
+    let size = BLOCKS as u64 * u64::from(BLOCK_SIZE);
+    let image = |&number: &u8| product::Image {
+        format: "qcow2".into(),
+        name: format!("{number}.qcow2"),
+        size,
+        identity: product::Identity::Unseen,
+        data_file: None,
+    };
+    let layer = |number: &u8| product::Layer {
+        node: number.to_string(),
+        image: image(number),
+        bitmaps: Vec::new(),
+    };
+    let (active, below) = images.split_first().expect("a disk has an image");
+    Disk {
+        name: DISK.into(),
+        node: NODE.into(),
+        size,
+        format: "qcow2".into(),
+        filename: format!("{active}.qcow2"),
+        bitmaps: Vec::new(),
+        can_persist: true,
+        read_only: false,
+        image: image(active),
+        below: below.iter().map(layer).collect(),
+        shared: false,
     }
 }
 
@@ -103,7 +176,7 @@ pub(crate) fn choose(
     full: bool,
     bug: Option<Bug>,
 ) -> Choice {
-    let question = Question::new(archive, qemu, held);
+    let question = Question::new(archive, qemu, held, bug);
     if let Some(choice) = misled(&question, held, id, bug).filter(|_| !full) {
         return choice;
     }
@@ -119,16 +192,7 @@ pub(crate) fn choose(
 }
 
 fn choose_anew(question: &Question, id: u8, full: bool) -> Choice {
-    let disk = Disk {
-        name: DISK.into(),
-        node: NODE.into(),
-        size: BLOCKS as u64 * u64::from(BLOCK_SIZE),
-        format: "qcow2".into(),
-        filename: "disk.qcow2".into(),
-        bitmaps: question.bitmaps(),
-        can_persist: true,
-        read_only: false,
-    };
+    let disk = question.disk();
     let owner = owner(question.archive);
     let choice = base::choose(&owner, &disk, backup_id(id), BLOCK_SIZE, |id| {
         Ok(question.recorded(id))
@@ -176,7 +240,7 @@ fn misled(question: &Question, held: &Archive, id: u8, bug: Option<Bug>) -> Opti
 
 /// What recovery does about the bitmaps of `archive`.
 pub(crate) fn remedies(archive: u8, qemu: &Qemu, held: &Archive, bug: Option<Bug>) -> Vec<Remedy> {
-    let question = Question::new(archive, qemu, held);
+    let question = Question::new(archive, qemu, held, bug);
     if bug == Some(Bug::AnyStoppedBitmapMerged) {
         return any_stopped(&question);
     }
@@ -234,7 +298,7 @@ fn any_stopped(question: &Question) -> Vec<Remedy> {
         match question
             .committed
             .iter()
-            .any(|&(id, _)| id == new.name.backup)
+            .any(|known| known.id == new.name.backup)
         {
             true => Remedy::Accept(plan),
             false => Remedy::BackOut(plan),
@@ -281,7 +345,8 @@ fn plan(plan: &product::BitmapPlan) -> BitmapPlan {
 }
 
 /// What the base's manifest says, as far as a choice looks at it.
-fn manifest(archive: u8, id: u8, base: Option<u8>) -> Manifest {
+fn manifest(archive: u8, committed: &Committed) -> Manifest {
+    let &Committed { id, base, .. } = committed;
     let bitmap = BitmapName {
         archive,
         backup: id,
@@ -319,10 +384,7 @@ fn manifest(archive: u8, id: u8, base: Option<u8>) -> Manifest {
             host_version: String::new(),
             volumes: vec![VolumeRecord {
                 name: DISK.into(),
-                disk: DiskRecord {
-                    format: "qcow2".into(),
-                    identity: "disk.qcow2".into(),
-                },
+                disk: lineage::record(&made_of(&committed.images)),
                 mode: BitmapMode::New,
                 base: base.map(backup_id),
                 fallback: None,

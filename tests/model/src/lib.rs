@@ -28,9 +28,12 @@
 //! - Backups that are removed, where no other builds on them and no job that runs does. Nothing in the product
 //!   removes any yet; whatever will has to keep to this, as [`Bug::BaseRemovedUnderJob`] shows.
 //! - Runs with `--full`, where the bounds ask for them.
+//! - Overlays that are put above the image, merged into it, thrown away, and all below pulled up, and another template
+//!   under all of them, where the bounds ask for them: between two runs, since QEMU refuses them while a point in time
+//!   is held. A transaction on an image that got its overlay since it was chosen fails, as any may.
 //!
 //! # What is not
-//! - Several disks, files that change places, sizes that change: `choose` compares names and sizes, and is tested for
+//! - Several disks, files that change places, sizes that change, devices that share their disk: `choose` compares names and sizes, and is tested for
 //!   that where it stands.
 //! - A guest's write as more than one step. QEMU marks a write's blocks when it has completed, and draining waits for
 //!   that, so a write that is on its way through a transaction counts as one after it.

@@ -110,6 +110,8 @@ pub(crate) enum Action {
         /// Stays as it is.
         source: BitmapName,
     },
+    /// `block-dirty-bitmap-merge` of the bitmaps of that name on the images below.
+    MergeBelow(BitmapName),
     /// `block-dirty-bitmap-remove`
     Remove(BitmapName),
 }
@@ -122,13 +124,15 @@ impl fmt::Display for Action {
             Self::Enable(name) => write!(f, "enable {name}"),
             Self::Disable(name) => write!(f, "disable {name}"),
             Self::Merge { target, source } => write!(f, "merge {source} into {target}"),
+            Self::MergeBelow(name) => write!(f, "merge {name} of the images below"),
             Self::Remove(name) => write!(f, "remove {name}"),
         }
     }
 }
 
-/// The actions of `qemu::snapshot::actions`.
+/// The actions of `qemu::snapshot::make`: `freeze_disks`.
 pub(crate) fn point_in_time(
+    qemu: &Qemu,
     plan: &BitmapPlan,
     stale: &[BitmapName],
     bug: Option<Bug>,
@@ -145,7 +149,16 @@ pub(crate) fn point_in_time(
             .into_iter()
             .chain(stale.iter().map(|&name| Action::Remove(name)))
             .collect(),
-        _ => [backup, add].into_iter().chain(disable).collect(),
+        _ => {
+            let carried = |old: &BitmapName| qemu.carriers(*old).next().is_some();
+            let believed = plan.old().filter(|_| bug != Some(Bug::OverlaysBitmapAlone));
+            let merge = believed.filter(carried).map(Action::MergeBelow);
+            [backup, add]
+                .into_iter()
+                .chain(disable)
+                .chain(merge)
+                .collect()
+        }
     }
 }
 
@@ -165,6 +178,19 @@ pub(crate) fn pour_back(old: BitmapName, new: BitmapName, bug: Option<Bug>) -> V
     }
 }
 
+/// An image below the one that the guest writes to.
+#[derive(Debug, Clone, PartialEq, Eq, Hash)]
+pub(crate) struct Below {
+    /// What tells it from others.
+    pub image: u8,
+    /// What the disk was when it got its overlay.
+    pub disk: Content,
+    /// The blocks that it holds itself.
+    pub holds: Dirty,
+    /// Read-only, as it is.
+    pub bitmaps: Vec<Bitmap>,
+}
+
 /// QEMU and the guest in it.
 #[derive(Debug, Clone, PartialEq, Eq, Hash)]
 pub(crate) struct Qemu {
@@ -172,6 +198,18 @@ pub(crate) struct Qemu {
     pub format: Format,
     /// What the guest wrote.
     pub disk: Content,
+    /// What tells the image that the guest writes to from others.
+    pub image: u8,
+    /// The blocks that this image holds itself.
+    pub holds: Dirty,
+    /// What it builds on, but for the template.
+    pub below: Vec<Below>,
+    /// What is below all of them; blocks that none of them holds are the template's.
+    pub template: Option<u8>,
+    /// Images and templates that there were.
+    pub images: u8,
+    /// Raised where content is thrown away, lest a write makes the same again.
+    pub age: u8,
     /// In the order in which they were added.
     pub bitmaps: Vec<Bitmap>,
     /// The disk as of the point in time, as long as the backup's job keeps it.
@@ -190,6 +228,12 @@ impl Qemu {
         Self {
             format,
             disk: [0; BLOCKS],
+            image: 0,
+            holds: 0,
+            below: Vec::new(),
+            template: Some(1),
+            images: 2,
+            age: 0,
             bitmaps: Vec::new(),
             snapshot: None,
             export: None,
@@ -214,7 +258,8 @@ impl Qemu {
 
     /// The guest writes a block: every bitmap that records knows.
     pub(crate) fn write(&mut self, block: usize) {
-        self.disk[block] += 1;
+        self.disk[block] += 1 + self.age;
+        self.holds |= 1 << block;
         for bitmap in self.bitmaps.iter_mut().filter(|bitmap| bitmap.recording) {
             bitmap.dirty |= 1 << block;
         }
@@ -237,7 +282,9 @@ impl Qemu {
                 Action::Backup => {}
                 Action::Add(name) if self.bitmap(name).is_some() => return Err(Refused),
                 Action::Add(_) => {}
-                Action::Enable(name) | Action::Disable(name) => consistent(name)?,
+                Action::Enable(name) | Action::Disable(name) | Action::MergeBelow(name) => {
+                    consistent(name)?;
+                }
                 Action::Merge { target, source } => {
                     consistent(target)?;
                     consistent(source)?;
@@ -274,6 +321,14 @@ impl Qemu {
                     target.dirty |= dirty;
                 }
             }
+            Action::MergeBelow(name) => {
+                let dirty = self
+                    .carriers(name)
+                    .fold(0, |dirty, bitmap| dirty | bitmap.dirty);
+                if let Some(target) = self.bitmap_mut(name) {
+                    target.dirty |= dirty;
+                }
+            }
             Action::Remove(name) => self.bitmaps.retain(|bitmap| bitmap.name != name),
         }
         self.drained &= !self.transaction.is_empty();
@@ -304,6 +359,102 @@ impl Qemu {
         for bitmap in &mut self.bitmaps {
             // What such a bitmap calls dirty means nothing.
             (bitmap.inconsistent, bitmap.recording, bitmap.dirty) = (true, false, 0);
+        }
+    }
+
+    /// `Disk::carriers`
+    pub(crate) fn carriers(&self, name: BitmapName) -> impl Iterator<Item = &Bitmap> {
+        self.below.iter().map_while(move |below| {
+            let mut bitmaps = below.bitmaps.iter();
+            bitmaps.find(|bitmap| bitmap.name == name && bitmap.recording && !bitmap.inconsistent)
+        })
+    }
+
+    /// Whether its images are those that it began with, and always were.
+    pub(crate) fn is_as_made(&self) -> bool {
+        self.images == 2 && self.template.is_some()
+    }
+
+    /// What the disk is made of, from the image that the guest writes to down to the template.
+    pub(crate) fn chain(&self) -> Vec<u8> {
+        let below = self.below.iter().map(|below| below.image);
+        [self.image]
+            .into_iter()
+            .chain(below)
+            .chain(self.template)
+            .collect()
+    }
+
+    /// An overlay is put above the image: `carrying`, as libvirt does it, each bitmap that records gets an empty one of
+    /// its name there. The image is opened read-only, and its bitmaps are stored.
+    pub(crate) fn put_overlay(&mut self, carrying: bool) {
+        let carried = self
+            .bitmaps
+            .iter()
+            .filter(|bitmap| carrying && bitmap.recording);
+        let empty = |bitmap: &Bitmap| Bitmap {
+            dirty: 0,
+            stored: false,
+            ..*bitmap
+        };
+        let bitmaps = carried.map(empty).collect();
+        let mut below = std::mem::replace(&mut self.bitmaps, bitmaps);
+        below.iter_mut().for_each(|bitmap| bitmap.stored = true);
+        let below = Below {
+            image: self.image,
+            disk: self.disk,
+            holds: self.holds,
+            bitmaps: below,
+        };
+        self.below.insert(0, below);
+        (self.image, self.holds) = (self.images, 0);
+        self.images += 1;
+    }
+
+    /// What the overlay holds is written to the image below it, which is the guest's again.
+    pub(crate) fn commit_overlay(&mut self) {
+        let (disk, held) = (self.disk, self.holds);
+        self.drop_overlay();
+        self.disk = disk;
+        self.holds |= held;
+        for bitmap in self.bitmaps.iter_mut().filter(|bitmap| bitmap.recording) {
+            bitmap.dirty |= held;
+        }
+    }
+
+    /// The overlay is thrown away, with all that was written to it.
+    pub(crate) fn drop_overlay(&mut self) {
+        if self.below.is_empty() {
+            return;
+        }
+        let below = self.below.remove(0);
+        (self.image, self.disk, self.holds) = (below.image, below.disk, below.holds);
+        self.bitmaps = below.bitmaps;
+        self.age += 4;
+    }
+
+    /// What is below is copied into the image, which then builds on nothing.
+    pub(crate) fn pull(&mut self) {
+        self.below.clear();
+        self.template = None;
+        self.holds = Dirty::MAX;
+    }
+
+    /// Another template takes the place of the one that is there. No bitmap says so.
+    pub(crate) fn swap_template(&mut self) {
+        self.template = Some(self.images);
+        self.images += 1;
+        let held = |below: &Below| below.holds;
+        let held = self
+            .below
+            .iter()
+            .map(held)
+            .fold(self.holds, |held, more| held | more);
+        let all = self.below.iter_mut().map(|below| &mut below.disk);
+        for disk in all.chain([&mut self.disk]) {
+            for (block, version) in disk.iter_mut().enumerate() {
+                *version += u8::from(held >> block & 1 == 0) * (1 + self.age);
+            }
         }
     }
 

@@ -82,6 +82,8 @@ pub(crate) struct UnderWay {
     pub id: u8,
     /// What its disk builds on.
     pub choice: Choice,
+    /// The images that the disk is made of.
+    pub images: Vec<u8>,
     /// What was read.
     pub blocks: [Option<u8>; BLOCKS],
     /// The snapshot's content, once it is read. Nobody in the model looks at it.
@@ -249,6 +251,7 @@ fn attempt(world: &mut World, job: &mut Job, next: &Do, outcome: Outcome) -> Res
             job.backup = Some(UnderWay {
                 id,
                 choice,
+                images: world.qemu.chain(),
                 blocks: [None; BLOCKS],
                 point_in_time: [0; BLOCKS],
                 after_crash: world.crashed,
@@ -262,7 +265,7 @@ fn attempt(world: &mut World, job: &mut Job, next: &Do, outcome: Outcome) -> Res
         Do::Transaction => {
             let backup = under_way(job)?;
             let Choice { bitmap, stale, .. } = &backup.choice;
-            let actions = qemu::point_in_time(bitmap, stale, world.bug);
+            let actions = qemu::point_in_time(&world.qemu, bitmap, stale, world.bug);
             command(job, outcome, || {
                 world.qemu.begin(actions).map_err(|_| Error)
             })?;
@@ -306,6 +309,7 @@ fn attempt(world: &mut World, job: &mut Job, next: &Do, outcome: Outcome) -> Res
             world.archives[held].backups.push(Backup {
                 id: backup.id,
                 base: backup.choice.base,
+                images: backup.images.clone(),
                 blocks: backup.blocks,
                 point_in_time: backup.point_in_time,
                 after_crash: backup.after_crash,

@@ -21,6 +21,8 @@ pub struct Bounds {
     pub faults: u8,
     /// Whether runs with `--full` are among them.
     pub full: bool,
+    /// Overlays put, merged, pulled and thrown away, and templates swapped, between two runs.
+    pub images: u8,
 }
 
 /// The model.
@@ -77,6 +79,19 @@ pub enum Event {
     Restart,
     /// QEMU is killed and starts again.
     Kill,
+    /// An overlay is put above the image, with the names of its bitmaps or without.
+    Overlay {
+        /// As libvirt does it.
+        carrying: bool,
+    },
+    /// The overlay is merged into the image below it.
+    CommitOverlay,
+    /// The overlay is thrown away.
+    DropOverlay,
+    /// All that is below is pulled into the image.
+    Pull,
+    /// Another template takes the place of the one that is there.
+    SwapTemplate,
     /// A rename that was sent happens.
     Land {
         /// In this archive.
@@ -148,6 +163,21 @@ impl World {
         }
     }
 
+    /// What happens to the images of a disk that no point in time is held of.
+    fn image_events(&self, events: &mut Vec<Event>) {
+        let quiet = self.job.is_none() && self.qemu.snapshot.is_none();
+        if !quiet || self.qemu.format != Format::Qcow2 || self.rest.images == 0 {
+            return;
+        }
+        events.extend([true, false].map(|carrying| Event::Overlay { carrying }));
+        if !self.qemu.below.is_empty() {
+            events.extend([Event::CommitOverlay, Event::DropOverlay]);
+        }
+        if self.qemu.template.is_some() {
+            events.extend([Event::Pull, Event::SwapTemplate]);
+        }
+    }
+
     /// Tracking may be lost now, in every archive or in one.
     fn excuse(&mut self, archive: Option<u8>) {
         for (id, held) in (0..).zip(&mut self.archives) {
@@ -169,6 +199,25 @@ impl World {
             Event::Write(block) => {
                 self.rest.writes -= 1;
                 self.qemu.write(block);
+            }
+            Event::Overlay { carrying } => {
+                self.rest.images -= 1;
+                // What stopped with a job that died is not carried.
+                let bitmaps = &self.qemu.bitmaps;
+                if !carrying || bitmaps.iter().any(|bitmap| !bitmap.recording) {
+                    self.excuse(None);
+                }
+                self.qemu.put_overlay(carrying);
+            }
+            Event::CommitOverlay | Event::DropOverlay | Event::Pull | Event::SwapTemplate => {
+                self.rest.images -= 1;
+                self.excuse(None);
+                match event {
+                    Event::CommitOverlay => self.qemu.commit_overlay(),
+                    Event::DropOverlay => self.qemu.drop_overlay(),
+                    Event::Pull => self.qemu.pull(),
+                    _ => self.qemu.swap_template(),
+                }
             }
             Event::Land { archive, id } => {
                 for backup in &mut self.archives[usize::from(archive)].backups {
@@ -237,13 +286,15 @@ impl World {
             .count()
     }
 
-    /// A run with `--full` that dies after its commit leaves two that are both sound, until the next commit.
+    /// A run with `--full`, or in full since the images changed, that dies after its commit leaves two that are both sound,
+    /// until the next commit.
     fn one_records(&self) -> bool {
         let recovered = self
             .job
             .as_ref()
             .filter(|job| matches!(job.todo.first(), Some(Do::Choose)));
-        self.rest.full || recovered.is_none_or(|job| self.recording(job.archive) <= 1)
+        let excused = self.rest.full || !self.qemu.is_as_made();
+        excused || recovered.is_none_or(|job| self.recording(job.archive) <= 1)
     }
 
     fn nothing_left(&self) -> bool {
@@ -344,6 +395,7 @@ impl Model for Protocol {
         if world.rest.faults > 0 {
             world.faults(events);
         }
+        world.image_events(events);
     }
 
     fn next_state(&self, world: &World, event: Event) -> Option<World> {
@@ -393,6 +445,14 @@ impl World {
             Event::Crash => "THE JOB DIES".into(),
             Event::Restart => "QEMU QUITS AND STARTS AGAIN".into(),
             Event::Kill => "QEMU IS KILLED AND STARTS AGAIN".into(),
+            Event::Overlay { carrying: true } => {
+                "AN OVERLAY IS PUT above the image, with its bitmaps' names".into()
+            }
+            Event::Overlay { carrying: false } => "AN OVERLAY IS PUT above the image".into(),
+            Event::CommitOverlay => "THE OVERLAY IS MERGED into the image below".into(),
+            Event::DropOverlay => "THE OVERLAY IS THROWN AWAY".into(),
+            Event::Pull => "ALL THAT IS BELOW IS PULLED into the image".into(),
+            Event::SwapTemplate => "ANOTHER TEMPLATE TAKES ITS PLACE".into(),
             Event::Land { archive, id } => {
                 format!(
                     "THE MANIFEST of backup {id} APPEARS LATE in archive {}",

@@ -13,6 +13,7 @@ const TWO_ARCHIVES: Bounds = Bounds {
     writes: 2,
     faults: 2,
     full: false,
+    images: 0,
 };
 
 /// Many runs on one archive, for chains of incrementals.
@@ -22,6 +23,7 @@ const LONG_CHAIN: Bounds = Bounds {
     writes: 2,
     faults: 2,
     full: false,
+    images: 0,
 };
 
 /// Much that goes wrong.
@@ -31,6 +33,7 @@ const MANY_FAULTS: Bounds = Bounds {
     writes: 1,
     faults: 4,
     full: false,
+    images: 0,
 };
 
 /// With `--full` among the runs.
@@ -40,6 +43,7 @@ const FULL_RUNS: Bounds = Bounds {
     writes: 2,
     faults: 2,
     full: true,
+    images: 0,
 };
 
 /// Little of everything: enough for most planted bugs.
@@ -49,6 +53,7 @@ const FEW: Bounds = Bounds {
     writes: 1,
     faults: 2,
     full: false,
+    images: 0,
 };
 
 /// Runs for two archives in turn, each dying half-way.
@@ -58,6 +63,17 @@ const TAKING_TURNS: Bounds = Bounds {
     writes: 1,
     faults: 2,
     full: false,
+    images: 0,
+};
+
+/// Images that come and go between runs that die.
+const IMAGES: Bounds = Bounds {
+    archives: 1,
+    runs: 3,
+    writes: 2,
+    faults: 1,
+    full: false,
+    images: 2,
 };
 
 /// Explores all of it, tells how much that was, and how each property that was discovered came about.
@@ -116,6 +132,15 @@ fn no_combination_of_faults_loses_a_write() {
 #[test]
 fn a_full_backup_between_incrementals_costs_them_nothing() {
     let found = holds(FULL_RUNS);
+    assert!(
+        found.iter().all(|&found| found == INCREMENTALS),
+        "{found:?}"
+    );
+}
+
+#[test]
+fn overlays_and_templates_that_come_and_go_lose_no_write() {
+    let found = holds(IMAGES);
     assert!(
         found.iter().all(|&found| found == INCREMENTALS),
         "{found:?}"
@@ -204,4 +229,14 @@ fn removing_the_base_under_a_job_is_found() {
 #[test]
 fn a_bitmap_that_stays_after_success_is_found() {
     found(Bug::OldKeptAfterCommit, NOTHING_LEFT, FEW);
+}
+
+#[test]
+fn reading_only_the_overlays_bitmap_is_found() {
+    found(Bug::OverlaysBitmapAlone, RESTORES, IMAGES);
+}
+
+#[test]
+fn believing_a_bitmap_of_other_images_is_found() {
+    found(Bug::ImagesNotCompared, RESTORES, IMAGES);
 }

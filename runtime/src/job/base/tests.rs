@@ -1,9 +1,10 @@
 use super::*;
 use crate::archive::{
-    BackupRecord, DiskRecord, MANIFEST_FORMAT, Proof, ProviderRecord, RULES, Stats, TableRoot,
+    BackupRecord, MANIFEST_FORMAT, Proof, ProviderRecord, RULES, Stats, TableRoot,
 };
 use crate::channel::{BitmapMode, World};
 use crate::qemu::machine::Bitmap;
+use crate::qemu::{Identity, Image};
 use proptest::prelude::*;
 use std::collections::BTreeSet;
 use time::OffsetDateTime;
@@ -150,7 +151,7 @@ fn root(size: u64) -> TableRoot {
 
 /// The archive's word on a backup, whose manifest speaks of the bitmap `of_bitmap` where it is sound.
 fn recorded(says: Says, backup: BackupId, of_bitmap: &str) -> Recorded {
-    let (disk, size, bitmap) = match says {
+    let (name, size, bitmap) = match says {
         Says::Absent => return Recorded::Absent,
         Says::Damaged => {
             return Recorded::Damaged {
@@ -163,11 +164,8 @@ fn recorded(says: Says, backup: BackupId, of_bitmap: &str) -> Recorded {
         Says::WithoutTheDisk => ("disk7", SIZE, of_bitmap),
     };
     let volume = VolumeRecord {
-        name: disk.into(),
-        disk: DiskRecord {
-            format: "raw".into(),
-            identity: "disk0.raw".into(),
-        },
+        name: name.into(),
+        disk: lineage::record(&disk(&[])),
         mode: BitmapMode::New,
         base: None,
         fallback: None,
@@ -219,6 +217,15 @@ fn disk(bitmaps: &[Made]) -> Disk {
         bitmaps: bitmaps.iter().map(|made| made.state.clone()).collect(),
         can_persist: false,
         read_only: false,
+        image: Image {
+            format: "raw".into(),
+            name: "disk0.raw".into(),
+            size: SIZE,
+            identity: Identity::Unseen,
+            data_file: None,
+        },
+        below: Vec::new(),
+        shared: false,
     }
 }
 

@@ -1,0 +1,687 @@
+//! What changes between two backups without the bitmap of the disk's own node knowing it: overlays that come and go,
+//! templates that are swapped, images that others write to. Either the increment is right all the same, or the disk is
+//! read in full and that is said. `qemu-img compare` of the image against what is restored is the judge.
+
+use std::path::{Path, PathBuf};
+use std::process::Command;
+use std::time::Duration;
+
+use anyhow::{Context, Result, ensure};
+use fleecebox_tests::{
+    At, Backup, Emulator, Fault, MIB, Order, Proxy, Site, Stage, What, eventually, nbd_map,
+};
+use serde_json::{Value, json};
+
+const SIZE: u64 = 16 * MIB;
+const BLOCK: u64 = 64 << 10;
+const LIMIT: Duration = Duration::from_secs(60);
+const DISK: &str = "va";
+
+/// One disk of a machine without a guest, and where its backups go.
+struct Scene {
+    vm: Emulator,
+    site: Site,
+    order: Order,
+    /// Byte for the next write, so that no two are alike.
+    next: u8,
+}
+
+fn qemu_img<const N: usize>(arguments: [&str; N]) -> Result<()> {
+    let output = Command::new("qemu-img").args(arguments).output()?;
+    let said = String::from_utf8_lossy(&output.stderr);
+    ensure!(output.status.success(), "qemu-img {arguments:?}: {said}");
+    Ok(())
+}
+
+fn text(path: &Path) -> &str {
+    path.to_str().expect("the folder's name is plain")
+}
+
+impl Scene {
+    /// `start.qcow2` over `template.qcow2`, which holds data.
+    fn new() -> Result<Self> {
+        let scene = Self::without_images()?;
+        let template = scene.template("template.qcow2", 1)?;
+        scene.overlay(&scene.path("start.qcow2"), &template)?;
+        scene.started("start.qcow2")
+    }
+
+    fn without_images() -> Result<Self> {
+        let vm = Emulator::new(|_| Ok(Vec::new()))?;
+        let site = Site::new()?;
+        let mut order = site.order_for(&vm.monitors().product, "chunked")?;
+        order.disks = vec![DISK.into()];
+        Ok(Self {
+            vm,
+            site,
+            order,
+            next: 10,
+        })
+    }
+
+    fn started(mut self, active: &str) -> Result<Self> {
+        self.start(active, "")?;
+        Ok(self)
+    }
+
+    fn path(&self, name: &str) -> PathBuf {
+        self.vm.path(name)
+    }
+
+    /// An image whose first 4 MiB hold `byte`.
+    fn template(&self, name: &str, byte: u8) -> Result<PathBuf> {
+        let path = self.path(name);
+        qemu_img(["create", "-q", "-f", "qcow2", text(&path), "16M"])?;
+        self.write_offline(&path, byte, 0, 4 * MIB)?;
+        Ok(path)
+    }
+
+    fn overlay(&self, path: &Path, below: &Path) -> Result<()> {
+        qemu_img([
+            "create",
+            "-q",
+            "-f",
+            "qcow2",
+            "-b",
+            text(below),
+            "-F",
+            "qcow2",
+            text(path),
+        ])
+    }
+
+    fn write_offline(&self, path: &Path, byte: u8, offset: u64, length: u64) -> Result<()> {
+        let line = format!("write -P {byte} {offset} {length}");
+        let output = Command::new("qemu-io")
+            .args(["-f", "qcow2", "-c", &line])
+            .arg(path)
+            .output()?;
+        ensure!(output.status.success(), "{output:?}");
+        Ok(())
+    }
+
+    /// Starts the machine on that image.
+    fn start(&mut self, active: &str, device: &str) -> Result<()> {
+        let file = self.path(active);
+        let node = json!({"driver": "qcow2", "node-name": "active", "file": {"driver": "file", "filename": file}});
+        let device = format!("virtio-blk-pci,id={DISK},drive=active{device}");
+        self.vm
+            .start(&["-S", "-blockdev", &node.to_string(), "-device", &device])
+    }
+
+    fn restart(&mut self, active: &str) -> Result<()> {
+        self.vm.quit()?;
+        self.start(active, "")
+    }
+
+    fn qmp(&self, command: &str, arguments: Value) -> Result<Value> {
+        Ok(self.vm.control()?.execute(command, arguments)?)
+    }
+
+    /// The guest writes a block that no one wrote before, and forces it to the image.
+    fn write(&mut self, block: u64) -> Result<()> {
+        self.next += 1;
+        self.vm.write(DISK, self.next, block * BLOCK, BLOCK)?;
+        self.flush()
+    }
+
+    /// So that others see in the image what the machine sees.
+    fn flush(&self) -> Result<()> {
+        let (path, _) = self.vm.devices()?.remove(0);
+        let line = json!({"command-line": format!("qemu-io -d {path} flush")});
+        self.qmp("human-monitor-command", line).map(drop)
+    }
+
+    /// The node of the machine's disk, and its bitmaps by name.
+    fn active(&self) -> Result<(String, Vec<String>)> {
+        let blocks = self.qmp("query-block", json!({}))?;
+        let inserted = &blocks[0]["inserted"];
+        let bitmaps = inserted["dirty-bitmaps"].as_array().into_iter().flatten();
+        let names = bitmaps.filter_map(|bitmap| bitmap["name"].as_str().map(Into::into));
+        let node = inserted["node-name"].as_str().context("no node")?;
+        Ok((node.into(), names.collect()))
+    }
+
+    /// An overlay above the disk, as libvirt makes one: each bitmap that records gets an empty one of its name there.
+    fn snapshot(&self, name: &str) -> Result<()> {
+        let (_, bitmaps) = self.active()?;
+        self.snapshot_carrying(name, &bitmaps)
+    }
+
+    fn snapshot_carrying(&self, name: &str, bitmaps: &[String]) -> Result<()> {
+        let (node, _) = self.active()?;
+        let path = self.path(&format!("{name}.qcow2"));
+        let below = self.qmp("query-block", json!({}))?;
+        let below = below[0]["inserted"]["file"]
+            .as_str()
+            .context("no file")?
+            .to_string();
+        self.overlay(&path, Path::new(&below))?;
+        self.qmp(
+            "blockdev-add",
+            json!({"driver": "qcow2", "node-name": name, "backing": null,
+            "file": {"driver": "file", "filename": path}}),
+        )?;
+        let adds = bitmaps.iter().map(|bitmap| {
+            json!({"type": "block-dirty-bitmap-add",
+                "data": {"node": name, "name": bitmap, "persistent": true}})
+        });
+        let snapshot =
+            json!({"type": "blockdev-snapshot", "data": {"node": node, "overlay": name}});
+        let actions: Vec<Value> = adds.chain([snapshot]).collect();
+        self.qmp("transaction", json!({"actions": actions}))
+            .map(drop)
+    }
+
+    /// A block job up to its end, with the pivot where it waits for one.
+    fn job(&self, command: &str, mut arguments: Value) -> Result<()> {
+        arguments["job-id"] = json!("job");
+        let mut qmp = self.vm.control()?;
+        qmp.execute(command, arguments)?;
+        eventually("the block job", LIMIT, || {
+            let jobs = qmp.execute("query-block-jobs", json!({}))?;
+            let Some(job) = jobs.as_array().and_then(|jobs| jobs.first()) else {
+                return Ok(Some(()));
+            };
+            if job["status"] == "ready" {
+                qmp.execute("job-complete", json!({"id": "job"}))?;
+            }
+            Ok(None)
+        })
+    }
+
+    fn backup(&self) -> Result<Backup> {
+        self.site.backup(&self.order)
+    }
+
+    /// A backup that restores to what is in the machine's image now.
+    fn right(&self) -> Result<Backup> {
+        let backup = self.backup()?;
+        self.holds_the_disk(&backup)?;
+        Ok(backup)
+    }
+
+    /// The same, of what changed since `base`.
+    fn incremental(&self, base: &Backup, blocks: u64) -> Result<Backup> {
+        let backup = self.right()?;
+        backup.assert_base(DISK, Some(base));
+        ensure!(
+            backup.dirty_bytes(DISK) == blocks * BLOCK,
+            "{:?}",
+            backup.volumes
+        );
+        Ok(backup)
+    }
+
+    /// The same, read in full for this reason, and the next one is an increment again.
+    fn full_because(&self, why: &str) -> Result<()> {
+        let foretold = self.foretold()?;
+        let backup = self.right()?;
+        backup.assert_read_in_full_because(DISK, why);
+        let reason = foretold["reason"].as_str().unwrap_or_default();
+        ensure!(
+            foretold["mode"] != "incremental" && reason.contains(why),
+            "{foretold}"
+        );
+        let next = self.right()?;
+        if foretold["mode"] == "full" {
+            next.assert_base(DISK, Some(&backup));
+        }
+        Ok(())
+    }
+
+    fn foretold(&self) -> Result<Value> {
+        let outcome = self
+            .site
+            .backup_command(&self.order)
+            .arg("--dry-run")
+            .run()?;
+        Ok(outcome.assert_success().document()?["disks"][0].clone())
+    }
+
+    fn holds_the_disk(&self, backup: &Backup) -> Result<()> {
+        self.flush()?;
+        let blocks = self.qmp("query-block", json!({}))?;
+        let active = blocks[0]["inserted"]["file"].as_str().context("no file")?;
+        let restored = self.site.restore(&self.order.archive, &backup.id)?;
+        let raw = restored.join(format!("{DISK}.raw"));
+        qemu_img([
+            "compare",
+            "-U",
+            "-f",
+            "raw",
+            "-F",
+            "qcow2",
+            text(&raw),
+            active,
+        ])
+        .with_context(|| format!("backup {}:\n{}", backup.id, backup.said))
+    }
+}
+
+#[test]
+fn what_was_written_before_an_overlay_that_carries_the_bitmap_is_in_the_increment() -> Result<()> {
+    let mut scene = Scene::new()?;
+    scene.write(100)?;
+    let first = scene.right()?;
+    scene.write(20)?;
+    scene.snapshot("one")?;
+    scene.write(21)?;
+    scene.snapshot("two")?;
+    scene.write(22)?;
+    let second = scene.incremental(&first, 3)?;
+    // The names below are of the first backup and stay true of it; the second's are above.
+    scene.write(23)?;
+    let third = scene.incremental(&second, 1)?;
+    scene.snapshot("three")?;
+    scene.write(24)?;
+    scene.restart("three.qcow2")?;
+    scene.write(25)?;
+    scene.incremental(&third, 2)?;
+    Ok(())
+}
+
+#[test]
+fn an_increment_over_two_images_that_dies_loses_nothing_of_either() -> Result<()> {
+    let mut scene = Scene::new()?;
+    let first = scene.right()?;
+    scene.write(20)?;
+    scene.snapshot("one")?;
+    scene.write(21)?;
+    let proxy = Proxy::start(scene.vm.monitors())?;
+    proxy.inject(Fault {
+        at: At::Named("block-export-del", 1),
+        stage: Stage::BeforeQemu,
+        what: What::Hold,
+    });
+    let order = scene.order.clone().through(&proxy);
+    let running = scene.site.backup_command(&order).start()?;
+    let held = proxy.wait_held(LIMIT)?;
+    scene.write(22)?;
+    running.kill()?;
+    drop((held, proxy));
+    scene.write(23)?;
+    scene.incremental(&first, 4)?;
+    Ok(())
+}
+
+#[test]
+fn an_overlay_made_while_a_backup_was_dying_costs_no_more_than_a_full_read() -> Result<()> {
+    let mut scene = Scene::new()?;
+    let first = scene.right()?;
+    scene.write(20)?;
+    let proxy = Proxy::start(scene.vm.monitors())?;
+    proxy.inject(Fault {
+        at: At::Named("block-export-del", 1),
+        stage: Stage::BeforeQemu,
+        what: What::Hold,
+    });
+    let order = scene.order.clone().through(&proxy);
+    let running = scene.site.backup_command(&order).start()?;
+    let held = proxy.wait_held(LIMIT)?;
+    running.kill()?;
+    drop((held, proxy));
+    // The image keeps a bitmap that stopped and one that records; the machine opens it read-only below the overlay.
+    scene.vm.quit()?;
+    let (start, one) = (scene.path("start.qcow2"), scene.path("one.qcow2"));
+    scene.overlay(&one, &start)?;
+    scene.start("one.qcow2", "")?;
+    scene.write(21)?;
+    scene
+        .right()?
+        .assert_read_in_full_because(DISK, "an overlay is above");
+    // Back to the image itself: what was merged back there is right.
+    scene.restart("start.qcow2")?;
+    scene.write(22)?;
+    scene.incremental(&first, 2)?;
+    Ok(())
+}
+
+#[test]
+fn an_overlay_without_the_bitmap_is_read_in_full() -> Result<()> {
+    let mut scene = Scene::new()?;
+    scene.right()?;
+    scene.write(20)?;
+    scene.snapshot_carrying("one", &[])?;
+    scene.write(21)?;
+    scene.full_because("an overlay is above")
+}
+
+#[test]
+fn an_overlay_above_a_bitmap_that_stopped_is_read_in_full() -> Result<()> {
+    let mut scene = Scene::new()?;
+    scene.right()?;
+    let (node, bitmaps) = scene.active()?;
+    scene.qmp(
+        "block-dirty-bitmap-disable",
+        json!({"node": node, "name": bitmaps[0]}),
+    )?;
+    scene.write(20)?;
+    scene.snapshot("one")?;
+    scene.write(21)?;
+    scene.full_because("it stopped following writes")
+}
+
+#[test]
+fn an_overlay_that_is_committed_back_leaves_the_increment_right() -> Result<()> {
+    let mut scene = Scene::new()?;
+    let first = scene.right()?;
+    scene.write(20)?;
+    scene.snapshot("one")?;
+    scene.write(21)?;
+    scene.job(
+        "block-commit",
+        json!({"device": "one", "base-node": "active"}),
+    )?;
+    scene.write(22)?;
+    scene.incremental(&first, 3)?;
+    Ok(())
+}
+
+#[test]
+fn a_backup_of_an_overlay_is_no_base_once_that_is_committed() -> Result<()> {
+    let mut scene = Scene::new()?;
+    let first = scene.right()?;
+    scene.write(20)?;
+    scene.snapshot("one")?;
+    scene.write(21)?;
+    scene.incremental(&first, 2)?;
+    scene.write(22)?;
+    scene.job(
+        "block-commit",
+        json!({"device": "one", "base-node": "active"}),
+    )?;
+    scene.write(23)?;
+    // What the image below still carries is of the first backup, and holds all since.
+    scene.incremental(&first, 4)?;
+    Ok(())
+}
+
+#[test]
+fn images_between_that_are_committed_or_pulled_are_read_in_full_once() -> Result<()> {
+    for job in ["block-commit", "block-stream"] {
+        let mut scene = Scene::new()?;
+        scene.write(19)?;
+        scene.snapshot("one")?;
+        scene.write(20)?;
+        scene.snapshot("two")?;
+        scene.right()?;
+        scene.write(21)?;
+        let template = scene.path("template.qcow2");
+        let arguments = match job {
+            "block-commit" => json!({"device": "two", "top-node": "one"}),
+            _ => json!({"device": "two", "base": text(&template)}),
+        };
+        scene.job(job, arguments)?;
+        scene.write(22)?;
+        scene.full_because("since the base").context(job)?;
+    }
+    Ok(())
+}
+
+#[test]
+fn a_pull_of_all_that_is_below_is_read_in_full_once() -> Result<()> {
+    let mut scene = Scene::new()?;
+    scene.right()?;
+    scene.write(20)?;
+    scene.job("block-stream", json!({"device": "active"}))?;
+    scene.write(21)?;
+    scene.full_because("it was built on")
+}
+
+#[test]
+fn a_mirror_that_takes_the_bitmap_along_is_read_in_full_once() -> Result<()> {
+    let mut scene = Scene::new()?;
+    scene.right()?;
+    scene.write(20)?;
+    let (_, bitmaps) = scene.active()?;
+    let copy = scene.path("copy.qcow2");
+    qemu_img(["create", "-q", "-f", "qcow2", text(&copy), "16M"])?;
+    scene.qmp(
+        "blockdev-add",
+        json!({"driver": "qcow2", "node-name": "copy",
+        "file": {"driver": "file", "filename": copy}}),
+    )?;
+    scene.qmp(
+        "block-dirty-bitmap-add",
+        json!({"node": "copy", "name": bitmaps[0], "persistent": true}),
+    )?;
+    scene.job(
+        "blockdev-mirror",
+        json!({"device": "active", "target": "copy", "sync": "full"}),
+    )?;
+    scene.write(21)?;
+    scene.full_because("which is not among its images now")
+}
+
+#[test]
+fn going_back_to_the_image_below_an_overlay_is_right() -> Result<()> {
+    let mut scene = Scene::new()?;
+    let first = scene.right()?;
+    scene.write(20)?;
+    scene.snapshot("one")?;
+    scene.write(21)?;
+    scene.incremental(&first, 2)?;
+    scene.write(22)?;
+    // What was written since is thrown away, and with it the second backup's bitmap.
+    scene.restart("start.qcow2")?;
+    scene.incremental(&first, 1)?;
+    Ok(())
+}
+
+#[test]
+fn an_ordinary_restart_above_a_template_that_did_not_change_stays_incremental() -> Result<()> {
+    let mut scene = Scene::new()?;
+    let first = scene.right()?;
+    scene.write(20)?;
+    scene.restart("start.qcow2")?;
+    scene.write(21)?;
+    let second = scene.incremental(&first, 2)?;
+    // Read by others, linked, and made read-only: all that a template lives through.
+    let template = scene.path("template.qcow2");
+    std::fs::hard_link(&template, scene.path("link.qcow2"))?;
+    let mut permissions = std::fs::metadata(&template)?.permissions();
+    permissions.set_readonly(true);
+    std::fs::set_permissions(&template, permissions)?;
+    scene.restart("start.qcow2")?;
+    scene.incremental(&second, 0)?;
+    Ok(())
+}
+
+#[test]
+fn another_template_is_read_in_full() -> Result<()> {
+    let mut scene = Scene::new()?;
+    scene.right()?;
+    let other = scene.template("other.qcow2", 2)?;
+    scene.vm.quit()?;
+    let start = scene.path("start.qcow2");
+    qemu_img([
+        "rebase",
+        "-u",
+        "-b",
+        text(&other),
+        "-F",
+        "qcow2",
+        text(&start),
+    ])?;
+    scene.start("start.qcow2", "")?;
+    scene.write(20)?;
+    scene.full_because("it was built on")
+}
+
+#[test]
+fn a_template_that_was_written_to_or_replaced_is_read_in_full() -> Result<()> {
+    let mut scene = Scene::new()?;
+    scene.right()?;
+    let template = scene.path("template.qcow2");
+    scene.vm.quit()?;
+    scene.write_offline(&template, 3, MIB, BLOCK)?;
+    scene.start("start.qcow2", "")?;
+    scene.full_because("was written to")?;
+
+    // In its place while the machine runs, which keeps the old one open up to its restart.
+    let other = scene.template("other.qcow2", 4)?;
+    std::fs::rename(other, &template)?;
+    let backup = scene.backup()?;
+    backup.assert_read_in_full_because(DISK, "or on another file there");
+    scene.restart("start.qcow2")?;
+    scene.full_because("or on another file there")
+}
+
+#[test]
+fn an_image_that_another_took_the_place_of_is_read_in_full() -> Result<()> {
+    let mut scene = Scene::new()?;
+    scene.right()?;
+    scene.write(20)?;
+    scene.vm.quit()?;
+    let (start, older) = (scene.path("start.qcow2"), scene.path("older.qcow2"));
+    std::fs::copy(&start, &older)?;
+    scene.start("start.qcow2", "")?;
+    scene.write(21)?;
+    scene.right()?;
+    scene.vm.quit()?;
+    std::fs::rename(&older, &start)?;
+    scene.start("start.qcow2", "")?;
+    scene.full_because("another file is at")
+}
+
+#[test]
+fn an_older_copy_written_over_the_image_is_an_increment_of_its_own_time() -> Result<()> {
+    let mut scene = Scene::new()?;
+    let first = scene.right()?;
+    scene.write(20)?;
+    scene.vm.quit()?;
+    let (start, older) = (scene.path("start.qcow2"), scene.path("older.qcow2"));
+    std::fs::copy(&start, &older)?;
+    scene.start("start.qcow2", "")?;
+    scene.write(21)?;
+    scene.right()?;
+    scene.vm.quit()?;
+    std::fs::copy(&older, &start)?;
+    scene.start("start.qcow2", "")?;
+    scene.write(22)?;
+    scene.incremental(&first, 2)?;
+    Ok(())
+}
+
+#[test]
+fn a_bitmap_that_others_added_to_is_believed() -> Result<()> {
+    let mut scene = Scene::new()?;
+    let first = scene.right()?;
+    let (node, bitmaps) = scene.active()?;
+    scene.qmp(
+        "block-dirty-bitmap-add",
+        json!({"node": node, "name": "theirs"}),
+    )?;
+    scene.write(20)?;
+    scene.qmp(
+        "block-dirty-bitmap-merge",
+        json!({"node": node, "target": bitmaps[0], "bitmaps": ["theirs"]}),
+    )?;
+    scene.incremental(&first, 1)?;
+    Ok(())
+}
+
+#[test]
+fn a_disk_that_is_shared_is_read_in_full_each_time() -> Result<()> {
+    let mut scene = Scene::new()?;
+    let first = scene.right()?;
+    scene.vm.quit()?;
+    scene.start("start.qcow2", ",share-rw=on")?;
+    scene.write(20)?;
+    scene.full_because("share-rw")?;
+    ensure!(
+        scene.active()?.1.is_empty(),
+        "a bitmap is kept that nobody may believe"
+    );
+    scene.full_because("share-rw")?;
+    // By itself again, it starts anew.
+    scene.restart("start.qcow2")?;
+    let again = scene.right()?;
+    again.assert_base(DISK, None);
+    ensure!(again.id != first.id, "no backup");
+    scene.write(21)?;
+    scene.incremental(&again, 1)?;
+    Ok(())
+}
+
+#[test]
+fn an_image_whose_data_is_in_another_file_is_read_in_full_each_time() -> Result<()> {
+    for raw in ["off", "on"] {
+        let mut scene = Scene::without_images()?;
+        let (image, data) = (scene.path("image.qcow2"), scene.path("data"));
+        let options = format!("data_file={},data_file_raw={raw}", text(&data));
+        qemu_img([
+            "create",
+            "-q",
+            "-f",
+            "qcow2",
+            "-o",
+            &options,
+            text(&image),
+            "16M",
+        ])?;
+        scene.start("image.qcow2", "")?;
+        scene.write(20)?;
+        let first = scene.foretold()?;
+        ensure!(first["mode"] == "untracked", "{first}");
+        scene.right()?;
+        scene.write(21)?;
+        scene.full_because("its data is in a file of its own")?;
+    }
+    Ok(())
+}
+
+/// What an export for a tool calls dirty, in bytes; the tool then says that it has it.
+fn exported(scene: &Scene) -> Result<u64> {
+    let running = scene
+        .site
+        .command(&[
+            "export",
+            "web",
+            "--tracking",
+            "tool",
+            "--json",
+            "--disk",
+            DISK,
+        ])
+        .arg("--qmp")
+        .arg(&scene.order.qmp)
+        .arg("--fleecing")
+        .arg(scene.site.path("fleecing"))
+        .start()?;
+    let told = running.wait_for_event(LIMIT, |event| event["volumes"].is_array())?;
+    let volume = &told["volumes"][0];
+    let socket = Path::new(told["socket"].as_str().context("no socket")?);
+    let export = volume["nbd_export"].as_str().context("no export")?;
+    let dirty = match volume["dirty_context"].as_str() {
+        Some(context) => {
+            let ranges = nbd_map::dirty_ranges(socket, export, context)?;
+            ranges.iter().map(|range| range.end - range.start).sum()
+        }
+        None => SIZE,
+    };
+    let end = scene.site.command(&["export", "end", "web", "--success"]);
+    end.run()?.assert_success();
+    running.finish()?.assert_success();
+    Ok(dirty)
+}
+
+#[test]
+fn an_export_follows_the_same_rule() -> Result<()> {
+    let mut scene = Scene::new()?;
+    ensure!(exported(&scene)? == SIZE, "the first is of all");
+    scene.write(20)?;
+    scene.snapshot("one")?;
+    scene.write(21)?;
+    ensure!(
+        exported(&scene)? == 2 * BLOCK,
+        "what both images know is dirty"
+    );
+    scene.snapshot_carrying("two", &[])?;
+    ensure!(
+        exported(&scene)? == SIZE,
+        "nobody knows what the overlay holds"
+    );
+    Ok(())
+}
