@@ -565,6 +565,34 @@ fn an_older_copy_written_over_the_image_is_an_increment_of_its_own_time() -> Res
 }
 
 #[test]
+fn a_bitmap_that_was_cleared_or_put_in_the_place_of_another_is_not_believed() -> Result<()> {
+    for replaced in [false, true] {
+        let mut scene = Scene::new()?;
+        scene.right()?;
+        scene.write(20)?;
+        let (node, bitmaps) = scene.active()?;
+        let bitmap = json!({"node": node, "name": bitmaps[0]});
+        if replaced {
+            scene.qmp("block-dirty-bitmap-remove", bitmap.clone())?;
+            scene.qmp("block-dirty-bitmap-add", bitmap)?;
+        } else {
+            scene.qmp("block-dirty-bitmap-clear", bitmap)?;
+        }
+        scene.write(21)?;
+        let again = scene.right()?;
+        again.assert_base(DISK, None);
+        ensure!(
+            again.said.contains("was cleared, or another took its name"),
+            "{}",
+            again.said
+        );
+        scene.write(22)?;
+        scene.incremental(&again, 1)?;
+    }
+    Ok(())
+}
+
+#[test]
 fn a_bitmap_that_others_added_to_is_believed() -> Result<()> {
     let mut scene = Scene::new()?;
     let first = scene.right()?;

@@ -127,6 +127,10 @@ pub struct DiskRecord {
     /// that did not record it.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub layers: Vec<LayerRecord>,
+    /// Where the block begins that the bitmap which starts at this backup calls dirty from its birth. One that does not
+    /// was cleared, or is another of its name.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub mark: Option<u64>,
 }
 
 /// One image of a disk.

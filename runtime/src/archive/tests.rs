@@ -106,6 +106,7 @@ fn volume(root: TableRoot) -> VolumeRecord {
             format: "raw".into(),
             identity: "a".into(),
             layers: Vec::new(),
+            mark: None,
         },
         mode: BitmapMode::New,
         base: None,

@@ -289,6 +289,7 @@ impl Backup<'_> {
             }
         };
         let since = Instant::now();
+        self.prepared.mark(&point).await;
         let read = self.read_all(&point).await;
         let fleecing_peak = self.prepared.fleecing_peak();
         let mut left = self.prepared.release(&point).await;

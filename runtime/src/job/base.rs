@@ -64,6 +64,8 @@ pub struct Choice {
     pub stale: Vec<BitmapName>,
     /// Why everything is read, where a bitmap of ours or a base was there.
     pub reason: Option<String>,
+    /// Where the block begins that the new bitmap calls dirty from its birth, once it does.
+    pub mark: Option<u64>,
 }
 
 impl Choice {
@@ -74,6 +76,7 @@ impl Choice {
             base: None,
             stale: Vec::new(),
             reason: Some(reason.into()),
+            mark: None,
         }
     }
 
@@ -175,6 +178,7 @@ pub fn choose(
             base: Some(base),
             stale,
             reason: None,
+            mark: None,
         },
         None => Choice {
             bitmap: BitmapPlan::New {
@@ -183,6 +187,7 @@ pub fn choose(
             base: None,
             stale,
             reason,
+            mark: None,
         },
     })
 }

@@ -7,7 +7,7 @@ use super::extra::{Extra, ExtraError, Source};
 use super::fleecing;
 use super::journal::Journal;
 use super::lineage;
-use super::point_in_time::PointError;
+use super::point_in_time::{BLOCK_SIZE, PointError};
 use super::power::PowerError;
 use super::recover::{self, RecoverError};
 use super::subject;
@@ -221,6 +221,9 @@ async fn settled_first(
 fn tracked(disk: &qemu::Disk, choice: Choice, id: BackupId) -> DiskForecast {
     let used = choice.bitmap.old().map(ToString::to_string);
     let dirty = used.as_deref().and_then(|used| disk.dirty(used));
+    // A backup looks at the mark first, and leaves it out where nobody wrote it.
+    let marked = choice.base.as_ref().and_then(|base| base.volume.disk.mark);
+    let mark = marked.map_or(0, |_| u64::from(BLOCK_SIZE));
     let id = id.to_string();
     let added = choice.bitmap.new_bitmap().map(ToString::to_string);
     DiskForecast {
@@ -230,7 +233,7 @@ fn tracked(disk: &qemu::Disk, choice: Choice, id: BackupId) -> DiskForecast {
             BitmapPlan::Reuse { .. } => Mode::Incremental,
         },
         base: choice.base.map(|base| base.manifest.backup),
-        dirty_bytes: dirty.unwrap_or(disk.size),
+        dirty_bytes: dirty.map_or(disk.size, |dirty| dirty - mark.min(dirty)),
         bitmap_added: added.map(|added| added.replace(&id, "BACKUP")),
         bitmaps_removed: choice.stale.iter().map(ToString::to_string).collect(),
         bitmap_used: used,

@@ -15,6 +15,7 @@ pub fn record(disk: &Disk) -> DiskRecord {
         format: disk.format.clone(),
         identity: disk.filename.clone(),
         layers: images(disk).map(layer).collect(),
+        mark: None,
     }
 }
 

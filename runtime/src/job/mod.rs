@@ -14,6 +14,7 @@ pub mod extra;
 pub mod fleecing;
 pub mod journal;
 pub mod lineage;
+mod mark;
 pub mod point_in_time;
 pub mod power;
 pub mod prove;

@@ -11,6 +11,7 @@ use super::event::Event;
 use super::extra::{self, Attached, ExtraError};
 use super::fleecing::{Bounds, Fleecing, FleecingError, GivenUp, VirtualFile};
 use super::journal::{Journal, JournalError, Record, Step};
+use super::mark;
 use super::power::PowerError;
 use super::recover::RecoverError;
 use super::subject::{Subject, tell_choice};
@@ -325,6 +326,23 @@ impl<'a> Prepared<'a> {
             self.subject.events.note(note);
         }
         Ok(taken)
+    }
+
+    /// Marks each new bitmap, so that the next backup can tell whether it is still that one. What cannot be marked is not
+    /// looked for then.
+    pub async fn mark(&mut self, point: &PointInTime) {
+        for (index, (disk, choice)) in (0..).zip(&mut self.disks) {
+            let Some(bitmap) = choice.bitmap.new_bitmap() else {
+                continue;
+            };
+            match mark::set(self.monitor, point, index, disk, bitmap).await {
+                Ok(mark) => choice.mark = Some(mark),
+                Err(error) => self.subject.events.warn(format!(
+                    "{}: its bitmap cannot be marked, so the next backup does not see whether somebody clears it: {error}",
+                    disk.name
+                )),
+            }
+        }
     }
 
     /// Waits until the snapshot has to be given up: for the guest's sake, by a bound, or because QEMU is gone.

@@ -10,8 +10,8 @@ use super::lineage;
 use super::prove::{self, ProofError};
 use super::volume_run::{self, Covered};
 use crate::archive::{
-    self, BackupId, BackupRecord, BackupWriter, ComponentId, Manifest, Namespace, Proof,
-    ProviderRecord, VolumeRecord,
+    self, BackupId, BackupRecord, BackupWriter, ComponentId, DiskRecord, Manifest, Namespace,
+    Proof, ProviderRecord, VolumeRecord,
 };
 use crate::channel::World;
 use crate::config::Provider;
@@ -244,7 +244,10 @@ impl Transfer<'_> {
             .zip(disks)
             .map(|(volume, (disk, choice))| VolumeRecord {
                 name: volume.name,
-                disk: lineage::record(disk),
+                disk: DiskRecord {
+                    mark: choice.mark,
+                    ..lineage::record(disk)
+                },
                 mode: volume.mode,
                 base: volume.base,
                 fallback: volume.reason,

@@ -1,6 +1,6 @@
 //! One volume of a backup: from its export to covered blocks.
 
-use super::base::Choice;
+use super::base::{Base, Choice};
 use super::claims::context_id;
 use super::component::Component;
 use super::event::{Event, Events};
@@ -255,8 +255,8 @@ async fn open_volume(order: &Order<'_>) -> Result<Opened, VolumeError> {
         )
     };
     if let (Some(base), Some(context)) = (&order.choice.base, &order.volume.dirty_context) {
-        let frozen = open(Some(context.as_str())).await?;
-        match missed_change(order.namespace, base.volume.root, &frozen).await? {
+        let mut frozen = open(Some(context.as_str())).await?;
+        match distrusted(order.namespace, base, &mut frozen).await? {
             None => {
                 return Ok(Opened {
                     frozen,
@@ -265,11 +265,7 @@ async fn open_volume(order: &Order<'_>) -> Result<Opened, VolumeError> {
                     reason: None,
                 });
             }
-            Some(block) => {
-                let reason = format!(
-                    "the block at {block} differs from the base {} although no bitmap says so",
-                    base.manifest.backup
-                );
+            Some(reason) => {
                 order.events.warn(format!(
                     "{}: {reason}; it is read in full",
                     order.volume.plan.disk.name
@@ -293,6 +289,38 @@ async fn open_volume(order: &Order<'_>) -> Result<Opened, VolumeError> {
     })
 }
 
+/// Why the bitmap cannot hold all that changed since `base`, as far as a few blocks tell. The block of its mark is left
+/// out of the plan where nobody wrote it.
+async fn distrusted(
+    namespace: &Arc<Namespace>,
+    base: &Base,
+    frozen: &mut Frozen,
+) -> Result<Option<String>, VolumeError> {
+    let (root, id) = (base.volume.root, base.manifest.backup);
+    let mark = base.volume.disk.mark.and_then(|start| {
+        let end = start.saturating_add(root.block_size().into());
+        Extent::between(start, end.min(root.size()))
+    });
+    if let Some(mark) = mark {
+        if !frozen.plan.dirty().contains(mark) {
+            return Ok(Some(format!(
+                "its bitmap since the base {id} was cleared, or another took its name"
+            )));
+        }
+        let now = Digest::of(&frozen.reader.read(mark).await?);
+        if first_other(namespace, root, vec![(mark, now)])
+            .await?
+            .is_none()
+        {
+            frozen.plan.leave(mark);
+        }
+    }
+    let missed = missed_change(namespace, root, frozen).await?;
+    Ok(missed.map(|block| {
+        format!("the block at {block} differs from the base {id} although no bitmap says so")
+    }))
+}
+
 /// The first clean block, of a sample and the last one that is not zero in the base, that is not what the base holds.
 ///
 /// A disk that was shrunk and grown again reads as zeroes from some block on, and no bitmap says so. If one of these
@@ -302,7 +330,6 @@ async fn missed_change(
     root: TableRoot,
     frozen: &Frozen,
 ) -> Result<Option<Extent>, VolumeError> {
-    let block = frozen.plan.block();
     let clean: Vec<Extent> = frozen.plan.clean().collect();
     let archive = Arc::clone(namespace);
     let last = tokio::task::spawn_blocking(move || last_kept(&archive.table(root), &clean));
@@ -314,11 +341,20 @@ async fn missed_change(
     if let Some(extent) = last {
         sample.push((extent, Digest::of(&frozen.reader.read(extent).await?)));
     }
+    first_other(namespace, root, sample).await
+}
+
+/// The first of some blocks that is not what the base holds.
+async fn first_other(
+    namespace: &Arc<Namespace>,
+    root: TableRoot,
+    blocks: Vec<(Extent, Digest)>,
+) -> Result<Option<Extent>, VolumeError> {
     let namespace = Arc::clone(namespace);
     let compared = tokio::task::spawn_blocking(move || {
         let table = namespace.table(root);
-        for (extent, digest) in sample {
-            let expected = match table.get(extent.start() / u64::from(block))? {
+        for (extent, digest) in blocks {
+            let expected = match table.get(extent.start() / u64::from(root.block_size()))? {
                 Entry::Zero => Digest::of(&vec![0; extent.len() as usize]),
                 Entry::Placed { digest, .. } | Entry::Claimed { digest, .. } => digest,
             };

@@ -90,10 +90,12 @@ pub enum Role {
     Image,
     /// The job that formats it.
     Create,
+    /// The disk of nothing that a bitmap's mark comes from, and its export.
+    Mark,
 }
 
 impl Role {
-    const ALL: [Self; 9] = [
+    const ALL: [Self; 10] = [
         Self::Fleecing,
         Self::Filter,
         Self::Access,
@@ -103,6 +105,7 @@ impl Role {
         Self::Extra,
         Self::Image,
         Self::Create,
+        Self::Mark,
     ];
 
     fn tag(self) -> &'static str {
@@ -116,6 +119,7 @@ impl Role {
             Self::Extra => "ro",
             Self::Image => "img",
             Self::Create => "mk",
+            Self::Mark => "mark",
         }
     }
 }

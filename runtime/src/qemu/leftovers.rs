@@ -29,7 +29,7 @@ pub async fn find(monitor: &Monitor) -> Result<BTreeMap<JobId, Leftover>, Monito
     for export in present::exports(monitor).await? {
         if let Some(OwnId {
             job,
-            role: Role::Export | Role::File,
+            role: Role::Export | Role::File | Role::Mark,
             ..
         }) = OwnId::parse(&export.id)
         {
@@ -81,7 +81,7 @@ pub async fn find(monitor: &Monitor) -> Result<BTreeMap<JobId, Leftover>, Monito
             }
             Some(OwnId {
                 job,
-                role: Role::Extra,
+                role: Role::Extra | Role::Mark,
                 ..
             }) => {
                 found.entry(job).or_default().remains.extra.push(node.name);

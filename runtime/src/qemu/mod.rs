@@ -28,6 +28,7 @@ pub mod image;
 pub mod leftovers;
 mod line;
 pub mod machine;
+mod mark;
 pub mod monitor;
 pub mod needs;
 pub mod open_files;

@@ -46,6 +46,12 @@ impl Plan {
         }
     }
 
+    /// Takes a whole block out that turned out not to have changed.
+    pub fn leave(&mut self, block: Extent) {
+        self.dirty.remove(block);
+        self.zero.remove(block);
+    }
+
     /// Of the volume, in bytes.
     pub fn size(&self) -> u64 {
         self.size

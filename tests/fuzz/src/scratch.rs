@@ -79,6 +79,7 @@ impl Scratch {
                         format: "raw".into(),
                         identity: "disk".into(),
                         layers: Vec::new(),
+                        mark: None,
                     },
                     mode: BitmapMode::New,
                     base: None,

@@ -9,10 +9,11 @@ mod make;
 
 use super::agent::Agent;
 use super::backup_access::{self};
-use super::bitmap::BitmapPlan;
+use super::bitmap::{BitmapName, BitmapPlan};
 use super::filter::{self};
 use super::ids::{JobId, OwnId, Role};
 use super::machine::Disk;
+use super::mark;
 use super::monitor::{Monitor, MonitorError};
 use super::present;
 use super::removal::{self, Remains, RemovalError, ServerFate};
@@ -364,6 +365,35 @@ impl PointInTime {
         added.map(drop)
     }
 
+    /// An export of a disk of nothing, `index`'s size: discard a block of it, then [`PointInTime::set_mark`]. It goes with
+    /// [`PointInTime::teardown`].
+    ///
+    /// # Errors
+    /// Those of [`Monitor::execute_raw`].
+    pub async fn prepare_mark(
+        &self,
+        monitor: &Monitor,
+        index: u16,
+        disk: &Disk,
+        granularity: u32,
+    ) -> Result<String, MonitorError> {
+        mark::prepare(monitor, self.job, index, disk, granularity).await
+    }
+
+    /// Makes dirty in `bitmap` what was discarded.
+    ///
+    /// # Errors
+    /// Those of [`Monitor::execute_raw`].
+    pub async fn set_mark(
+        &self,
+        monitor: &Monitor,
+        index: u16,
+        disk: &Disk,
+        bitmap: &BitmapName,
+    ) -> Result<(), MonitorError> {
+        mark::pour(monitor, self.job, index, disk, bitmap).await
+    }
+
     /// Takes everything down but the bitmaps, which [`bitmap::accept`] or [`bitmap::back_out`] settle
     /// next. May be called again after a failure. The fleecing files are the caller's to delete.
     ///
@@ -402,7 +432,10 @@ fn remains<'a>(
     let is_ours = |node: &&&String| OwnId::parse(node).is_some();
     let all = |role| (0..).take(disks).map(move |index| id(job, role, index));
     Remains {
-        exports: all(Role::Export).chain(all(Role::File)).collect(),
+        exports: [Role::Export, Role::File, Role::Mark]
+            .into_iter()
+            .flat_map(all)
+            .collect(),
         backup_access: (form == Form::BackupAccess).then(|| backup_access::target(job)),
         access: match form {
             // They go with the rest that QEMU set up.
@@ -421,6 +454,7 @@ fn remains<'a>(
             .iter()
             .filter(is_ours)
             .map(|&node| node.clone())
+            .chain(all(Role::Mark))
             .collect(),
     }
 }

@@ -1,0 +1,43 @@
+//! The mark of a new bitmap (`qemu::mark`): set right after the point in time, over the server that the disks are read
+//! from, and looked for by the next backup.
+
+use super::point_in_time::BLOCK_SIZE;
+use crate::extent::Extent;
+use crate::nbd;
+use crate::qemu::{BitmapName, Disk, Monitor, MonitorError, PointInTime};
+use crate::volume::reader;
+
+/// Why a bitmap has no mark.
+#[derive(Debug, thiserror::Error)]
+pub(super) enum MarkError {
+    /// QEMU refused.
+    #[error(transparent)]
+    Monitor(#[from] MonitorError),
+    /// The block could not be discarded.
+    #[error(transparent)]
+    Nbd(#[from] nbd::Error),
+    /// The system gives no random bytes.
+    #[error("no random bytes: {0}")]
+    Random(#[from] getrandom::Error),
+}
+
+/// Makes a block dirty in `bitmap`, and says where it begins. It is drawn at random, lest the guest writes it often.
+pub(super) async fn set(
+    monitor: &Monitor,
+    point: &PointInTime,
+    index: u16,
+    disk: &Disk,
+    bitmap: &BitmapName,
+) -> Result<u64, MarkError> {
+    let block = u64::from(BLOCK_SIZE);
+    let start = getrandom::u64()? % disk.size.div_ceil(block).max(1) * block;
+    let export = point.prepare_mark(monitor, index, disk, BLOCK_SIZE).await?;
+    if let Some(mark) = Extent::between(start, (start + block).min(disk.size)) {
+        let connection = reader::connect(&point.socket, &export, None).await?;
+        let trimmed = connection.trim(mark).await;
+        connection.disconnect().await;
+        trimmed?;
+    }
+    point.set_mark(monitor, index, disk, bitmap).await?;
+    Ok(start)
+}
