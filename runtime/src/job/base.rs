@@ -265,9 +265,7 @@ fn base_of(
     } else {
         lineage::tracked(&volume.disk, disk, &name.to_string())
             .map(|()| Base { manifest, volume })
-            .map_err(|why| {
-                format!("its bitmap since the base {id} cannot hold all changes: {why}")
-            })
+            .map_err(|why| format!("its bitmap since the base {id} cannot hold all changes: {why}"))
     })
 }
 
