@@ -26,7 +26,14 @@ impl Scene {
         Random::new(8).fill_file(&content, SIZE / MIB)?;
         let disks = [Disk::raw("da", SIZE).holding(&content)];
         let daemon = StorageDaemon::start_with_writer_exports(&disks)?;
-        let order = site.order(&daemon, provider)?;
+        let mut order = site.order(&daemon, provider)?;
+        if provider == "splices-everything" {
+            site.configure(&format!(
+                "[provider.splices]\ncomponent = {:?}\nsettings = {{ encoding = 'identity' }}\n",
+                order.provider
+            ))?;
+            order.provider = "splices".into();
+        }
         Ok(Self {
             site,
             daemon,
@@ -150,7 +157,7 @@ fn what_verify_found_wrong_is_stored_anew_and_older_backups_find_it_there() -> R
         anyhow::bail!("not one pack");
     };
     flip(pack, 1000)?;
-    ensure!(scene.verify(&first.id)?.code() == Some(1), "not found");
+    ensure!(scene.verify(&first.id)?.code() == Some(10), "not found");
     scene.write()?;
     let third = scene.site.backup(&scene.order)?;
     third.assert_read_in_full_because("da", "cannot be restored any more");
