@@ -331,7 +331,7 @@ impl Look<'_> {
         found.into_inner().unwrap_or(Ok(None))
     }
 
-    /// Reads a leaf and all that it places, unless enough has been read.
+    /// Reads a leaf and all that it places and nobody saw lately, unless enough has been read.
     fn read_leaf(&self, table: &BlockTable, leaf: LeafRef) -> Result<Option<Lack>, Error> {
         if self.read.load(Ordering::Relaxed) >= READ_BACK {
             return Ok(None);
@@ -340,7 +340,9 @@ impl Look<'_> {
             Ok(runs) => runs,
             Err(lost) => return lost_page(lost).map(Some),
         };
+        let checks = &self.store().checks;
         let mut last: Option<(Frame, Vec<u8>)> = None;
+        let mut all = true;
         for run in &runs {
             let RunContent::Placed {
                 frame,
@@ -352,6 +354,10 @@ impl Look<'_> {
             };
             if let Some(lack) = self.known_wrong(frame) {
                 return Ok(Some(lack));
+            }
+            if checks.is_seen(&frame.object().to_string(), frame.bytes()) {
+                all = false;
+                continue;
             }
             let (known, bytes) = match last.take() {
                 Some((known, bytes)) if known == *frame => (known, bytes),
@@ -374,8 +380,9 @@ impl Look<'_> {
             }
             last = Some((known, bytes));
         }
-        if let Some(bytes) = leaf.bytes() {
-            self.store().checks.note_seen(&leaf.file(), bytes);
+        // One whose frames somebody else saw may not be believed for longer than they.
+        if all && let Some(bytes) = leaf.bytes() {
+            checks.note_seen(&leaf.file(), bytes);
         }
         Ok(None)
     }
