@@ -210,6 +210,9 @@ pub async fn check_objects(
         }
         let (objects, name) = (Arc::clone(&objects), info.name.clone());
         if let Err(error) = spawn_blocking(move || objects.verify(&name)).await? {
+            if error.is_damage() {
+                namespace.note_wrong_object(manifest.backup, &info.name);
+            }
             found.push((info.name.clone(), error));
         }
     }
