@@ -210,3 +210,19 @@ fn a_manifest_without_needs_is_gone_through() {
     let lack = fixture.namespace().lack_of(&second, "drive-scsi0").unwrap();
     assert!(lack.is_some());
 }
+
+#[test]
+fn a_page_is_read_again_whoever_saw_it() {
+    let fixture = Fixture::new();
+    let first = backup(&fixture, None, &[data(1, 3)]);
+    let lack = || {
+        let namespace = fixture.namespace();
+        let lack = namespace.lack_of(&first, "drive-scsi0").unwrap();
+        namespace.record_checks("a test").unwrap();
+        lack.map(|lack| lack.file)
+    };
+    assert_eq!(lack(), None);
+    let pages = format!("backups/{}/pages", first.backup);
+    flip(&fixture.path(&pages), 7);
+    assert_eq!(lack(), Some(pages));
+}
