@@ -178,6 +178,18 @@ impl Connection {
         Ok(())
     }
 
+    /// Waits until all that was written to the export before is in its storage. Does nothing where the server does not
+    /// offer it.
+    pub async fn flush(&self) -> Result<(), Error> {
+        let ExportInfo {
+            size, can_flush, ..
+        } = *self.info();
+        match Extent::new(0, size) {
+            Ok(all) if can_flush => self.request(|answer| Answer::Flush(all, answer)).await,
+            _ => Ok(()),
+        }
+    }
+
     /// Says good-bye and closes the connection, also for other handles of it: requests that wait
     /// there fail with [`Error::Disconnected`].
     ///
@@ -240,12 +252,17 @@ impl Connection {
         } else {
             0
         };
+        // A flush names no range (`NBD_CMD_FLUSH`: offset and length are zero).
+        let (offset, length) = match command {
+            Command::Flush => (0, 0),
+            _ => (extent.start(), extent.len()),
+        };
         let request = Request {
             command,
             flags,
             cookie,
-            offset: extent.start(),
-            length: extent.len(),
+            offset,
+            length,
         };
         if let Err(error) = link.send(request) {
             link.close(error.into());

@@ -32,6 +32,8 @@ pub struct ExportInfo {
     pub read_only: bool,
     /// Whether [`trim`](super::Connection::trim) can work: `NBD_FLAG_SEND_TRIM`, and not read-only.
     pub can_trim: bool,
+    /// Whether [`flush`](super::Connection::flush) can work: `NBD_FLAG_SEND_FLUSH`.
+    pub can_flush: bool,
     /// Whether what one connection did is seen by all others (`NBD_FLAG_CAN_MULTI_CONN`).
     pub can_multi_conn: bool,
     /// Requests begin and end on multiples of this, but for the export's end. In bytes, a power of two.
@@ -186,6 +188,7 @@ fn export_info(
         size,
         read_only: flags.read_only(),
         can_trim: flags.can_trim(),
+        can_flush: flags.can_flush(),
         can_multi_conn: flags.can_multi_conn(),
         min_block: min,
         preferred_block: preferred,

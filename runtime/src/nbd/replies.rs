@@ -48,6 +48,7 @@ pub(super) enum Answer {
         StatusAssembly,
         oneshot::Sender<Result<Vec<StatusRun>, Error>>,
     ),
+    Flush(Extent, oneshot::Sender<Result<(), Error>>),
     Trim(Extent, oneshot::Sender<Result<(), Error>>),
 }
 
@@ -56,6 +57,7 @@ impl Answer {
         match self {
             Self::Read(..) => Command::Read,
             Self::Status(..) => Command::BlockStatus,
+            Self::Flush(..) => Command::Flush,
             Self::Trim(..) => Command::Trim,
         }
     }
@@ -64,7 +66,7 @@ impl Answer {
         match self {
             Self::Read(assembly, _) => assembly.extent(),
             Self::Status(assembly, _) => assembly.extent(),
-            Self::Trim(extent, _) => *extent,
+            Self::Flush(extent, _) | Self::Trim(extent, _) => *extent,
         }
     }
 
@@ -73,7 +75,7 @@ impl Answer {
         match self {
             Self::Read(_, sender) => drop(sender.send(Err(error))),
             Self::Status(_, sender) => drop(sender.send(Err(error))),
-            Self::Trim(_, sender) => drop(sender.send(Err(error))),
+            Self::Flush(_, sender) | Self::Trim(_, sender) => drop(sender.send(Err(error))),
         }
     }
 }
@@ -94,7 +96,7 @@ impl Waiting {
         let broken = match self.answer {
             Answer::Read(assembly, sender) => settle(assembly.finish(), sender),
             Answer::Status(assembly, sender) => settle(assembly.finish(), sender),
-            Answer::Trim(_, sender) => settle(Ok(()), sender),
+            Answer::Flush(_, sender) | Answer::Trim(_, sender) => settle(Ok(()), sender),
         };
         broken.map_or(Ok(()), Err)
     }
@@ -246,7 +248,7 @@ impl Receiver {
             return Ok(());
         }
         match &mut request.answer {
-            Answer::Trim(..) => Ok(()),
+            Answer::Flush(..) | Answer::Trim(..) => Ok(()),
             Answer::Read(assembly, _) if self.headers == Headers::Simple => {
                 let extent = assembly.extent();
                 receive_into(

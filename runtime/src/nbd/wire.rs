@@ -27,6 +27,7 @@ pub(crate) const FLAG_FIXED_NEWSTYLE: u16 = 1 << 0;
 pub(crate) const FLAG_NO_ZEROES: u16 = 1 << 1;
 
 const FLAG_READ_ONLY: u16 = 1 << 1;
+pub(crate) const FLAG_SEND_FLUSH: u16 = 1 << 2;
 pub(crate) const FLAG_SEND_TRIM: u16 = 1 << 5;
 pub(crate) const FLAG_SEND_DF: u16 = 1 << 7;
 pub(crate) const FLAG_CAN_MULTI_CONN: u16 = 1 << 8;
@@ -92,6 +93,8 @@ pub enum Command {
     Read = 0,
     /// `NBD_CMD_DISC`: the client leaves; it has no reply.
     Disconnect = 2,
+    /// `NBD_CMD_FLUSH`.
+    Flush = 3,
     /// `NBD_CMD_TRIM`.
     Trim = 4,
     /// `NBD_CMD_BLOCK_STATUS`.
@@ -103,6 +106,7 @@ impl fmt::Display for Command {
         f.write_str(match self {
             Self::Read => "NBD_CMD_READ",
             Self::Disconnect => "NBD_CMD_DISC",
+            Self::Flush => "NBD_CMD_FLUSH",
             Self::Trim => "NBD_CMD_TRIM",
             Self::BlockStatus => "NBD_CMD_BLOCK_STATUS",
         })
@@ -429,6 +433,10 @@ pub(super) struct TransmissionFlags(u16);
 impl TransmissionFlags {
     pub(super) fn read_only(self) -> bool {
         self.0 & FLAG_READ_ONLY != 0
+    }
+
+    pub(super) fn can_flush(self) -> bool {
+        self.0 & FLAG_SEND_FLUSH != 0
     }
 
     pub(super) fn can_trim(self) -> bool {
