@@ -7,8 +7,11 @@
 use super::error::{Damage, Error};
 use super::name::{BackupId, random};
 use cap_std::fs::{Dir, OpenOptions, OpenOptionsExt};
+use rustix::fs::OFlags;
+use rustix::io::Errno;
 use std::fs::File;
 use std::io::{self, Read, Write};
+use std::path::Path;
 
 /// How the name of a file ends that no reader may look at.
 pub(super) const TEMPORARY: &str = ".tmp";
@@ -57,9 +60,34 @@ pub(super) fn make_once(dir: &Dir, name: &str, bytes: &[u8], limit: u64) -> Resu
     read(dir, name, limit)
 }
 
-/// The whole of a file that has at most `limit` bytes.
+/// Opens a file to read. What is no regular file is damage: a symbolic link leads out of the archive, and who opens a
+/// FIFO waits for its other end without limit.
+pub(super) fn open(dir: &Dir, name: impl AsRef<Path>) -> Result<File, Error> {
+    let name = name.as_ref();
+    let shown = name.display();
+    let mut options = OpenOptions::new();
+    options.read(true);
+    options.custom_flags((OFlags::NONBLOCK | OFlags::NOFOLLOW).bits().cast_signed());
+    let file = match dir.open_with(name, &options) {
+        // A symbolic link, a socket.
+        Err(error)
+            if [Errno::LOOP, Errno::NXIO]
+                .contains(&Errno::from_io_error(&error).unwrap_or(Errno::IO)) =>
+        {
+            return Err(Error::damaged(shown)(Damage::NotAFile));
+        }
+        file => file.map_err(Error::at(shown))?.into_std(),
+    };
+    let kind = file.metadata().map_err(Error::at(name.display()))?;
+    match kind.is_file() {
+        true => Ok(file),
+        false => Err(Error::damaged(name.display())(Damage::NotAFile)),
+    }
+}
+
+/// The whole of a file that has at most `limit` bytes. Memory is taken as it is read.
 pub(super) fn read(dir: &Dir, name: &str, limit: u64) -> Result<Vec<u8>, Error> {
-    let mut file = dir.open(name).map_err(Error::at(name))?;
+    let mut file = open(dir, name)?;
     let mut bytes = Vec::new();
     let read = io::Read::by_ref(&mut file)
         .take(limit.saturating_add(1))
@@ -97,4 +125,38 @@ pub(super) fn remove_temporaries(dir: &Dir, backup: BackupId) -> io::Result<()> 
         }
     }
     Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use rustix::fs::{CWD, FileType, Mode, mknodat};
+
+    #[test]
+    fn what_is_no_regular_file_or_too_large_is_damage_and_waits_for_nobody() {
+        let folder = tempfile::tempdir().unwrap();
+        let at = |name: &str| folder.path().join(name);
+        mknodat(CWD, at("fifo"), FileType::Fifo, Mode::RUSR | Mode::WUSR, 0).unwrap();
+        std::fs::create_dir(at("folder")).unwrap();
+        std::fs::write(at("file"), "content").unwrap();
+        std::os::unix::fs::symlink("file", at("link")).unwrap();
+        let _listens = std::os::unix::net::UnixListener::bind(at("socket")).unwrap();
+        let sparse = File::create(at("sparse")).unwrap();
+        sparse.set_len(1 << 40).unwrap();
+        let dir = Dir::open_ambient_dir(folder.path(), cap_std::ambient_authority()).unwrap();
+        for name in ["fifo", "folder", "link", "socket"] {
+            let error = read(&dir, name, 100).unwrap_err();
+            let damage = matches!(
+                error,
+                Error::Damaged {
+                    damage: Damage::NotAFile,
+                    ..
+                }
+            );
+            assert!(damage, "{name}: {error}");
+        }
+        let error = read(&dir, "sparse", 100).unwrap_err();
+        assert!(matches!(error, Error::Damaged { .. }), "{error}");
+        assert_eq!(read(&dir, "file", 7).unwrap(), b"content");
+    }
 }

@@ -155,6 +155,9 @@ pub enum Damage {
         /// In bytes.
         actual: u64,
     },
+    /// It is a folder, a FIFO, a symbolic link or the like.
+    #[error("it is not a regular file")]
+    NotAFile,
     /// Its digest differs.
     #[error("its digest does not match its content")]
     Digest,

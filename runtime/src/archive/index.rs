@@ -21,6 +21,12 @@ const CACHE_LAG: usize = 16;
 
 const MAGIC: [u8; 8] = *b"FLBXIX01";
 
+/// Of each pack: its name, its length, how many entries follow.
+const HEADER: u64 = 16 + 8 + 4;
+
+/// At the end.
+const DIGEST: usize = 32;
+
 /// As of the moment when it was loaded.
 pub(super) struct Index {
     packs: Vec<PackName>,
@@ -102,18 +108,30 @@ impl Index {
 
 fn read_pack(store: &Store, name: PackName) -> Result<Vec<(ChunkId, Place)>, Error> {
     let path = name.file_name();
-    let file = store.packs.open(&path).map_err(Error::at(&path))?;
-    pack::read_table(&file.into_std(), &path)
+    pack::read_table(&directory::open(&store.packs, &path)?, &path)
 }
 
 /// The cache, where there is a sound one.
 fn read_cache(store: &Store) -> Option<Packs> {
-    let bytes = store.packs.read(CACHE).ok()?;
-    let packs = parse_cache(&bytes, &store.key);
+    let bytes = match directory::read(&store.packs, CACHE, largest_cache(store)?) {
+        Err(Error::NotFound { .. }) => return None,
+        bytes => bytes.ok(),
+    };
+    let packs = bytes.and_then(|bytes| parse_cache(&bytes, &store.key));
     if packs.is_none() {
         tracing::warn!("the cache of the index is damaged and is made anew");
     }
     packs
+}
+
+/// A cache says no more of packs than their own tables do, and some bytes on each.
+fn largest_cache(store: &Store) -> Option<u64> {
+    let mut largest: u64 = (MAGIC.len() + DIGEST) as u64;
+    for entry in store.packs.entries().ok()? {
+        let length = entry.ok()?.metadata().map_or(0, |metadata| metadata.len());
+        largest = largest.saturating_add(length).saturating_add(HEADER);
+    }
+    Some(largest)
 }
 
 /// ```text
@@ -136,7 +154,7 @@ fn render_cache(packs: &Packs, key: &[u8; 32]) -> Vec<u8> {
 }
 
 fn parse_cache(bytes: &[u8], key: &[u8; 32]) -> Option<Packs> {
-    let (body, digest) = bytes.split_last_chunk::<32>()?;
+    let (body, digest) = bytes.split_last_chunk::<DIGEST>()?;
     if blake3::keyed_hash(key, body) != *digest {
         return None;
     }

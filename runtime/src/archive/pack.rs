@@ -19,6 +19,9 @@ use std::os::unix::fs::FileExt;
 /// enough that removing or rewriting one is cheap.
 pub(super) const PACK_LIMIT: u32 = 64 << 20;
 
+/// A longer file is no pack: what one may hold beyond [`PACK_LIMIT`] is its last frame and its table.
+const LARGEST: u64 = 8 * PACK_LIMIT as u64;
+
 const MAGIC: [u8; 8] = *b"FLBXPK01";
 pub(super) const ENTRY: usize = 16 + 4 + 4 + 4 + 1;
 pub(super) const FOOTER: usize = 4 + 32 + 8;
@@ -125,6 +128,12 @@ pub(super) fn read_table(file: &File, path: &str) -> Result<Vec<(ChunkId, Place)
             actual: length,
         }));
     };
+    if length > LARGEST {
+        return Err(short(Damage::Length {
+            expected: LARGEST,
+            actual: length,
+        }));
+    }
     let mut footer = [0; FOOTER];
     file.read_exact_at(&mut footer, footer_at)
         .map_err(Error::at(path))?;

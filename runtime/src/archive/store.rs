@@ -37,11 +37,12 @@ pub(super) struct Store {
 impl Store {
     /// Opens a file that holds frames.
     pub(super) fn open_object(&self, object: &ObjectRef) -> Result<File, Error> {
-        let file = match object {
-            ObjectRef::Pack(name) => self.packs.open(name.file_name()),
-            ObjectRef::Object { backup, name } => self.backups.open(object_path(*backup, name)),
-        };
-        file.map(|file| file.into_std()).map_err(Error::at(object))
+        match object {
+            ObjectRef::Pack(name) => directory::open(&self.packs, name.file_name()),
+            ObjectRef::Object { backup, name } => {
+                directory::open(&self.backups, object_path(*backup, name))
+            }
+        }
     }
 
     /// The decoded bytes of a frame. That they are the right ones is for the digests of its blocks to say.
@@ -110,8 +111,7 @@ impl Store {
     /// Opens the block-table pages of a backup.
     pub(super) fn open_pages(&self, backup: BackupId) -> Result<File, Error> {
         let path = format!("{backup}/{PAGES}");
-        let file = self.backups.open(&path).map_err(Error::at(path))?;
-        Ok(file.into_std())
+        directory::open(&self.backups, path)
     }
 
     /// Whether the manifest of a backup is there, be it sound or not.

@@ -149,7 +149,7 @@ impl Restore {
                 json!({ "backup": manifest.backup, "volumes": volumes })
             );
         } else {
-            let bytes = volumes.iter().map(|volume| volume.root.size()).sum();
+            let bytes = text::total(volumes.iter().map(|volume| volume.root.size()));
             for (volume, path) in &written {
                 say!("{volume}: {}", path.display());
             }

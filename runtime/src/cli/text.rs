@@ -3,6 +3,11 @@
 use std::num::NonZeroU64;
 use std::time::Duration;
 
+/// The sum of sizes, which a forged manifest may make as large as it likes.
+pub(super) fn total(sizes: impl Iterator<Item = u64>) -> u64 {
+    sizes.fold(0, u64::saturating_add)
+}
+
 /// `text` on one line, with control characters escaped: it may hold what a guest or a provider said.
 pub(super) fn one_line(text: &str) -> String {
     text.chars()

@@ -162,12 +162,8 @@ impl Verify {
                 ),
             ));
         }
-        let bytes = manifest
-            .record
-            .volumes
-            .iter()
-            .map(|volume| volume.root.size())
-            .sum();
+        let volumes = manifest.record.volumes.iter();
+        let bytes = text::total(volumes.map(|volume| volume.root.size()));
         if !session.json {
             say!(
                 "backup {} is intact ({})",
