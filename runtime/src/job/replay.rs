@@ -440,6 +440,7 @@ impl Replay<'_> {
             memory: provider.limits.memory,
             cpu_ms: provider.limits.cpu_ms.max(granted),
         };
+        let limits = capped(limits);
         let bytes = order.namespace.component(provider.component)?;
         let component = Component::load(
             bytes.into(),
@@ -635,3 +636,17 @@ impl Ask {
             .ok_or(ReplayError::Cancelled)
     }
 }
+/// What a manifest says that a provider may use, as far as any provider may: whoever can write to the archive may have
+/// written it.
+fn capped(limits: GuestLimits) -> GuestLimits {
+    GuestLimits {
+        memory: limits.memory.min(LARGEST_MEMORY),
+        cpu_ms: limits.cpu_ms.min(LONGEST_CPU_MS),
+    }
+}
+
+/// All that 32-bit WebAssembly can address.
+const LARGEST_MEMORY: u64 = 4 << 30;
+
+/// A day.
+const LONGEST_CPU_MS: u64 = 24 * 3600 * 1000;

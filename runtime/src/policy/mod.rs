@@ -89,15 +89,18 @@ impl Default for Limits {
     }
 }
 
+/// What counts as no limit, in seconds: a year more than which no job runs, and no clock overflows by.
+const LONGEST: u64 = 366 * 24 * 3600;
+
 impl Limits {
-    /// [`Limits::wall_seconds`].
+    /// [`Limits::wall_seconds`], at most a year.
     pub fn wall(&self) -> Duration {
-        Duration::from_secs(self.wall_seconds)
+        Duration::from_secs(self.wall_seconds.min(LONGEST))
     }
 
-    /// [`Limits::cpu_seconds`].
+    /// [`Limits::cpu_seconds`], at most a year.
     pub fn cpu(&self) -> Duration {
-        Duration::from_secs(self.cpu_seconds)
+        Duration::from_secs(self.cpu_seconds.min(LONGEST))
     }
 }
 
