@@ -168,6 +168,14 @@ pub enum Error {
 struct Manifest {
     #[serde(default)]
     layers: Vec<Layer>,
+    /// Of an index: the artefacts that it offers.
+    #[serde(default)]
+    manifests: Vec<Offered>,
+}
+
+#[derive(Debug, Deserialize)]
+struct Offered {
+    digest: String,
 }
 
 #[derive(Debug, Deserialize)]
@@ -238,6 +246,17 @@ fn component_layer(manifest: &[u8]) -> Result<Layer, Error> {
     let bad = |what: String| Error::NotAComponent(what);
     let manifest: Manifest = serde_json::from_slice(manifest)
         .map_err(|error| bad(format!("its manifest is none of OCI's ({error})")))?;
+    if manifest.layers.is_empty() && !manifest.manifests.is_empty() {
+        let offered = manifest.manifests.iter().take(4);
+        let offered: Vec<_> = offered
+            .map(|it| it.digest.escape_debug().to_string())
+            .collect();
+        return Err(bad(format!(
+            "it is an index of {} artefacts; name one of them by its digest: {}",
+            manifest.manifests.len(),
+            offered.join(", ")
+        )));
+    }
     let kinds: Vec<_> = manifest
         .layers
         .iter()
@@ -414,6 +433,18 @@ mod tests {
         assert!(token_server(r#"Basic realm="x""#).is_none());
         assert!(token_server("Bearer").is_none());
         assert!(token_server(r#"Bearer service="a""#).is_none());
+    }
+
+    #[test]
+    fn an_index_is_named_as_one_with_what_it_offers() {
+        let index = format!(
+            r#"{{"schemaVersion":2,"manifests":[{{"digest":"sha256:{DIGEST}","mediaType":"m","size":3}}]}}"#
+        );
+        let error = component_layer(index.as_bytes()).unwrap_err().to_string();
+        assert!(
+            error.contains("index of 1 artefacts") && error.contains(DIGEST),
+            "{error}"
+        );
     }
 
     #[test]
