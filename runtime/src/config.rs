@@ -7,6 +7,7 @@ use crate::archive::{BELIEVED, ComponentId, Recheck};
 use crate::policy::check::contradictions;
 use crate::policy::{Grant, Limits, Lines, Tenant, optional_pin};
 use crate::qemu::Form;
+use crate::qemu::agent::Freeze;
 use crate::qemu::snapshot::FleecingFormat;
 use serde::Deserialize;
 use std::collections::BTreeMap;
@@ -48,6 +49,9 @@ pub struct Vm {
     pub qmp: Option<PathBuf>,
     /// The guest agent's socket on this host; without one the guest is not frozen.
     pub agent: Option<PathBuf>,
+    /// Whether the guest must be frozen: `required`, the default, `if-available`, `never`.
+    #[serde(default)]
+    pub freeze: Freeze,
     /// Folder for fleecing images; QEMU must be able to open files in it.
     pub fleecing: Option<PathBuf>,
     /// What fleecing images are: `raw`, the default, or `qcow2`.
@@ -67,6 +71,9 @@ pub struct Vm {
     /// Command that starts the VM paused when it does not run: program and arguments. It is stopped afterwards.
     #[serde(default)]
     pub start: Vec<String>,
+    /// Command that ends a VM that `start` started. Default: QEMU is told to quit.
+    #[serde(default)]
+    pub stop: Vec<String>,
     /// How the point in time is taken. Default: by Proxmox's backup access where QEMU offers that, else by jobs.
     pub point_in_time: Option<Form>,
     /// Further volumes by name: a device or block node of the VM, or the absolute path of a file.

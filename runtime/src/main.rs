@@ -6,9 +6,7 @@ fn main() -> ExitCode {
     // The hidden commands run before anything else of this process exists: no runtime, no threads, no configuration.
     match std::env::args().nth(1).as_deref() {
         Some(fleecebox::sandbox::ARGUMENT) => fleecebox::sandbox::serve(),
-        Some(fleecebox::qemu::watchdog::HIDDEN_ARGUMENT) => {
-            fleecebox::qemu::watchdog::serve_arguments()
-        }
+        Some(fleecebox::qemu::watchdog::HIDDEN_ARGUMENT) => fleecebox::job::ending::serve(),
         _ => fleecebox::cli::main(),
     }
 }

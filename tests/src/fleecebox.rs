@@ -221,6 +221,11 @@ pub struct Process {
 }
 
 impl Process {
+    /// Whether it is one that acts when its job dies.
+    fn is_watchdog(&self) -> bool {
+        self.command_line.contains("__watchdog")
+    }
+
     /// Kills it with SIGKILL.
     ///
     /// # Errors
@@ -292,7 +297,7 @@ impl Running {
         }
     }
 
-    /// All other processes of this run that live: its sandboxes and watchdogs.
+    /// All other processes of this run that live but its watchdog: its sandboxes.
     ///
     /// # Errors
     /// When `/proc` cannot be read.
@@ -300,12 +305,12 @@ impl Running {
         let leader = self.mark.leader;
         Ok(family(&self.mark)?
             .into_iter()
-            .filter(|process| process.pid != leader)
+            .filter(|process| process.pid != leader && !process.is_watchdog())
             .collect())
     }
 
-    /// Kills the job process, and it alone, with SIGKILL, and waits until the others of its run
-    /// have ended by themselves.
+    /// Kills the job process with SIGKILL, and before it its watchdog, which would do something about it: as the end of
+    /// a control group or a loss of power does. Waits until the others of its run have ended by themselves.
     ///
     /// # Errors
     /// When they have not within five seconds.
@@ -313,8 +318,41 @@ impl Running {
     /// # Panics
     /// As [`Running::finish`].
     pub fn kill(mut self) -> Result<Outcome> {
+        for process in family(&self.mark)? {
+            if process.is_watchdog() {
+                process.kill()?;
+            }
+        }
         self.child.kill()?;
         self.outcome()
+    }
+
+    /// Kills the job process, and it alone, with SIGKILL, and waits for its other processes as [`Running::kill`].
+    ///
+    /// # Errors
+    /// As [`Running::kill`].
+    ///
+    /// # Panics
+    /// As [`Running::finish`].
+    pub fn kill_alone(mut self) -> Result<Outcome> {
+        self.child.kill()?;
+        self.outcome()
+    }
+
+    /// Waits for the end of the job process, whose watchdog may go on, and gives its exit code.
+    ///
+    /// # Errors
+    /// When it takes longer than five minutes.
+    pub fn wait_for_the_job(&mut self) -> Result<Option<i32>> {
+        let ended = eventually("fleecebox to end", RUN_LIMIT, || {
+            Ok(self.child.try_wait()?)
+        })?;
+        Ok(ended.code())
+    }
+
+    /// What was printed on standard error so far.
+    pub fn said(&self) -> String {
+        self.output.lock().text(|stream| stream == Stream::Err)
     }
 
     /// Waits for its end.

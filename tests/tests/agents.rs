@@ -303,3 +303,66 @@ fn an_agent_that_claims_to_be_frozen_still_is_asked_until_it_thaws() -> Result<(
     scene.holds(&outcome)?;
     scene.recovers()
 }
+
+#[test]
+fn a_guest_that_need_not_be_frozen_is_backed_up_without_its_agent_and_it_is_said() -> Result<()> {
+    let scene = Scene::new()?;
+    let refusal = Vice::Says(
+        r#"{"error": {"class": "CommandNotFound", "desc": "Command guest-fsfreeze-freeze has been disabled"}}"#,
+    );
+    for vice in [refusal, Vice::Dies] {
+        let required = scene.backup("guest-fsfreeze-freeze", vice, 1)?;
+        assert_eq!(required.code(), Some(1), "{vice:?}: {}", required.stderr);
+    }
+    let freeze = |when: &str| Ok::<_, anyhow::Error>(scene.command()?.arg("--freeze").arg(when));
+    scene.agent.misbehaves("guest-fsfreeze-freeze", refusal, 1);
+    let without = freeze("if-available")?.run()?.assert_success();
+    ensure!(
+        without.stderr.contains("are not frozen"),
+        "{}",
+        without.stderr
+    );
+    ensure!(
+        without.stderr.contains("has been disabled"),
+        "{}",
+        without.stderr
+    );
+    scene.holds(&without)?;
+
+    let with = freeze("if-available")?.run()?.assert_success();
+    ensure!(
+        with.stderr.contains("froze 2 file systems"),
+        "{}",
+        with.stderr
+    );
+    ensure!(scene.agent.seen().contains(&"guest-fsfreeze-freeze".into()));
+
+    scene
+        .agent
+        .misbehaves("guest-fsfreeze-freeze", Vice::IsSilent, 0);
+    let never = freeze("never")?.run()?.assert_success();
+    ensure!(
+        never.stderr.contains("`freeze` is `never`"),
+        "{}",
+        never.stderr
+    );
+    ensure!(scene.agent.seen().is_empty(), "{:?}", scene.agent.seen());
+
+    let order = scene
+        .site
+        .order_for(&scene.vm.monitors().product, "chunked")?;
+    let command = scene.site.backup_command(&order).arg("--agent");
+    let nobody = command.arg(scene.site.path("nobody.sock"));
+    nobody.run()?.assert_refused(2, "nobody.sock");
+    let nobody = nobody
+        .arg("--freeze")
+        .arg("if-available")
+        .run()?
+        .assert_success();
+    ensure!(
+        nobody.stderr.contains("are not frozen"),
+        "{}",
+        nobody.stderr
+    );
+    scene.recovers()
+}

@@ -5,9 +5,9 @@ use std::path::Path;
 use std::process::Command;
 use std::time::Duration;
 
-use anyhow::{Result, ensure};
+use anyhow::{Context, Result, ensure};
 use fleecebox_tests::{
-    At, Backup, Emulator, Fault, MIB, Proxy, QemuState, Random, Site, Stage, What, compare,
+    At, Backup, Emulator, Fault, MIB, Proxy, QemuState, Qmp, Random, Site, Stage, What, compare,
     eventually,
 };
 use serde_json::json;
@@ -116,6 +116,71 @@ fn a_vm_that_cannot_be_started_paused_is_a_mistake() -> Result<()> {
     vm.start(&[])?;
     running.finish()?.assert_refused(2, "let the guest run");
     assert_eq!(vm.status()?, "running");
+    Ok(())
+}
+
+#[test]
+fn a_command_that_starts_the_vm_has_ended_before_its_monitor_is_used() -> Result<()> {
+    let site = Site::new()?;
+    let mut vm = Emulator::new(one_disk)?;
+    let order = site.order_for(&vm.monitors().product, "chunked")?;
+    let (wanted, done, stopped) = (site.path("wanted"), site.path("done"), site.path("stopped"));
+    // Asks for the VM, as libvirt's client does, and has more to do when the monitor is there.
+    let start = format!(
+        "touch {}; until [ -e {} ]; do sleep 0.05; done",
+        wanted.display(),
+        done.display()
+    );
+    let stop = format!(
+        "touch {}; kill $(cat {})",
+        stopped.display(),
+        site.path("pid").display()
+    );
+    let start = json!(["sh", "-c", start]);
+    let stop = json!(["sh", "-c", stop]);
+    configure(&site, &format!("start = {start}\nstop = {stop}"))?;
+    let running = site.backup_command(&order).start()?;
+    eventually("the product to start the VM", LIMIT, || {
+        Ok(wanted.exists().then_some(()))
+    })?;
+    let pid = site.path("pid");
+    vm.start(&["-S", "-pidfile", pid.to_str().context("a path in UTF-8")?])?;
+    // The monitor serves one client at a time: this one, as long as the command runs.
+    std::thread::sleep(std::time::Duration::from_millis(500));
+    let mut monitor = Qmp::connect(&vm.monitors().product)?;
+    monitor.execute("query-status", json!({}))?;
+    drop(monitor);
+    std::fs::write(done, "")?;
+    let outcome = running.finish()?.assert_success();
+    ensure!(stopped.exists(), "{}", outcome.stderr);
+    ensure!(vm.wait()?.success(), "the VM did not end in good order");
+    Ok(())
+}
+
+#[test]
+fn a_vm_whose_command_fails_is_not_used_even_if_it_runs() -> Result<()> {
+    let site = Site::new()?;
+    let mut vm = Emulator::new(one_disk)?;
+    let order = site.order_for(&vm.monitors().product, "chunked")?;
+    let (wanted, done) = (site.path("wanted"), site.path("done"));
+    let start = format!(
+        "touch {}; until [ -e {} ]; do sleep 0.05; done; exit 3",
+        wanted.display(),
+        done.display()
+    );
+    configure(&site, &format!("start = {}", json!(["sh", "-c", start])))?;
+    let running = site.backup_command(&order).arg("--quiet").start()?;
+    eventually("the product to start the VM", LIMIT, || {
+        Ok(wanted.exists().then_some(()))
+    })?;
+    vm.start(&["-S"])?;
+    let before = QemuState::read(vm.monitors())?;
+    std::fs::write(done, "")?;
+    running
+        .finish()?
+        .assert_refused(2, "did not start it: exit status: 3");
+    QemuState::read(vm.monitors())?.assert_restored(&before, |_| false);
+    assert_eq!(vm.status()?, "prelaunch");
     Ok(())
 }
 

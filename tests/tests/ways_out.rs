@@ -456,3 +456,102 @@ fn a_disk_that_another_tools_job_is_on_is_refused_by_jobs_and_backed_up_by_filte
     }
     Ok(())
 }
+
+/// Any bitmap that records keeps QEMU from reverting; those of Fleecebox's can be seen and dropped.
+#[test]
+fn a_vm_can_be_reverted_to_an_internal_snapshot_once_its_tracking_is_dropped() -> Result<()> {
+    let site = Site::new()?;
+    site.configure(&format!(
+        "[archive.main]\npath = '{}'\n",
+        site.archive().display()
+    ))?;
+    let vm = Emulator::running(|folder| {
+        let words = two_disks(folder)?;
+        // What has no internal snapshots cannot be in one.
+        Ok(words.into_iter().skip(4).collect())
+    })?;
+    let order = Order {
+        archive: "main".into(),
+        ..site.order_for(&vm.monitors().product, "chunked")?
+    };
+    let hmp = |line: &str| -> Result<String> {
+        let said = vm
+            .control()?
+            .execute("human-monitor-command", json!({"command-line": line}))?;
+        Ok(said.as_str().unwrap_or_default().to_owned())
+    };
+    let qmp = vm.monitors().product.clone();
+    let tracking = |words: &[&str]| site.command(words).arg("--json").arg("--qmp").arg(&qmp);
+    assert_eq!(hmp("savevm before")?, "");
+    let first = site.backup(&order)?;
+    let other = Order {
+        archive: site.path("other"),
+        ..order.clone()
+    };
+    std::fs::create_dir(&other.archive)?;
+    let elsewhere = site.backup(&other)?;
+    ensure!(
+        hmp("loadvm before")?.contains("bitmap"),
+        "QEMU reverts in spite of bitmaps"
+    );
+
+    let listed = tracking(&["tracking", "list", "web"])
+        .run()?
+        .assert_success();
+    let listed = listed.document()?;
+    let rows = listed.as_array().context("no list")?;
+    assert_eq!(rows.len(), 2, "{listed:#}");
+    let of = |id: &str| rows.iter().find(|row| row["backup"] == id);
+    assert_eq!(of(&first.id).context("not listed")?["archive_name"], "main");
+    let gone = of(&elsewhere.id).context("not listed")?;
+    assert_eq!(gone["archive_name"], Value::Null);
+
+    // One archive's, by its id, although it is gone.
+    std::fs::remove_dir_all(&other.archive)?;
+    let id = gone["archive"].as_str().context("no id")?;
+    let dropped = tracking(&["tracking", "drop", "web", "--archive", id]).run()?;
+    assert_eq!(
+        dropped
+            .assert_success()
+            .document()?
+            .as_array()
+            .map(Vec::len),
+        Some(1)
+    );
+    let next = site.backup(&order)?;
+    next.assert_base("vb", Some(&first));
+
+    // Not while a job runs.
+    let running = site
+        .backup_command(&order)
+        .env("FLEECEBOX_STOP_AT", "proving")
+        .start()?;
+    let stat = format!("/proc/{}/stat", running.process().pid);
+    fleecebox_tests::eventually("the job to stop itself", LIMIT, || {
+        Ok(std::fs::read_to_string(&stat)?
+            .contains(") T ")
+            .then_some(()))
+    })?;
+    let dead = site
+        .command(&["tracking", "drop", "web", "--all"])
+        .arg("--qmp")
+        .arg(&vm.monitors().control);
+    dead.run()?.assert_refused(1, "another job is running");
+    running.kill()?;
+    dead.run()?.assert_refused(1, "fleecebox recover");
+    let recover = site.command(&["recover", "web", "--archive", "main", "--qmp"]);
+    recover
+        .arg(&qmp)
+        .arg("--fleecing")
+        .arg(site.path("fleecing"))
+        .run()?
+        .assert_success();
+
+    tracking(&["tracking", "drop", "web", "--all"])
+        .run()?
+        .assert_success();
+    assert_eq!(hmp("loadvm before")?, "");
+    let full = site.backup(&order)?;
+    full.assert_base("vb", None);
+    Ok(())
+}

@@ -112,7 +112,7 @@ impl Backup {
         target::begun(session, record)?;
         let account = Arc::clone(&request.account);
         let (events, progress) = Progress::start(session.quiet);
-        let made = backup::backup(request, places, &events, &session.cancel).await;
+        let made = backup::backup(request, places, &events, &session.signals()).await;
         drop(events);
         progress.finish().await;
         recording::end(recorder);
@@ -297,12 +297,8 @@ fn tell(session: &Session, summary: &Summary, started: Instant) {
         show!("{result:#}");
         return;
     }
-    let covered: u64 = manifest
-        .record
-        .volumes
-        .iter()
-        .map(|volume| volume.dirty_bytes)
-        .sum();
+    let volumes = manifest.record.volumes.iter();
+    let covered = text::total(volumes.map(|volume| volume.dirty_bytes));
     for volume in &manifest.record.volumes {
         say!(
             "{}: {} covered, {} of it zero, {} claimed and proven",

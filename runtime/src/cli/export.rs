@@ -128,7 +128,7 @@ impl Export {
             told.set(true);
             tell(session, held);
         };
-        let ended = export::export(request, places, ready, &events, &session.cancel).await;
+        let ended = export::export(request, places, ready, &events, &session.signals()).await;
         drop(events);
         progress.finish().await;
         ended.map_err(|error| match Failure::of(error) {

@@ -25,11 +25,13 @@ mod status;
 mod target;
 mod test;
 mod text;
+mod tracking;
 mod verify;
 mod vm;
 
 use crate::channel::Wasi;
 use crate::config::{self, Config, ConfigError};
+use crate::job::signals::Signals;
 use crate::policy::Denied;
 use crate::sandbox::Program;
 use clap::{Args, Parser, Subcommand};
@@ -88,6 +90,9 @@ enum Command {
     List(list::List),
     /// Show one backup's manifest
     Show(show::Show),
+    /// List and drop the dirty bitmaps that incremental backups and exports go by
+    #[command(subcommand)]
+    Tracking(Tracking),
     /// Write, try, look at and install providers
     #[command(subcommand)]
     Provider(Provider),
@@ -114,6 +119,14 @@ enum Provider {
     List(providers::Providers),
     /// Remove an installed one; its backups stay
     Remove(remove::Remove),
+}
+
+#[derive(Debug, Subcommand)]
+enum Tracking {
+    /// Say which there are in a VM, and which archive and backup each belongs to
+    List(tracking::List),
+    /// Remove some, or all: the next backup reads the disks in full
+    Drop(tracking::Drop),
 }
 
 #[derive(Debug, Subcommand)]
@@ -162,6 +175,9 @@ impl AllowWasi {
         Ok(self.parts.iter().copied().collect())
     }
 }
+
+/// How long a job may take to end when it is to end at once.
+const AT_ONCE: Duration = Duration::from_secs(2);
 
 /// For what still runs when a command has ended.
 const LAST_WORK: Duration = Duration::from_secs(1);
@@ -247,6 +263,17 @@ struct Session {
     json: bool,
     quiet: bool,
     cancel: CancellationToken,
+    at_once: CancellationToken,
+}
+
+impl Session {
+    /// What signals ask of a job.
+    fn signals(&self) -> Signals {
+        Signals {
+            end: self.cancel.clone(),
+            at_once: self.at_once.clone(),
+        }
+    }
 }
 
 /// Runs the command line of this process.
@@ -286,15 +313,17 @@ fn run(cli: Cli) -> Result<(), Failure> {
         .build()
         .map_err(|error| Failure::Failed(error.into()))?;
     let cancel = CancellationToken::new();
+    let at_once = CancellationToken::new();
     let session = Session {
         config,
         state,
         json: cli.common.json,
         quiet: cli.common.quiet,
         cancel: cancel.clone(),
+        at_once: at_once.clone(),
     };
     let ended = runtime.block_on(async {
-        cancel_on_signals(cancel);
+        cancel_on_signals(cancel, at_once);
         match cli.command {
             Command::Backup(command) => command.run(&session).await,
             Command::Recover(command) => command.run(&session).await,
@@ -303,6 +332,8 @@ fn run(cli: Cli) -> Result<(), Failure> {
             Command::Verify(command) => command.run(&session).await,
             Command::List(command) => command.run(&session),
             Command::Show(command) => command.run(&session),
+            Command::Tracking(Tracking::List(command)) => command.run(&session).await,
+            Command::Tracking(Tracking::Drop(command)) => command.run(&session).await,
             Command::Provider(Provider::Inspect(command)) => command.run(&session).await,
             Command::Provider(Provider::Test(command)) => command.run(&session).await,
             Command::Provider(Provider::New(command)) => command.run(&session),
@@ -336,7 +367,8 @@ fn refuse_suspension(what: &'static str) {
 
 /// Each of these ends the job in order: QEMU is cleaned up before the process ends. They are caught from when this
 /// returns on, so nothing may be done to a VM before.
-fn cancel_on_signals(cancel: CancellationToken) {
+/// A second one ends it at once: what is then left in the VM is named, and its watchdog's.
+fn cancel_on_signals(cancel: CancellationToken, at_once: CancellationToken) {
     use tokio::signal::unix::{SignalKind, signal};
     let kinds = [
         SignalKind::interrupt(),
@@ -348,9 +380,19 @@ fn cancel_on_signals(cancel: CancellationToken) {
         return;
     };
     tokio::spawn(async move {
-        let waits = signals.iter_mut().map(|signal| Box::pin(signal.recv()));
-        futures_util::future::select_all(waits).await;
+        let mut next = async || {
+            let waits = signals.iter_mut().map(|signal| Box::pin(signal.recv()));
+            futures_util::future::select_all(waits).await;
+        };
+        next().await;
         cancel.cancel();
+        next().await;
+        at_once.cancel();
+        tokio::time::sleep(AT_ONCE).await;
+        say!(
+            "fleecebox: ended at once by a second signal; what the job has left in the VM is removed by its watchdog as soon as that can be done without stopping the VM, or by `fleecebox recover`"
+        );
+        std::process::exit(1);
     });
 }
 

@@ -112,11 +112,12 @@ async fn one(session: &Session, name: &str, vm: Vm) -> Result<bool, Failure> {
         qmp: &qmp,
         state,
         fleecing: &fleecing,
-        own_server: vm.nbd.is_none(),
+        nbd: vm.nbd.as_deref(),
+        stop: &vm.stop,
         archives: &archives,
     };
     let (events, progress) = Progress::start(session.quiet);
-    let found = recover::recover_vm(patient, &events, &session.cancel).await;
+    let found = recover::recover_vm(patient, &events, &session.signals()).await;
     drop(events);
     progress.finish().await;
     found.map_err(Failure::of)

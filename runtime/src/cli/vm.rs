@@ -3,6 +3,7 @@
 use super::{Failure, Session, target};
 use crate::config::Vm;
 use crate::job::extra::{Extra, Source};
+use crate::qemu::agent::Freeze;
 use anyhow::{Context, anyhow};
 use clap::Args;
 use std::path::PathBuf;
@@ -19,6 +20,9 @@ pub(super) struct VmArguments {
     /// The guest agent's socket: the guest's file systems are frozen at the point in time
     #[arg(long, value_name = "SOCKET")]
     agent: Option<PathBuf>,
+    /// Whether the guest must be frozen, where it has an agent [default: required]
+    #[arg(long, value_enum, value_name = "WHEN")]
+    freeze: Option<Freeze>,
     /// A disk to take, by device id, drive id or node name; may be repeated [default: all]
     #[arg(long = "disk", value_name = "NAME")]
     disks: Vec<String>,
@@ -36,6 +40,7 @@ impl VmArguments {
         let mut vm = target::vm(session, &self.name, self.qmp.is_some())?;
         vm.qmp = self.qmp.or(vm.qmp);
         vm.agent = self.agent.or(vm.agent);
+        vm.freeze = self.freeze.unwrap_or(vm.freeze);
         vm.fleecing = self.fleecing.or(vm.fleecing);
         vm.nbd = self.nbd.or(vm.nbd);
         if !self.disks.is_empty() {

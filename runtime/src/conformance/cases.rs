@@ -425,7 +425,10 @@ async fn with(
     if let Some(error) = made.own_failure() {
         return Err(error.into());
     }
-    match std::mem::replace(&mut made.result, Err(BackupError::Cancelled)) {
+    match std::mem::replace(
+        &mut made.result,
+        Err(BackupError::Cancelled { left: false }),
+    ) {
         Ok(manifest) => {
             stand.restore(&made, &manifest).await?;
             Ok(Ok(()))

@@ -141,7 +141,7 @@ pub async fn run(
         target.frozen.reader.disconnect().await;
         if timeout(SETTLE_TIME, settling).await.is_err() {
             target.events.warn(format!(
-                "{}: the archive does not answer; what was being written to it is given up",
+                "{}: what was being read or written did not end in time and is given up",
                 target.volume
             ));
         }

@@ -15,6 +15,7 @@ use super::journal::{Journal, JournalError, Step};
 use super::point_in_time::{PointError, Prepared};
 use super::prove::ProofError;
 use super::recover::{self, RecoverError};
+use super::signals::Signals;
 use super::subject::{self, Subject};
 use super::transfer::Transfer;
 use super::volume_run::{Covered, VolumeError};
@@ -26,7 +27,10 @@ use crate::qemu::{Monitor, PointInTime};
 use crate::sandbox::{Cache, Program};
 use bytes::Bytes;
 use cap_std::fs::Dir;
+use futures_util::FutureExt;
+use std::any::Any;
 use std::collections::BTreeMap;
+use std::panic::AssertUnwindSafe;
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -130,8 +134,17 @@ pub enum BackupError {
     #[error("a task of the job died: {0}")]
     Task(#[source] tokio::task::JoinError),
     /// A signal asked for the end.
-    #[error("cancelled; the VM and the archive are as they were before")]
-    Cancelled,
+    #[error("cancelled; {}", match left {
+        false => "the VM and the archive are as they were before",
+        true => "what is left is named above",
+    })]
+    Cancelled {
+        /// Whether anything of the job is left.
+        left: bool,
+    },
+    /// A fault of this program.
+    #[error("a fault of this program ended the job: {0}")]
+    Panicked(String),
 }
 
 impl BackupError {
@@ -162,7 +175,7 @@ pub async fn backup(
     request: Request,
     places: Places,
     events: &Events,
-    cancel: &CancellationToken,
+    signals: &Signals,
 ) -> Result<Summary, BackupError> {
     let refused = |source| BackupError::Component {
         name: request.provider_name.clone(),
@@ -171,7 +184,7 @@ pub async fn backup(
     let program = &places.program;
     let component = tokio::select! {
         loaded = Component::load(request.component.clone(), program, &places.cache, request.provider.grant.wasi(), events) => loaded.map_err(refused)?,
-        () = cancel.cancelled() => return Err(BackupError::Cancelled),
+        () = signals.end.cancelled() => return Err(BackupError::Cancelled { left: false }),
     };
     request.account.compiling(component.compiled.usage);
     let namespace = Arc::new(places.archive.create_namespace(&request.namespace)?);
@@ -195,17 +208,29 @@ pub async fn backup(
         owner: &owner,
         full: request.full,
         events,
+        signals,
     };
     let attempt = Attempt {
         request: &request,
         subject: &subject,
         program,
         component,
-        cancel,
+        cancel: &signals.end,
     };
     let job = async |monitor: &Monitor, journal: &mut Journal| attempt.make(monitor, journal).await;
-    let (summary, left) = subject::on_vm(&subject, &mut journal, cancel, job).await?;
+    let (summary, left) = subject::on_vm(&subject, &mut journal, job).await?;
     Ok(Summary { left, ..summary })
+}
+
+/// What a panic said. Which tasks of the job run on is not known, so nothing it made is believed.
+pub(super) fn panic_text(panic: &(dyn Any + Send)) -> String {
+    let text = panic.downcast_ref::<String>().map(String::as_str);
+    let text = text.or_else(|| panic.downcast_ref::<&str>().copied());
+    text.unwrap_or("it panicked").to_owned()
+}
+
+fn panicked(panic: &(dyn Any + Send)) -> BackupError {
+    BackupError::Panicked(panic_text(panic))
 }
 
 /// A backup of a VM that can be reached.
@@ -282,7 +307,7 @@ impl Backup<'_> {
             Err((error, mut left)) => {
                 left.extend(self.transfer.abandon().await);
                 if error.is_undone() {
-                    self.prepared.close(&mut left);
+                    self.prepared.close(&mut left).await;
                 }
                 self.prepared.tell_left(&left);
                 return Err(error.into());
@@ -290,21 +315,34 @@ impl Backup<'_> {
         };
         let since = Instant::now();
         self.prepared.mark(&point).await;
-        let read = self.read_all(&point).await;
+        let read = AssertUnwindSafe(self.read_all(&point)).catch_unwind().await;
+        let read = read.unwrap_or_else(|panic| Err(panicked(&*panic)));
         let fleecing_peak = self.prepared.fleecing_peak();
         let mut left = self.prepared.release(&point).await;
         let snapshot = since.elapsed();
         self.request.account.snapshot(snapshot, fleecing_peak);
         let committed = match read {
-            Ok(covered) => self.prove_and_commit(covered).await,
+            Ok(covered) => {
+                let made = AssertUnwindSafe(self.prove_and_commit(covered)).catch_unwind();
+                made.await.unwrap_or_else(|panic| Err(panicked(&*panic)))
+            }
             Err(error) => Err(error),
         };
         left.extend(self.settle_bitmaps(&point, &committed).await);
+        left.extend(self.prepared.finish(&point).await);
         if committed.is_err() {
             left.extend(self.transfer.abandon().await);
         }
-        self.prepared.close(&mut left);
-        let manifest = committed.inspect_err(|_| self.prepared.tell_left(&left))?;
+        self.prepared.close(&mut left).await;
+        let manifest = committed.map_err(|error| {
+            self.prepared.tell_left(&left);
+            match error {
+                BackupError::Cancelled { .. } => BackupError::Cancelled {
+                    left: !left.is_empty(),
+                },
+                error => error,
+            }
+        })?;
         let summary = Summary {
             manifest,
             frozen: point.frozen,

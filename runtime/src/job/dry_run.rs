@@ -120,10 +120,10 @@ pub async fn dry_run(order: Order<'_>) -> Result<Forecast, PointError> {
     let dead = journal.record();
     if let Some(dead) = dead {
         forecast.first.push(format!(
-            "the last job on this VM ({}, backup {}) died at step '{}'; it would be cleaned up after it",
+            "the last job on this VM ({}, backup {}) {}; it would be cleaned up after it",
             dead.job,
             dead.backup,
-            dead.step.name()
+            recover::how_it_ended(dead)
         ));
     }
     let monitor = match Monitor::connect(order.qmp).await {
@@ -188,8 +188,15 @@ pub async fn dry_run(order: Order<'_>) -> Result<Forecast, PointError> {
     for extra in order.extra {
         disks.extend(attached(extra)?);
     }
-    let sizes: Vec<u64> = disks.iter().map(|disk: &DiskForecast| disk.size).collect();
-    fleecing::check_room(order.fleecing.0, order.fleecing.1, &sizes)?;
+    let mut room = 0u64;
+    for disk in &disks {
+        let held = match (&disk.bitmap_used, &disk.node) {
+            (None, Some(node)) => machine::held(&monitor, node).await?.unwrap_or(disk.size),
+            _ => disk.dirty_bytes,
+        };
+        room = room.saturating_add(fleecing::room(disk.size, held));
+    }
+    fleecing::check_room(order.fleecing.0, order.fleecing.1, room)?;
     forecast.disks = Some(disks);
     Ok(forecast)
 }

@@ -8,6 +8,7 @@ mod control;
 
 pub use control::{Answer, CONTROL, end};
 
+use super::backup::panic_text;
 use super::base::{Choice, Owner};
 use super::event::Events;
 use super::extra::Extra;
@@ -16,6 +17,7 @@ use super::journal::{Journal, JournalError, Step};
 use super::lineage;
 use super::point_in_time::{BLOCK_SIZE, PointError, Prepared};
 use super::recover;
+use super::signals::Signals;
 use super::subject::{self, Subject};
 use crate::archive::{
     self, Archive, BackupId, BackupRecord, ComponentId, Namespace, NamespaceName, Proof,
@@ -32,8 +34,10 @@ use crate::volume::open;
 use crate::volume::reader::Reader;
 use cap_std::fs::Dir;
 use control::Control;
+use futures_util::FutureExt;
 use serde::{Deserialize, Serialize};
 use std::io;
+use std::panic::AssertUnwindSafe;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use time::OffsetDateTime;
@@ -177,6 +181,9 @@ pub enum ExportError {
         /// What the server said.
         source: nbd::Error,
     },
+    /// A fault of this program.
+    #[error("a fault of this program ended the export: {0}")]
+    Panicked(String),
     /// A task died.
     #[error("a task of the export died: {0}")]
     Task(#[source] tokio::task::JoinError),
@@ -226,7 +233,7 @@ pub async fn export(
     places: Places,
     ready: impl FnOnce(&Held),
     events: &Events,
-    cancel: &CancellationToken,
+    signals: &Signals,
 ) -> Result<Ended, ExportError> {
     // What is not tracked has no bitmap; its job still needs a name in the journal.
     let namespace = match &request.tracking {
@@ -253,6 +260,7 @@ pub async fn export(
         owner: &owner,
         full: request.full,
         events,
+        signals,
     };
     let control = Control::listen(&folder, &places.vm_state.1)?;
     let job = async |monitor: &Monitor, journal: &mut Journal| {
@@ -261,11 +269,11 @@ pub async fn export(
             subject: &subject,
             monitor,
             control: &control,
-            cancel,
+            cancel: &signals.end,
         };
         export.make(journal, ready).await
     };
-    let ended = subject::on_vm(&subject, &mut journal, cancel, job).await;
+    let ended = subject::on_vm(&subject, &mut journal, job).await;
     let ended = ended.map(|(ended, left)| Ended { left, ..ended });
     control.answer(&ended).await;
     control.close(&folder);
@@ -314,13 +322,17 @@ impl Export<'_> {
             Ok(point) => point,
             Err((error, mut left)) => {
                 if error.is_undone() {
-                    prepared.close(&mut left);
+                    prepared.close(&mut left).await;
                 }
                 prepared.tell_left(&left);
                 return Err(error.into());
             }
         };
-        let (verdict, by_signal, failure) = self.hold(&mut prepared, &point, id, ready).await;
+        let held = AssertUnwindSafe(self.hold(&mut prepared, &point, id, ready)).catch_unwind();
+        let (verdict, by_signal, failure) = held.await.unwrap_or_else(|panic| {
+            let panicked = ExportError::Panicked(panic_text(&*panic));
+            (Verdict::Failure, false, Some(panicked))
+        });
         let mut left = prepared.release(&point).await;
         let recorded = match (verdict, &self.request.tracking) {
             (Verdict::Success, Some(_)) => self.record(&mut prepared, id).await,
@@ -336,7 +348,8 @@ impl Export<'_> {
             let accepted = failure.is_none() && verdict == Verdict::Success;
             left.extend(prepared.settle(&point, accepted).await);
         }
-        prepared.close(&mut left);
+        left.extend(prepared.finish(&point).await);
+        prepared.close(&mut left).await;
         match failure {
             None => {
                 let ended = Ended {

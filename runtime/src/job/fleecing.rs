@@ -19,7 +19,8 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 use tokio::time::{Instant, sleep};
 
-/// Free space asked for at the start: this part of all disks together. A guest seldom overwrites more while its
+/// Free space asked for at the start: this part of all disks together, or all that can be overwritten at all where that is
+/// less. A guest seldom overwrites more while its
 /// backup runs, and a sparse image on a smaller file system would soon stop the guest's own writes.
 const SHARE: u64 = 16;
 
@@ -32,6 +33,9 @@ const LOOK: Duration = Duration::from_millis(20);
 
 /// Longest path of a unix socket, in bytes (`sun_path` of unix(7), without its end).
 const SOCKET_PATH_MAX: usize = 107;
+
+/// The NBD server's socket, in a job's folder.
+pub(super) const SOCKET: &str = "nbd.sock";
 
 /// The images of one job. Dropping it leaves the files; [`Fleecing::remove`] deletes them.
 #[derive(Debug)]
@@ -65,6 +69,17 @@ pub enum FleecingError {
     PathTooLong {
         /// The folder.
         folder: PathBuf,
+    },
+    /// The file system takes no file as large as a disk.
+    #[error(
+        "the file system of the fleecing folder {folder} takes no file of {size} bytes, as large as the disk (ext4 takes 16 TiB); set `fleecing-format` of this VM to \"qcow2\", or name a folder on another file system with --fleecing",
+        folder = folder.display()
+    )]
+    FileTooLarge {
+        /// The folder.
+        folder: PathBuf,
+        /// Of the largest disk.
+        size: u64,
     },
     /// The file system failed.
     #[error("cannot make fleecing images in {folder}: {source}", folder = folder.display())]
@@ -154,20 +169,22 @@ impl Fleecing {
     }
 
     /// Makes one image of each of `sizes` (bytes) in a new folder `name` below `parent`, whose absolute path is `path`.
+    /// `room` is the sum of what [`room`] says of each disk.
     pub fn create(
         parent: Dir,
         path: &Path,
         name: &str,
         sizes: &[u64],
+        room: u64,
         format: FleecingFormat,
     ) -> Result<Self, FleecingError> {
         let io = |source| FleecingError::Io {
             folder: path.to_owned(),
             source,
         };
-        check_room(&parent, path, sizes)?;
+        check_room(&parent, path, room)?;
         let folder_path = path.join(name);
-        if folder_path.as_os_str().len() + "/nbd.sock".len() > SOCKET_PATH_MAX {
+        if folder_path.join(SOCKET).as_os_str().len() > SOCKET_PATH_MAX {
             return Err(FleecingError::PathTooLong {
                 folder: path.to_owned(),
             });
@@ -185,7 +202,14 @@ impl Fleecing {
         };
         if let Err(source) = fleecing.fill(sizes, format) {
             let _ = fleecing.remove();
-            return Err(io(source));
+            let size = sizes.iter().copied().max().unwrap_or_default();
+            return Err(match source.kind() {
+                io::ErrorKind::FileTooLarge => FleecingError::FileTooLarge {
+                    folder: path.to_owned(),
+                    size,
+                },
+                _ => io(source),
+            });
         }
         Ok(fleecing)
     }
@@ -222,7 +246,7 @@ impl Fleecing {
 
     /// Where the NBD server's socket goes.
     pub fn socket(&self) -> PathBuf {
-        self.path.join("nbd.sock")
+        self.path.join(SOCKET)
     }
 
     /// Most bytes that the images were seen to take up at once. What is given back meanwhile makes room again.
@@ -306,6 +330,15 @@ impl Fleecing {
         })
     }
 
+    /// Deletes the images, to give their room back. What cannot be deleted is left to [`Fleecing::remove`].
+    pub fn remove_images(&self) {
+        for (path, _) in &self.images {
+            if let Some(name) = path.file_name() {
+                let _ = self.parent.remove_file(Path::new(&self.name).join(name));
+            }
+        }
+    }
+
     /// Deletes everything.
     pub fn remove(&self) -> io::Result<()> {
         remove_folder(&self.parent, &self.name).map(drop)
@@ -358,15 +391,18 @@ fn unmount(parent: &Dir, path: &Path) {
     }
 }
 
-/// Whether `folder`, of that path, has room to begin with images of disks of these sizes in bytes.
+/// Bytes to begin with for a disk of `size` bytes of which `held` are neither holes nor given back at once: no more old
+/// data can be kept than that.
+pub fn room(size: u64, held: u64) -> u64 {
+    (size / SHARE).min(held)
+}
+
+/// Whether `folder`, of that path, has `room` bytes and what is left free at least.
 ///
 /// # Errors
 /// [`FleecingError::TooSmall`], or where it cannot be asked.
-pub fn check_room(folder: &Dir, path: &Path, sizes: &[u64]) -> Result<(), FleecingError> {
-    let total = sizes
-        .iter()
-        .fold(0u64, |sum, &size| sum.saturating_add(size));
-    let needed = (total / SHARE).saturating_add(RESERVE);
+pub fn check_room(folder: &Dir, path: &Path, room: u64) -> Result<(), FleecingError> {
+    let needed = room.saturating_add(RESERVE);
     let available = available(folder).map_err(|source| FleecingError::Io {
         folder: path.to_owned(),
         source,
@@ -402,6 +438,7 @@ mod tests {
             path.path(),
             "fbx-1",
             &[1 << 20, 12345 * 512],
+            0,
             FleecingFormat::Raw,
         )
         .unwrap();
@@ -425,10 +462,18 @@ mod tests {
             path.path(),
             "fbx-1",
             &[u64::MAX],
+            room(u64::MAX, u64::MAX),
             FleecingFormat::Raw,
         )
         .unwrap_err();
         assert!(matches!(error, FleecingError::TooSmall { .. }), "{error}");
         assert_eq!(std::fs::read_dir(path.path()).unwrap().count(), 0);
+    }
+
+    #[test]
+    fn a_thin_disk_needs_no_more_room_than_it_holds() {
+        let tib = 1 << 40;
+        assert_eq!(room(20 * tib, 8 << 20), 8 << 20);
+        assert_eq!(room(tib, tib), tib / SHARE);
     }
 }

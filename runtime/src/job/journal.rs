@@ -7,9 +7,11 @@ use cap_std::fs::Dir;
 use cap_tempfile::TempFile;
 use serde::{Deserialize, Serialize};
 use std::io::{self, Write};
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
+use std::time::{Duration, Instant};
 
 const FILE: &str = "journal.json";
+const UNREADABLE: &str = "journal.json.unreadable";
 const LOCK: &str = "lock";
 const STARTED: &str = "started";
 
@@ -36,6 +38,9 @@ pub enum Step {
     Committed,
     /// Old bitmaps are removed, or new ones merged back.
     SwitchingBitmaps,
+    /// One of another version of this program.
+    #[serde(other)]
+    Other,
 }
 
 impl Step {
@@ -50,6 +55,7 @@ impl Step {
             Self::Committing => "committing",
             Self::Committed => "committed",
             Self::SwitchingBitmaps => "switching-bitmaps",
+            Self::Other => "other",
         }
     }
 }
@@ -71,15 +77,20 @@ pub struct Record {
     pub fleecing: String,
     /// Whether an NBD server that the job starts may be running.
     pub nbd_server: bool,
+    /// The job ended in order, with something left.
+    #[serde(default)]
+    pub ended: bool,
 }
 
 /// The journal of one VM, locked.
 #[derive(Debug)]
 pub struct Journal {
     folder: Dir,
+    path: PathBuf,
     record: Option<Record>,
+    unreadable: Option<String>,
     /// Held as long as the job lives; the kernel lets go of it when the process dies.
-    _lock: cap_std::fs::File,
+    _lock: Lock,
 }
 
 /// Why there is no journal to write.
@@ -96,29 +107,115 @@ pub enum JournalError {
     /// The file system failed.
     #[error("cannot keep the job's journal: {0}")]
     Io(#[from] io::Error),
+    /// The file of the dead run cannot be read, or not be set aside.
+    #[error("cannot read the journal {path}: {source}", path = path.display())]
+    File {
+        /// The file.
+        path: PathBuf,
+        /// What the system said.
+        source: io::Error,
+    },
+}
+
+/// What the lock file holds while a watchdog has the lock, which takes no longer than to end a snapshot.
+const WATCHDOG: &[u8] = b"watchdog";
+
+/// How long the lock is waited for where a watchdog has it.
+const WATCHDOG_LIMIT: Duration = Duration::from_secs(30);
+
+/// How long it is waited for at least: who takes it says a moment later who that is.
+const LOCK_LIMIT: Duration = Duration::from_millis(300);
+
+/// Between two looks at the lock.
+const PAUSE: Duration = Duration::from_millis(20);
+
+/// The lock of a VM: whoever holds it is the only job on it. The kernel lets go of it when the process dies.
+#[derive(Debug)]
+pub struct Lock(cap_std::fs::File);
+
+impl Lock {
+    /// The lock in `folder`, unless somebody has it.
+    pub fn try_take(folder: &Dir) -> io::Result<Option<Self>> {
+        let mut options = cap_std::fs::OpenOptions::new();
+        options.read(true).write(true).create(true);
+        let lock = folder.open_with(LOCK, &options)?;
+        match rustix::fs::flock(&lock, rustix::fs::FlockOperation::NonBlockingLockExclusive) {
+            Ok(()) => {
+                lock.set_len(0)?;
+                Ok(Some(Self(lock)))
+            }
+            Err(rustix::io::Errno::WOULDBLOCK) => Ok(None),
+            Err(error) => Err(error.into()),
+        }
+    }
+
+    /// As [`Lock::try_take`], for a watchdog, which says so there: a job waits for it.
+    pub fn try_take_for_watchdog(folder: &Dir) -> io::Result<Option<Self>> {
+        let lock = Self::try_take(folder)?;
+        if let Some(Self(file)) = &lock {
+            (&*file).write_all(WATCHDOG)?;
+        }
+        Ok(lock)
+    }
+
+    /// Waits where a watchdog is about to let go of it.
+    fn take(folder: &Dir) -> io::Result<Option<Self>> {
+        let since = Instant::now();
+        loop {
+            if let Some(lock) = Self::try_take(folder)? {
+                return Ok(Some(lock));
+            }
+            let limit = match folder.read(LOCK)?.as_slice() {
+                WATCHDOG => WATCHDOG_LIMIT,
+                _ => LOCK_LIMIT,
+            };
+            if since.elapsed() >= limit {
+                return Ok(None);
+            }
+            std::thread::sleep(PAUSE);
+        }
+    }
 }
 
 impl Journal {
     /// Takes the lock in `folder` and reads what a dead run left there. `path` is only named in errors.
     pub fn open(folder: Dir, path: PathBuf) -> Result<Self, JournalError> {
-        let mut options = cap_std::fs::OpenOptions::new();
-        options.write(true).create(true);
-        let lock = folder.open_with(LOCK, &options)?;
-        match rustix::fs::flock(&lock, rustix::fs::FlockOperation::NonBlockingLockExclusive) {
-            Ok(()) => {}
-            Err(rustix::io::Errno::WOULDBLOCK) => return Err(JournalError::Busy { folder: path }),
-            Err(error) => return Err(io::Error::from(error).into()),
-        }
-        let record = match folder.read(FILE) {
-            Ok(bytes) => Some(serde_json::from_slice(&bytes).map_err(io::Error::other)?),
-            Err(error) if error.kind() == io::ErrorKind::NotFound => None,
-            Err(error) => return Err(error.into()),
+        let Some(lock) = Lock::take(&folder)? else {
+            return Err(JournalError::Busy { folder: path });
+        };
+        let file = |source| JournalError::File {
+            path: path.join(FILE),
+            source,
+        };
+        let (record, unreadable) = match read_record(&folder).map_err(file)? {
+            None => (None, None),
+            Some(Ok(record)) => (Some(record), None),
+            Some(Err(reason)) => {
+                folder.rename(FILE, &folder, UNREADABLE).map_err(file)?;
+                let told = format!(
+                    "the journal of the last job on this VM, {}, cannot be read ({reason}) and is set aside as {UNREADABLE}: what QEMU shows of that job is removed all the same, but what its backup left in the archive, if it never committed, stays",
+                    path.join(FILE).display()
+                );
+                (None, Some(told))
+            }
         };
         Ok(Self {
             folder,
+            path,
             record,
+            unreadable,
             _lock: lock,
         })
+    }
+
+    /// The folder's path.
+    pub fn path(&self) -> &Path {
+        &self.path
+    }
+
+    /// What has to be said of a journal that could not be read, once.
+    pub fn take_unreadable(&mut self) -> Option<String> {
+        self.unreadable.take()
     }
 
     /// What is recorded: after [`Journal::open`], the run that died.
@@ -126,14 +223,10 @@ impl Journal {
         self.record.as_ref()
     }
 
-    /// Replaces the record, durably.
+    /// Replaces the record, durably, as a step begins.
     pub fn write(&mut self, record: Record) -> Result<(), JournalError> {
-        let mut file = TempFile::new(&self.folder)?;
-        file.write_all(&serde_json::to_vec_pretty(&record).map_err(io::Error::other)?)?;
-        file.as_file().sync_all()?;
-        file.replace(FILE)?;
         let step = record.step;
-        self.record = Some(record);
+        self.replace(record)?;
         if std::env::var(STOP_AT).is_ok_and(|at| at == step.name()) {
             let _ = rustix::process::kill_process(
                 rustix::process::getpid(),
@@ -143,10 +236,30 @@ impl Journal {
         Ok(())
     }
 
+    fn replace(&mut self, record: Record) -> Result<(), JournalError> {
+        let mut file = TempFile::new(&self.folder)?;
+        file.write_all(&serde_json::to_vec_pretty(&record).map_err(io::Error::other)?)?;
+        file.as_file().sync_all()?;
+        file.replace(FILE)?;
+        self.record = Some(record);
+        Ok(())
+    }
+
     /// Records that `step` begins.
     pub fn reach(&mut self, step: Step) -> Result<(), JournalError> {
         match self.record.clone() {
             Some(record) => self.write(Record { step, ..record }),
+            None => Ok(()),
+        }
+    }
+
+    /// The job ends in order, and something is left.
+    pub fn end_incomplete(&mut self) -> Result<(), JournalError> {
+        match self.record.clone() {
+            Some(record) => self.replace(Record {
+                ended: true,
+                ..record
+            }),
             None => Ok(()),
         }
     }
@@ -183,6 +296,19 @@ impl Journal {
     }
 }
 
+/// What the last run recorded in `folder`, where it recorded anything, or why that is no record: a loss of power may have
+/// emptied it, and another version of this program may write others.
+pub fn read_record(folder: &Dir) -> io::Result<Option<Result<Record, String>>> {
+    match folder.read(FILE) {
+        Ok(bytes) if bytes.is_empty() => Ok(Some(Err("it is empty".into()))),
+        Ok(bytes) => Ok(Some(
+            serde_json::from_slice(&bytes).map_err(|error| error.to_string()),
+        )),
+        Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(None),
+        Err(error) => Err(error),
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -196,7 +322,55 @@ mod tests {
             step,
             fleecing: "fbx-0123456789abcdef".into(),
             nbd_server: true,
+            ended: false,
         }
+    }
+
+    fn open(path: &Path) -> Journal {
+        let dir = Dir::open_ambient_dir(path, cap_std::ambient_authority()).unwrap();
+        Journal::open(dir, path.to_owned()).unwrap()
+    }
+
+    #[test]
+    fn a_journal_that_cannot_be_read_is_set_aside_and_named() {
+        for content in ["", "{", "{\"job\": 1}"] {
+            let path = tempfile::tempdir().unwrap();
+            std::fs::write(path.path().join(FILE), content).unwrap();
+            let mut journal = open(path.path());
+            assert_eq!(journal.record(), None);
+            let told = journal.take_unreadable().unwrap();
+            let named = path.path().join(FILE);
+            assert!(told.contains(named.to_str().unwrap()), "{told}");
+            drop(journal);
+            assert_eq!(open(path.path()).take_unreadable(), None);
+            let aside = std::fs::read_to_string(path.path().join(UNREADABLE));
+            assert_eq!(aside.unwrap(), content);
+        }
+    }
+
+    #[test]
+    fn a_later_versions_journal_is_read_as_far_as_it_is_known() {
+        let path = tempfile::tempdir().unwrap();
+        let mut journal = serde_json::to_value(record(Step::Running)).unwrap();
+        journal["step"] = "folding-time".into();
+        journal["more"] = 1.into();
+        std::fs::write(path.path().join(FILE), journal.to_string()).unwrap();
+        assert_eq!(open(path.path()).record(), Some(&record(Step::Other)));
+    }
+
+    #[test]
+    fn a_job_waits_for_a_watchdog_that_has_the_lock_and_for_no_other_job() {
+        let path = tempfile::tempdir().unwrap();
+        let dir = || Dir::open_ambient_dir(path.path(), cap_std::ambient_authority()).unwrap();
+        let watchdog = Lock::try_take_for_watchdog(&dir()).unwrap().unwrap();
+        let waits = std::thread::spawn({
+            let dir = dir();
+            move || Lock::take(&dir).unwrap().is_some()
+        });
+        std::thread::sleep(2 * LOCK_LIMIT);
+        assert!(!waits.is_finished());
+        drop(watchdog);
+        assert!(waits.join().unwrap());
     }
 
     #[test]

@@ -7,6 +7,7 @@
 //! A backup and an export differ only in who reads, and in what says that the reading came to something.
 
 use super::base::{Choice, ChoiceError};
+use super::ending::Ending;
 use super::event::Event;
 use super::extra::{self, Attached, ExtraError};
 use super::fleecing::{Bounds, Fleecing, FleecingError, GivenUp, VirtualFile};
@@ -14,18 +15,23 @@ use super::journal::{Journal, JournalError, Record, Step};
 use super::mark;
 use super::power::PowerError;
 use super::recover::RecoverError;
+use super::storage::{Storage, Unanswered};
 use super::subject::{Subject, tell_choice};
 use crate::archive::BackupId;
+use crate::qemu::agent::Freeze;
 use crate::qemu::bitmap::{self, Tracking};
 use crate::qemu::machine::{RunState, Standing};
 use crate::qemu::needs::NeedsError;
-use crate::qemu::snapshot::{Broken, Cause, NbdServer, Readers, Request as PointRequest};
+use crate::qemu::snapshot::{
+    Broken, Cause, NOT_FROZEN, NbdServer, Readers, Request as PointRequest,
+};
 use crate::qemu::{
     self, Agent, Form, JobId, MachineError, Monitor, MonitorError, Plan, PointInTime, Schema,
     SnapshotError, Watchdog, machine,
 };
 use std::io;
 use std::os::fd::AsFd;
+use std::path::Path;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -115,9 +121,11 @@ impl PointError {
                 _ => false,
             },
             Self::Choice(ChoiceError::Name(_))
-            | Self::Fleecing(FleecingError::TooSmall { .. } | FleecingError::PathTooLong { .. }) => {
-                true
-            }
+            | Self::Fleecing(
+                FleecingError::TooSmall { .. }
+                | FleecingError::FileTooLarge { .. }
+                | FleecingError::PathTooLong { .. },
+            ) => true,
             _ => false,
         }
     }
@@ -135,6 +143,10 @@ pub struct Prepared<'a> {
     job: JobId,
     disks: Vec<(qemu::Disk, Choice)>,
     reached: Vec<(Step, Instant)>,
+    /// Ends the snapshot if this process dies.
+    watchdog: Option<Watchdog>,
+    /// What is in QEMU stays there.
+    kept: bool,
 }
 
 impl<'a> Prepared<'a> {
@@ -161,6 +173,7 @@ impl<'a> Prepared<'a> {
             step: Step::Preparing,
             fleecing: name.clone(),
             nbd_server: subject.vm.nbd.is_none(),
+            ended: false,
         })?;
         let attached = match extra::attach_files(monitor, job, subject.extra, &mut disks).await {
             Ok(attached) => {
@@ -176,7 +189,8 @@ impl<'a> Prepared<'a> {
         };
         let sizes: Vec<u64> = disks.iter().map(|(disk, _)| disk.size).collect();
         let format = subject.vm.fleecing_format;
-        let made = Fleecing::create(parent, fleecing_path, &name, &sizes, format);
+        let room = room(monitor, &disks).await;
+        let made = Fleecing::create(parent, fleecing_path, &name, &sizes, room, format);
         let fleecing = match made {
             Ok(fleecing) => fleecing,
             Err(error) => {
@@ -194,6 +208,8 @@ impl<'a> Prepared<'a> {
             job,
             disks,
             reached: Vec::new(),
+            watchdog: None,
+            kept: false,
         })
     }
 
@@ -264,28 +280,29 @@ impl<'a> Prepared<'a> {
         // No agent answers in a guest that stands still; its file systems cannot be frozen, and nothing writes to them.
         let agent_socket = vm.agent.as_ref();
         let agent_socket = agent_socket.filter(|_| self.standing == Standing::Runs);
-        let mut agent = match agent_socket {
-            Some(path) => Some(Agent::connect(path, qemu::agent::Limits::default()).await?),
-            None => None,
+        let (agent_socket, mut agent) = match agent_socket {
+            Some(path) => match self.reach_agent(path).await? {
+                Some(agent) => (Some(path), Some(agent)),
+                None => (None, None),
+            },
+            None => (None, None),
         };
         let form = match vm.point_in_time {
             Some(form) => form,
             None => Form::offered(monitor, &schema).await?,
         };
         let stops = form == Form::Filter && self.standing == Standing::Runs;
-        let qmp = stops.then_some(qmp);
-        let mut watchdog = match (agent_socket, qmp) {
-            (None, None) => None,
-            (agent, qmp) => Some(Watchdog::spawn(agent.map(AsRef::as_ref), qmp).await?),
-        };
+        let ending = self.ending(qmp)?;
+        let stopped_by = stops.then_some(qmp);
+        let thawed_by = agent_socket.map(AsRef::as_ref);
+        let mut watchdog = Watchdog::spawn(thawed_by, stopped_by, Some(&ending)).await?;
         self.step(Step::Snapshot)?;
-        if let Some(watchdog) = &mut watchdog {
-            if agent.is_some() {
-                watchdog.arm_thaw().await?;
-            }
-            if stops {
-                watchdog.arm_cont().await?;
-            }
+        watchdog.arm_end().await?;
+        if agent.is_some() {
+            watchdog.arm_thaw().await?;
+        }
+        if stops {
+            watchdog.arm_cont().await?;
         }
         let server = match &vm.nbd {
             Some(socket) => NbdServer::Shared(socket.clone()),
@@ -309,17 +326,18 @@ impl<'a> Prepared<'a> {
             readers,
             form,
             format: vm.fleecing_format,
+            freeze: vm.freeze,
         };
         let taken = qemu::snapshot::take(monitor, &schema, request, agent.as_mut()).await;
         let stuck = matches!(&taken, Err(error) if error.is_stuck());
         // The agent takes one client at a time: ours goes before the watchdog may need it.
         drop(agent);
-        if let Some(watchdog) = watchdog
-            && !stuck
-            && let Err(error) = watchdog.disarm().await
-        {
-            // It may thaw the guest once more, which does no harm. The point in time is there and stays.
-            self.subject.events.warn(error.to_string());
+        if !stuck {
+            if let Err(error) = watchdog.runs().await {
+                // It may thaw the guest once more, which does no harm. The point in time is there and stays.
+                self.subject.events.warn(error.to_string());
+            }
+            self.watchdog = Some(watchdog);
         }
         let taken = taken?;
         for note in &taken.notes {
@@ -345,6 +363,40 @@ impl<'a> Prepared<'a> {
         }
     }
 
+    /// The agent behind the socket, unless it is to be done without.
+    async fn reach_agent(&self, path: &Path) -> Result<Option<Agent>, PointError> {
+        let Subject { vm, events, .. } = *self.subject;
+        if vm.freeze == Freeze::Never {
+            events.note(format!("{NOT_FROZEN} (`freeze` is `never`)"));
+            return Ok(None);
+        }
+        match Agent::connect(path, qemu::agent::Limits::default()).await {
+            Ok(agent) => Ok(Some(agent)),
+            Err(error) if vm.freeze == Freeze::IfAvailable => {
+                events.note(format!("{NOT_FROZEN}: {error}"));
+                Ok(None)
+            }
+            Err(error) => Err(error.into()),
+        }
+    }
+
+    /// What the watchdog needs to know to end the snapshot.
+    fn ending(&self, qmp: &Path) -> Result<String, PointError> {
+        let absolute = |path: &Path| std::path::absolute(path);
+        let (_, fleecing) = self.subject.fleecing;
+        let make = || {
+            Ok(Ending {
+                job: self.job.to_string(),
+                qmp: absolute(qmp)?,
+                state: absolute(self.journal.path())?,
+                fleecing: absolute(fleecing)?,
+                nbd: self.subject.vm.nbd.as_deref().map(absolute).transpose()?,
+            })
+        };
+        let ending = make().and_then(|ending| serde_json::to_string(&ending).map_err(Into::into));
+        ending.map_err(|error| PointError::Watchdog(qemu::WatchdogError::Start(error)))
+    }
+
     /// Waits until the snapshot has to be given up: for the guest's sake, by a bound, or because QEMU is gone.
     pub async fn watch(&self, bounds: Bounds) -> PointError {
         tokio::select! {
@@ -365,16 +417,35 @@ impl<'a> Prepared<'a> {
     pub async fn release(&mut self, point: &PointInTime) -> Vec<String> {
         let mut left = Vec::new();
         left.extend(self.step(Step::Releasing).err().map(|e| e.to_string()));
-        let errors = point.teardown(self.monitor).await;
-        if errors.is_empty() {
-            self.journal.server_stopped();
+        if let Err(unanswered) = self.wait_for_storage(point).await {
+            left.push(self.keep(&unanswered));
+        } else {
+            let errors = point.teardown(self.monitor).await;
+            self.kept = !errors.is_empty();
+            left.extend(errors.iter().map(ToString::to_string));
+            // QEMU may still hold a file that could not be taken from it; deleting it harms neither side.
+            self.fleecing.remove_images();
+            left.extend(self.resume().await);
         }
-        left.extend(errors.iter().map(ToString::to_string));
-        // QEMU may still hold a file that could not be taken from it; deleting it harms neither side.
-        left.extend(self.remove_fleecing());
-        left.extend(self.resume().await);
         extra::warn_of_changes(&self.attached, self.subject.events);
         left
+    }
+
+    async fn wait_for_storage(&self, point: &PointInTime) -> Result<(), Unanswered> {
+        let Subject {
+            events, signals, ..
+        } = *self.subject;
+        let storage = Storage::new(&point.socket, point.probes());
+        storage.wait(events, signals).await
+    }
+
+    /// What is in QEMU is left to the watchdog or the next run. Returns what to say of it.
+    fn keep(&mut self, unanswered: &Unanswered) -> String {
+        self.kept = true;
+        format!(
+            "what job {} made in QEMU stays, because {unanswered} and the VM would stand still until it does: the job's watchdog removes it then, or `fleecebox recover` does",
+            self.job
+        )
     }
 
     /// A guest whose writes a full fleecing image failed was stopped by QEMU: with the image gone they succeed.
@@ -407,8 +478,17 @@ impl<'a> Prepared<'a> {
     /// could not be settled; the next run does it.
     pub async fn settle(&mut self, point: &PointInTime, committed: bool) -> Vec<String> {
         let mut left = Vec::new();
+        if self.kept {
+            // A bitmap is in its image as well: QEMU reads and writes there to remove one.
+            return left;
+        }
         if let Err(error) = self.step(Step::SwitchingBitmaps) {
             left.push(error.to_string());
+        }
+        if let Err(unanswered) = self.wait_for_storage(point).await {
+            left.push(format!("the bitmaps: {unanswered}"));
+            left.push(self.keep(&unanswered));
+            return left;
         }
         let monitor = self.monitor;
         for (volume, (disk, choice)) in point.volumes.iter().zip(&self.disks) {
@@ -430,12 +510,39 @@ impl<'a> Prepared<'a> {
         left
     }
 
-    /// While anything is left, the journal stays for the next run.
-    pub fn close(&mut self, left: &mut Vec<String>) {
-        if left.is_empty()
-            && let Err(error) = self.journal.clear()
-        {
+    /// After the bitmaps: takes down the rest, which the storage was asked by. Returns what is left.
+    pub async fn finish(&mut self, point: &PointInTime) -> Vec<String> {
+        let mut left = Vec::new();
+        if self.kept {
+            return left;
+        }
+        if let Err(unanswered) = self.wait_for_storage(point).await {
+            left.push(self.keep(&unanswered));
+            return left;
+        }
+        let errors = point.finish(self.monitor).await;
+        if errors.is_empty() {
+            self.journal.server_stopped();
+        }
+        left.extend(errors.iter().map(ToString::to_string));
+        left.extend(self.remove_fleecing());
+        left
+    }
+
+    /// While anything is left, the journal stays for the next run, and the watchdog does what it can.
+    pub async fn close(&mut self, left: &mut Vec<String>) {
+        if !left.is_empty() {
+            left.extend(self.journal.end_incomplete().err().map(|e| e.to_string()));
+            return;
+        }
+        if let Err(error) = self.journal.clear() {
             left.push(error.to_string());
+        }
+        if let Some(watchdog) = self.watchdog.take()
+            && let Err(error) = watchdog.disarm().await
+        {
+            // There is nothing left that it could end.
+            self.subject.events.warn(error.to_string());
         }
     }
 
@@ -447,6 +554,23 @@ impl<'a> Prepared<'a> {
             ));
         }
     }
+}
+
+/// Bytes that the fleecing images of `disks` begin with.
+pub(super) async fn room(monitor: &Monitor, disks: &[(qemu::Disk, Choice)]) -> u64 {
+    let mut room = 0u64;
+    for (disk, choice) in disks {
+        let old = choice.bitmap.old().map(ToString::to_string);
+        let dirty = old.and_then(|old| disk.bitmap(&old)).map(|old| old.dirty);
+        let held = match dirty {
+            Some(dirty) => Some(dirty),
+            // A compressed image holds more than it takes up, and is never one that is written.
+            None => machine::held(monitor, &disk.node).await.ok().flatten(),
+        };
+        let held = held.unwrap_or(disk.size);
+        room = room.saturating_add(super::fleecing::room(disk.size, held));
+    }
+    room
 }
 
 async fn accept(monitor: &Monitor, node: &str, choice: &Choice) -> Result<Tracking, MonitorError> {

@@ -10,6 +10,7 @@ use std::io;
 use std::path::Path;
 use std::process::{ExitStatus, Stdio};
 use std::time::Duration;
+use tokio::net::UnixStream;
 use tokio::process::{Child, Command};
 use tokio::time::{Instant, sleep, timeout};
 use tokio_util::sync::CancellationToken;
@@ -32,6 +33,8 @@ pub struct Reached {
     started: bool,
     /// The command, where it still runs because it is QEMU itself or waits for it.
     command: Option<Child>,
+    /// What ends it, where QEMU is not told itself.
+    stop: Vec<String>,
 }
 
 /// Why the VM cannot be reached or started.
@@ -109,13 +112,13 @@ impl PowerError {
 /// Any [`PowerError`]; a VM that was started for nothing is put back.
 pub async fn reach(
     qmp: &Path,
-    start: &[String],
+    (start, stop): (&[String], &[String]),
     journal: &Journal,
     events: &Events,
     cancel: &CancellationToken,
 ) -> Result<Reached, PowerError> {
     let error = match Monitor::connect(qmp).await {
-        Ok(monitor) => return adopt(monitor, journal, events).await,
+        Ok(monitor) => return adopt(monitor, stop, journal, events).await,
         Err(error) => error,
     };
     // What an earlier job started is gone by itself.
@@ -164,6 +167,7 @@ pub async fn reach(
         monitor,
         started: true,
         command: Some(command),
+        stop: stop.to_vec(),
     };
     if runs(&reached.monitor).await? {
         journal.set_vm_started(false)?;
@@ -177,6 +181,7 @@ pub async fn reach(
 /// A VM that is there may be one that a job started which then died.
 async fn adopt(
     monitor: Monitor,
+    stop: &[String],
     journal: &Journal,
     events: &Events,
 ) -> Result<Reached, PowerError> {
@@ -192,6 +197,7 @@ async fn adopt(
         monitor,
         started,
         command: None,
+        stop: stop.to_vec(),
     })
 }
 
@@ -208,21 +214,25 @@ async fn wait_for_monitor(
             command: program.into(),
             source,
         })?;
-        match (Monitor::connect(qmp).await, ended) {
-            (Ok(monitor), _) => return Ok(monitor),
-            (Err(_), Some(status)) if !status.success() => {
-                return Err(PowerError::NotStarted {
-                    command: program.into(),
-                    status,
-                });
+        if let Some(status) = ended.filter(|status| !status.success()) {
+            return Err(PowerError::NotStarted {
+                command: program.into(),
+                status,
+            });
+        }
+        let late = Instant::now() >= deadline;
+        // A command that only asks for the VM, as libvirt's does, has more to do when the monitor is there.
+        if ended.is_some() || late || is_started_by(command, qmp).await {
+            match Monitor::connect(qmp).await {
+                Ok(monitor) => return Ok(monitor),
+                Err(source) if late => {
+                    return Err(PowerError::Silent {
+                        command: program.into(),
+                        source,
+                    });
+                }
+                Err(_) => {}
             }
-            (Err(source), _) if Instant::now() >= deadline => {
-                return Err(PowerError::Silent {
-                    command: program.into(),
-                    source,
-                });
-            }
-            (Err(_), _) => {}
         }
         tokio::select! {
             () = sleep(PAUSE) => {}
@@ -231,9 +241,67 @@ async fn wait_for_monitor(
     }
 }
 
+/// Whether who listens on the monitor's socket is the command itself, or a process that it started.
+async fn is_started_by(command: &Child, qmp: &Path) -> bool {
+    let Some(command) = command.id() else {
+        return false;
+    };
+    let listener = UnixStream::connect(qmp).await;
+    let listener = listener.and_then(|stream| stream.peer_cred());
+    let mut process = listener.ok().and_then(|peer| peer.pid());
+    while let Some(pid) = process.filter(|&pid| pid > 1) {
+        if pid.cast_unsigned() == command {
+            return true;
+        }
+        process = parent(pid);
+    }
+    false
+}
+
+/// From `/proc/PID/stat`: `pid (name) state parent …`, where the name may hold anything.
+fn parent(pid: i32) -> Option<i32> {
+    let stat = std::fs::read_to_string(format!("/proc/{pid}/stat")).ok()?;
+    let (_, fields) = stat.rsplit_once(") ")?;
+    fields.split_whitespace().nth(1)?.parse().ok()
+}
+
 async fn runs(monitor: &Monitor) -> Result<bool, PowerError> {
     let state = machine::run_state(monitor).await?;
     Ok(state.is_some_and(|state| state.running))
+}
+
+/// Why a VM that was started does not end.
+#[derive(Debug, thiserror::Error)]
+enum EndError {
+    #[error(transparent)]
+    Monitor(#[from] MonitorError),
+    #[error("its command `stop` ({command}) cannot be run: {source}")]
+    Command { command: String, source: io::Error },
+    #[error("its command `stop` ({command}) did not stop it: {status}")]
+    NotStopped { command: String, status: ExitStatus },
+}
+
+async fn stop_by(program: &str, arguments: &[String]) -> Result<(), EndError> {
+    let mut stop = Command::new(program);
+    stop.args(arguments)
+        .stdin(Stdio::null())
+        .stdout(Stdio::null())
+        .process_group(0)
+        .kill_on_drop(true);
+    let command = || program.to_owned();
+    let ended = timeout(QUIT_LIMIT, stop.status()).await;
+    let ended = ended.map_err(io::Error::from).flatten();
+    let status = ended.map_err(|source| EndError::Command {
+        command: command(),
+        source,
+    })?;
+    match status.success() {
+        true => Ok(()),
+        false => Err(EndError::NotStopped {
+            command: command(),
+            status,
+        }),
+    }
 }
 
 impl Reached {
@@ -252,7 +320,7 @@ impl Reached {
         }
     }
 
-    async fn end(self, events: &Events) -> Result<(), MonitorError> {
+    async fn end(self, events: &Events) -> Result<(), EndError> {
         match machine::run_state(&self.monitor).await {
             Ok(Some(state)) if state.running => {
                 events.note("the VM was let run meanwhile, so it is not stopped again");
@@ -261,9 +329,12 @@ impl Reached {
             Err(error) if error.is_lost() => return Ok(()),
             state => state.map(drop)?,
         }
-        match self.monitor.execute(qapi::qmp::quit {}).await {
-            Err(error) if !error.is_lost() => return Err(error),
-            _ => {}
+        match self.stop.split_first() {
+            Some((program, arguments)) => stop_by(program, arguments).await?,
+            None => match self.monitor.execute(qapi::qmp::quit {}).await {
+                Err(error) if !error.is_lost() => return Err(error.into()),
+                _ => {}
+            },
         }
         let gone = async {
             self.monitor.lost().await;

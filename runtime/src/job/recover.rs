@@ -7,17 +7,20 @@ use super::event::Events;
 use super::fleecing::Fleecing;
 use super::journal::{Journal, JournalError, Record};
 use super::power::{self, PowerError};
+use super::signals::Signals;
+use super::storage::{Storage, Unanswered};
 use crate::archive::{self, Archive, BackupId, Namespace, NamespaceName};
 use crate::qemu::bitmap::{self, BitmapPlan, Tracking};
 use crate::qemu::machine::{self, RunState};
 use crate::qemu::removal::{self, RemovalError, ServerFate};
-use crate::qemu::{Monitor, MonitorError, leftovers};
+use crate::qemu::snapshot::Probe;
+use crate::qemu::{JobId, Monitor, MonitorError, leftovers};
 use cap_std::fs::Dir;
 use std::collections::BTreeSet;
 use std::io;
+use std::os::fd::AsRawFd;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
-use tokio_util::sync::CancellationToken;
 
 /// Why the rest of a dead run could not be cleaned up.
 #[derive(Debug, thiserror::Error)]
@@ -40,6 +43,16 @@ pub enum RecoverError {
     /// The VM cannot be reached.
     #[error(transparent)]
     Power(#[from] PowerError),
+    /// It cannot be removed without stopping the VM.
+    #[error(
+        "what job {job} left in QEMU cannot be removed yet, because {unanswered}, and the VM would stand still until it does; the job's watchdog, or the next run, removes it then"
+    )]
+    Hangs {
+        /// The dead job.
+        job: JobId,
+        /// Whose storage.
+        unanswered: Unanswered,
+    },
     /// A VM that a dead run started paused still runs.
     #[error("{0}")]
     StillRuns(String),
@@ -59,8 +72,10 @@ pub struct Traces<'a> {
     pub monitor: &'a Monitor,
     /// The folder that this VM's jobs make their fleecing folders in.
     pub fleecing: &'a Dir,
-    /// Whether jobs on this VM start the NBD server themselves.
-    pub own_server: bool,
+    /// Socket of the NBD server, where jobs on this VM do not start it themselves.
+    pub nbd: Option<&'a Path>,
+    /// What signals ask of this run.
+    pub signals: &'a Signals,
     /// The archive of this run.
     pub archive: &'a Archive,
     /// The provider's part of it.
@@ -75,6 +90,9 @@ pub async fn recover(
     journal: &mut Journal,
     events: &Events,
 ) -> Result<(), RecoverError> {
+    if let Some(unreadable) = journal.take_unreadable() {
+        events.warn(unreadable);
+    }
     if let Some(dead) = journal.record() {
         warn_of(dead, events);
     }
@@ -91,7 +109,8 @@ pub async fn clean_up(
     let qemu = InQemu {
         monitor: traces.monitor,
         fleecing: traces.fleecing,
-        own_server: traces.own_server,
+        nbd: traces.nbd,
+        signals: traces.signals,
     };
     qemu.remove(dead.as_ref(), events).await?;
     settle_bitmaps(
@@ -120,7 +139,9 @@ pub struct Patient<'a> {
     /// As in [`Traces`].
     pub fleecing: &'a Dir,
     /// As in [`Traces`].
-    pub own_server: bool,
+    pub nbd: Option<&'a Path>,
+    /// The command that ends a VM that a job started, where there is one.
+    pub stop: &'a [String],
     /// Whose bitmaps are settled, those of all their namespaces: the backups' archive, and the records of exports.
     pub archives: &'a [&'a Archive],
 }
@@ -132,22 +153,26 @@ pub struct Patient<'a> {
 pub async fn recover_vm(
     patient: Patient<'_>,
     events: &Events,
-    cancel: &CancellationToken,
+    signals: &Signals,
 ) -> Result<bool, RecoverError> {
     let Patient {
         vm,
         qmp,
         state: (state, path),
         fleecing,
-        own_server,
+        nbd,
+        stop,
         archives,
     } = patient;
     let mut journal = Journal::open(state, path)?;
+    if let Some(unreadable) = journal.take_unreadable() {
+        events.warn(unreadable);
+    }
     let dead = journal.record().cloned();
     if let Some(dead) = &dead {
         warn_of(dead, events);
     }
-    let reached = match power::reach(qmp, &[], &journal, events, cancel).await {
+    let reached = match power::reach(qmp, (&[], stop), &journal, events, &signals.end).await {
         Err(PowerError::Stopped(_)) => {
             if let Some(dead) = &dead {
                 remove_folder(fleecing, &dead.fleecing, events)?;
@@ -163,7 +188,8 @@ pub async fn recover_vm(
     let qemu = InQemu {
         monitor,
         fleecing,
-        own_server,
+        nbd,
+        signals,
     };
     let found = qemu.remove(dead.as_ref(), events).await?;
     for archive in archives {
@@ -192,23 +218,36 @@ fn owner(archive: &Archive, namespace: NamespaceName, vm: &str) -> Owner {
 
 fn warn_of(dead: &Record, events: &Events) {
     events.warn(format!(
-        "the last job on this VM ({}, backup {}) died at step '{}'; cleaning up after it",
+        "the last job on this VM ({}, backup {}) {}; cleaning up after it",
         dead.job,
         dead.backup,
-        dead.step.name()
+        how_it_ended(dead)
     ));
 }
 
+/// What became of a job that left its journal.
+pub(super) fn how_it_ended(dead: &Record) -> String {
+    match dead.ended {
+        true => "could not take back all that it had made".into(),
+        false => format!("died at step '{}'", dead.step.name()),
+    }
+}
+
 /// What jobs make inside QEMU and for it.
-struct InQemu<'a> {
-    monitor: &'a Monitor,
-    fleecing: &'a Dir,
-    own_server: bool,
+pub(super) struct InQemu<'a> {
+    pub(super) monitor: &'a Monitor,
+    pub(super) fleecing: &'a Dir,
+    pub(super) nbd: Option<&'a Path>,
+    pub(super) signals: &'a Signals,
 }
 
 impl InQemu<'_> {
     /// Removes what the dead run and others left. Returns whether QEMU showed anything.
-    async fn remove(&self, dead: Option<&Record>, events: &Events) -> Result<bool, RecoverError> {
+    pub(super) async fn remove(
+        &self,
+        dead: Option<&Record>,
+        events: &Events,
+    ) -> Result<bool, RecoverError> {
         let mut folders: BTreeSet<String> = dead.iter().map(|dead| dead.fleecing.clone()).collect();
         // Without nodes and exports the server may still be there: it is what a job stops last.
         let mut server_started = dead.is_some_and(|dead| dead.nbd_server);
@@ -228,8 +267,11 @@ impl InQemu<'_> {
                     "a job that no journal tells of ({job}) left something in QEMU; removing it"
                 ));
                 folders.insert(Fleecing::name(job));
-                server_started |= self.own_server;
+                server_started |= self.nbd.is_none();
             }
+            let storage = storage(self.fleecing, self.nbd, job, leftover.probes.clone());
+            let answers = storage.wait(events, self.signals).await;
+            answers.map_err(|unanswered| RecoverError::Hangs { job, unanswered })?;
             let errors = leftovers::remove(self.monitor, &leftover, ServerFate::Keep).await;
             if let Some(error) = errors.into_iter().next() {
                 return Err(error.into());
@@ -249,6 +291,20 @@ impl InQemu<'_> {
         }
         Ok(any)
     }
+}
+
+/// That of the disks of a dead `job`, by the server that it started in its folder, or by `nbd`.
+pub(super) fn storage(
+    fleecing: &Dir,
+    nbd: Option<&Path>,
+    job: JobId,
+    probes: Vec<Probe>,
+) -> Storage {
+    let own = || {
+        let folder = PathBuf::from(format!("/proc/self/fd/{}", fleecing.as_raw_fd()));
+        folder.join(job.folder()).join(super::fleecing::SOCKET)
+    };
+    Storage::new(&nbd.map_or_else(own, Path::to_owned), probes)
 }
 
 fn remove_folder(fleecing: &Dir, folder: &str, events: &Events) -> Result<(), RecoverError> {

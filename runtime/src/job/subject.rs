@@ -7,6 +7,7 @@ use super::journal::Journal;
 use super::point_in_time::{BLOCK_SIZE, PointError};
 use super::power;
 use super::recover::{self, Traces};
+use super::signals::Signals;
 use crate::archive::{Archive, BackupId, Namespace};
 use crate::config::Vm;
 use crate::qemu::machine::Standing;
@@ -15,7 +16,6 @@ use cap_std::fs::Dir;
 use std::collections::BTreeMap;
 use std::path::Path;
 use std::sync::Arc;
-use tokio_util::sync::CancellationToken;
 
 /// The VM that a point in time is of, and where jobs on it leave their traces.
 pub struct Subject<'a> {
@@ -37,6 +37,8 @@ pub struct Subject<'a> {
     pub full: bool,
     /// Where the job tells what it does.
     pub events: &'a Events,
+    /// What signals ask of it.
+    pub signals: &'a Signals,
 }
 
 impl<'a> Subject<'a> {
@@ -58,7 +60,8 @@ impl<'a> Subject<'a> {
         Traces {
             monitor,
             fleecing: self.fleecing.0,
-            own_server: self.vm.nbd.is_none(),
+            nbd: self.vm.nbd.as_deref(),
+            signals: self.signals,
             archive: self.archive,
             namespace: self.namespace,
             owner: self.owner,
@@ -71,12 +74,12 @@ impl<'a> Subject<'a> {
 pub async fn on_vm<T, E: From<PointError>>(
     subject: &Subject<'_>,
     journal: &mut Journal,
-    cancel: &CancellationToken,
     job: impl AsyncFnOnce(&Monitor, &mut Journal) -> Result<(T, Vec<String>), E>,
 ) -> Result<(T, Vec<String>), E> {
     let events = subject.events;
-    let start = &subject.vm.start;
-    let reached = power::reach(subject.qmp, start, journal, events, cancel).await;
+    let Vm { start, stop, .. } = subject.vm;
+    let commands = (&start[..], &stop[..]);
+    let reached = power::reach(subject.qmp, commands, journal, events, &subject.signals.end).await;
     let mut reached = reached.map_err(PointError::from)?;
     let mut done = job(&reached.monitor, journal).await;
     if reached.monitor.is_lost()

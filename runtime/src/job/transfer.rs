@@ -91,7 +91,7 @@ impl Transfer<'_> {
         ));
         let attachments = Arc::new(self.attachments.clone());
         let bandwidth = self.provider.limits.bandwidth;
-        let bandwidth = bandwidth.map(|rate| Arc::new(Bandwidth::new(rate)));
+        let bandwidth = bandwidth.map(|rate| Arc::new(Bandwidth::new(rate, stop.clone())));
         let writer = self.writer()?;
         let disks = volumes.len();
         let volumes: Vec<_> = volumes.collect();
@@ -131,7 +131,7 @@ impl Transfer<'_> {
             });
         let ended = futures_util::future::join_all(runs).await;
         if self.cancel.is_cancelled() {
-            return Err(BackupError::Cancelled);
+            return Err(BackupError::Cancelled { left: false });
         }
         let (covered, mut failed): (Vec<_>, Vec<_>) = ended.into_iter().partition(Result::is_ok);
         // A run that was stopped because another failed is not the reason.
@@ -171,7 +171,7 @@ impl Transfer<'_> {
                 cancel: self.cancel,
             };
             prove::prove(order).await.map_err(|source| match source {
-                ProofError::Cancelled => BackupError::Cancelled,
+                ProofError::Cancelled => BackupError::Cancelled { left: false },
                 source => BackupError::Proof {
                     volume: volume.name.clone(),
                     source,
@@ -179,7 +179,7 @@ impl Transfer<'_> {
             })?;
         }
         if self.cancel.is_cancelled() {
-            return Err(BackupError::Cancelled);
+            return Err(BackupError::Cancelled { left: false });
         }
         Ok(())
     }
@@ -224,7 +224,7 @@ impl Transfer<'_> {
             Some(Ok(Ok(()))) => return None,
             Some(Ok(Err(error))) => error.to_string(),
             Some(Err(error)) => error.to_string(),
-            None => "the archive does not answer".into(),
+            None => "a task of the job still writes, or the archive does not answer".into(),
         };
         Some(format!("what backup {} stored: {error}", self.id))
     }

@@ -52,6 +52,19 @@ impl Default for Limits {
     }
 }
 
+/// Whether the guest's file systems are to be frozen at the point in time.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, serde::Deserialize, clap::ValueEnum)]
+#[serde(rename_all = "kebab-case")]
+pub enum Freeze {
+    /// There is no backup without; the default, where the VM has an agent
+    #[default]
+    Required,
+    /// An agent that does not answer or refuses is told of and done without
+    IfAvailable,
+    /// The agent is not asked
+    Never,
+}
+
 /// Why the agent did not do what it was asked for.
 #[derive(Debug, thiserror::Error)]
 pub enum AgentError {

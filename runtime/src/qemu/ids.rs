@@ -84,6 +84,8 @@ pub enum Role {
     Export,
     /// The FUSE export of the same node.
     File,
+    /// The export of the disk itself, by which its storage is asked whether it answers.
+    Probe,
     /// The node of a file that the VM does not have.
     Extra,
     /// The file below a fleecing image that is more than raw.
@@ -102,6 +104,7 @@ impl Role {
         Self::Job,
         Self::Export,
         Self::File,
+        Self::Probe,
         Self::Extra,
         Self::Image,
         Self::Create,
@@ -116,6 +119,7 @@ impl Role {
             Self::Job => "job",
             Self::Export => "x",
             Self::File => "f",
+            Self::Probe => "pr",
             Self::Extra => "ro",
             Self::Image => "img",
             Self::Create => "mk",
@@ -165,7 +169,7 @@ mod tests {
 
     proptest! {
         #[test]
-        fn every_id_reads_back_and_fits_a_node_name(job: u64, role in 0usize..9, index: u16) {
+        fn every_id_reads_back_and_fits_a_node_name(job: u64, role in 0usize..10, index: u16) {
             let id = OwnId { job: JobId(job), role: Role::ALL[role], index };
             let text = id.to_string();
             prop_assert!(text.len() <= NODE_NAME_MAX);
@@ -174,7 +178,7 @@ mod tests {
         }
 
         #[test]
-        fn what_parses_is_written_the_same(text in "(fbx-)?[0-9a-fA-F+]{15,17}-?(fl|cbw|sa|job|x|f|ro|img|mk|y)?[0-9+]{0,6}") {
+        fn what_parses_is_written_the_same(text in "(fbx-)?[0-9a-fA-F+]{15,17}-?(fl|cbw|sa|job|x|f|pr|ro|img|mk|y)?[0-9+]{0,6}") {
             if let Some(id) = OwnId::parse(&text) {
                 prop_assert_eq!(id.to_string(), text);
             }

@@ -7,6 +7,7 @@ use super::ids::{JobId, OwnId, Role};
 use super::monitor::{Monitor, MonitorError};
 use super::present;
 use super::removal::{self, Remains, RemovalError, ServerFate};
+use super::snapshot::Probe;
 use std::collections::BTreeMap;
 
 /// Everything of one dead job but its bitmaps, which only the archive can judge
@@ -15,6 +16,8 @@ use std::collections::BTreeMap;
 pub struct Leftover {
     /// Ids to remove.
     pub remains: Remains,
+    /// The disks' own exports, by which their storage can be asked; the disks are named as QEMU names their nodes.
+    pub probes: Vec<Probe>,
     /// Files behind the fleecing nodes, as QEMU names them: delete them after [`remove`], if they lie
     /// in a folder for fleecing images.
     pub fleecing_files: Vec<String>,
@@ -28,6 +31,18 @@ pub async fn find(monitor: &Monitor) -> Result<BTreeMap<JobId, Leftover>, Monito
     let mut found: BTreeMap<JobId, Leftover> = BTreeMap::new();
     for export in present::exports(monitor).await? {
         if let Some(OwnId {
+            job,
+            role: Role::Probe,
+            ..
+        }) = OwnId::parse(&export.id)
+        {
+            let leftover = found.entry(job).or_default();
+            leftover.remains.probes.push(export.id.clone());
+            leftover.probes.push(Probe {
+                disk: export.node,
+                export: export.id,
+            });
+        } else if let Some(OwnId {
             job,
             role: Role::Export | Role::File | Role::Mark,
             ..

@@ -536,6 +536,14 @@ impl RunState {
     }
 }
 
+/// Bytes that the image of node `name` holds at most, where QEMU knows.
+///
+/// # Errors
+/// Those of [`Monitor::query`].
+pub async fn held(monitor: &Monitor, name: &str) -> Result<Option<u64>, MonitorError> {
+    present::held(monitor, name).await
+}
+
 /// Asks for the run state (QMP `query-status`); nothing where there is no VM, as in `qemu-storage-daemon`.
 ///
 /// # Errors

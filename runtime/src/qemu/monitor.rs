@@ -61,6 +61,14 @@ pub enum MonitorError {
         /// What the system said.
         source: io::Error,
     },
+    /// Its backlog is full: it serves one client at a time.
+    #[error(
+        "the monitor {path} is held by another client, and others wait for it; a monitor serves one at a time: give Fleecebox one of its own"
+    )]
+    Held {
+        /// The socket.
+        path: PathBuf,
+    },
     /// The peer did not greet as the QMP specification asks of a server.
     #[error("{socket} is not a QMP monitor: {reason}")]
     NotQmp {
@@ -131,7 +139,10 @@ impl MonitorError {
 
     /// Whether there is no QMP monitor at the other end, or nothing at all.
     pub fn is_no_monitor(&self) -> bool {
-        matches!(self, Self::Connect { .. } | Self::NotQmp { .. })
+        matches!(
+            self,
+            Self::Connect { .. } | Self::Held { .. } | Self::NotQmp { .. }
+        )
     }
 
     /// Whether nothing listens on the socket: there is no QEMU.
@@ -288,12 +299,16 @@ impl Monitor {
     pub async fn connect(path: &Path) -> Result<Self, MonitorError> {
         let deadline = Instant::now() + RECONNECT_LIMIT;
         loop {
-            let stream = socket::connect(path, GREETING_LIMIT)
-                .await
-                .map_err(|source| MonitorError::Connect {
-                    path: path.into(),
-                    source,
-                })?;
+            let stream =
+                socket::connect(path, GREETING_LIMIT)
+                    .await
+                    .map_err(|source| match source.kind() {
+                        io::ErrorKind::WouldBlock => MonitorError::Held { path: path.into() },
+                        _ => MonitorError::Connect {
+                            path: path.into(),
+                            source,
+                        },
+                    })?;
             match Self::over(stream, &path.display().to_string()).await {
                 Err(MonitorError::NotQmp {
                     reason: NotQmp::Closed,

@@ -29,6 +29,11 @@ pub(super) struct Node {
 pub(super) struct Image {
     #[serde(rename = "virtual-size")]
     pub(super) virtual_size: u64,
+    /// What its file takes up; block devices and network storage have none.
+    #[serde(rename = "actual-size", default)]
+    pub(super) actual_size: u64,
+    #[serde(rename = "backing-filename", default)]
+    pub(super) backing: Option<String>,
     /// Differs from driver to driver.
     #[serde(rename = "format-specific", default)]
     pub(super) format_specific: serde_json::Value,
@@ -92,6 +97,15 @@ pub(super) struct Export {
     pub(super) node: String,
     #[serde(rename = "shutting-down", default)]
     pub(super) shutting_down: bool,
+}
+
+/// Bytes that the image of node `name` holds at most, where QEMU knows: nothing below it holds more.
+pub(super) async fn held(monitor: &Monitor, name: &str) -> Result<Option<u64>, MonitorError> {
+    let nodes = nodes(monitor).await?;
+    let image = nodes.into_iter().find(|node| node.name == name);
+    let image = image.map(|node| node.image);
+    let known = image.filter(|image| image.actual_size > 0 && image.backing.is_none());
+    Ok(known.map(|image| image.actual_size))
 }
 
 /// Every named node, without its backing chain repeated inside it.

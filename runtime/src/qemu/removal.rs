@@ -2,7 +2,9 @@
 //! exports, snapshot-access nodes, filters, jobs (and with them their own filters), fleecing nodes, NBD server.
 //!
 //! Each step asks QEMU first what is there, so a thing that is gone already is no error, and goes on
-//! after a failure, so that as little as possible stays.
+//! after a failure, so that as little as possible stays. But not after one that waits for storage: an export that does
+//! not go, or a command that is not answered. What would come next drains the disks, which stops the VM for as long.
+//! Whoever calls this has asked the storage first.
 
 use super::backup_access;
 use super::filter;
@@ -25,8 +27,10 @@ const PAUSE: Duration = Duration::from_millis(50);
 /// Ids of things inside QEMU.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct Remains {
-    /// NBD exports.
+    /// Exports of the point in time.
     pub exports: Vec<String>,
+    /// The disks' own NBD exports.
+    pub probes: Vec<String>,
     /// What Proxmox's QEMU was asked to set up, by its target.
     pub backup_access: Option<String>,
     /// Snapshot-access nodes.
@@ -113,6 +117,16 @@ pub enum Reason {
     },
 }
 
+impl Reason {
+    /// Whether QEMU, or what it has in flight, may wait for storage.
+    fn waits(&self) -> bool {
+        matches!(
+            self,
+            Self::StillThere { .. } | Self::Monitor(MonitorError::TimedOut { .. })
+        )
+    }
+}
+
 /// Removes all that exists of `remains`; returns what could not be removed.
 pub(super) async fn remove(
     monitor: &Monitor,
@@ -125,8 +139,13 @@ pub(super) async fn remove(
             errors.push(RemovalError { what, reason });
         }
     };
-    for id in &remains.exports {
-        note(Thing::Export(id.clone()), export(monitor, id).await);
+    for id in remains.exports.iter().chain(&remains.probes) {
+        let result = export(monitor, id).await;
+        let waits = result.as_ref().is_err_and(Reason::waits);
+        note(Thing::Export(id.clone()), result);
+        if waits {
+            return errors;
+        }
     }
     if let Some(target) = &remains.backup_access {
         let torn_down = backup_access::tear_down(monitor, target).await;

@@ -1,8 +1,8 @@
-//! A process beside the job that thaws and continues the VM when the job dies.
+//! A process beside the job that thaws and continues the VM when the job dies, and then ends its snapshot.
 //!
 //! The job spawns it before it freezes or stops anything, and tells it what is at stake, one byte per
 //! order over a socket, each echoed when it is taken. When the socket closes before the order to
-//! disarm, the watchdog makes the VM run again. While anything is at stake the job also has to show every second that it
+//! disarm, the watchdog makes the VM run again, and does what its caller says must be done besides. While the VM may stand still the job also has to show every second that it
 //! runs. One that does not, because it was stopped or frozen or gets no processor time, holds the very connections that
 //! the VM would have to be thawed and continued by: it is killed, and what it leaves is the next job's to clean up.
 //! The process has a session of its own and ignores the signals
@@ -27,7 +27,7 @@ use tokio::sync::Mutex;
 use tokio::time::{Instant, sleep, timeout};
 use tokio_util::task::AbortOnDropHandle;
 
-/// First argument of this program when it is the watchdog; then `--agent PATH` and `--qmp PATH`, each
+/// First argument of this program when it is the watchdog; then `--agent PATH`, `--qmp PATH` and `--end TEXT`, each
 /// where there is one.
 pub const HIDDEN_ARGUMENT: &str = "__watchdog";
 
@@ -55,6 +55,10 @@ enum Word {
     Ready = b'r',
     Thaw = b't',
     Cont = b'c',
+    /// The snapshot has to be ended.
+    End = b'e',
+    /// The VM runs: it need not be thawed or continued any more.
+    Runs = b'f',
     Disarm = b'd',
     /// The job runs. It is not echoed.
     Alive = b'a',
@@ -91,11 +95,15 @@ pub struct Watchdog {
 
 impl Watchdog {
     /// Starts the process, which is this program again, and waits until signals cannot hurt it.
-    /// `agent` and `qmp` are the sockets to thaw and to continue the VM by.
+    /// `agent` and `qmp` are the sockets to thaw and to continue the VM by; `end` is what [`serve_arguments`] hands on.
     ///
     /// # Errors
     /// Any [`WatchdogError`]; nothing may be frozen or stopped then.
-    pub async fn spawn(agent: Option<&Path>, qmp: Option<&Path>) -> Result<Self, WatchdogError> {
+    pub async fn spawn(
+        agent: Option<&Path>,
+        qmp: Option<&Path>,
+        end: Option<&str>,
+    ) -> Result<Self, WatchdogError> {
         let mut command = Command::new("/proc/self/exe");
         command.arg(HIDDEN_ARGUMENT);
         for (name, path) in [("--agent", agent), ("--qmp", qmp)] {
@@ -104,6 +112,9 @@ impl Watchdog {
                 let path = absolute(path).map_err(WatchdogError::Start)?;
                 command.arg(name).arg(path);
             }
+        }
+        if let Some(end) = end {
+            command.arg("--end").arg(end);
         }
         command.env_clear().current_dir("/");
         Self::start(command).await
@@ -148,7 +159,25 @@ impl Watchdog {
         self.order(Word::Cont).await
     }
 
-    /// The guest is thawed and the VM runs: the process ends without doing anything.
+    /// From now on there is something in QEMU.
+    ///
+    /// # Errors
+    /// Nothing may be made there then.
+    pub async fn arm_end(&mut self) -> Result<(), WatchdogError> {
+        self.order(Word::End).await
+    }
+
+    /// The guest is thawed and the VM runs: what is left to do is to end the snapshot.
+    ///
+    /// # Errors
+    /// It may still thaw and continue the VM, which does no harm to one that runs.
+    pub async fn runs(&mut self) -> Result<(), WatchdogError> {
+        self.order(Word::Runs).await?;
+        self.beating = None;
+        Ok(())
+    }
+
+    /// Nothing is at stake any more: the process ends without doing anything.
     ///
     /// # Errors
     /// It may still thaw and continue the VM, which does no harm to one that runs.
@@ -172,7 +201,7 @@ impl Watchdog {
         let sent = self.writing.lock().await.write_all(&[word as u8]).await;
         sent.map_err(WatchdogError::Talk)?;
         self.expect(word).await?;
-        if word != Word::Disarm {
+        if matches!(word, Word::Thaw | Word::Cont) {
             self.beating.get_or_insert_with(|| {
                 AbortOnDropHandle::new(tokio::spawn(beat(self.writing.clone())))
             });
@@ -205,23 +234,33 @@ async fn beat(writing: Arc<Mutex<OwnedWriteHalf>>) {
 }
 
 /// [`serve`] with what [`Watchdog::spawn`] puts on the command line.
-pub fn serve_arguments() -> ExitCode {
-    let mut sockets = [("--agent", None), ("--qmp", None)];
+/// When the VM runs again, `end` gets the text of `--end` and says whether it ended the snapshot.
+pub fn serve_arguments(end: impl AsyncFnOnce(&str) -> bool) -> ExitCode {
+    let mut known = [("--agent", None), ("--qmp", None), ("--end", None)];
     let mut arguments = std::env::args_os().skip(2);
-    while let (Some(name), Some(path)) = (arguments.next(), arguments.next()) {
-        for (known, socket) in &mut sockets {
+    while let (Some(name), Some(value)) = (arguments.next(), arguments.next()) {
+        for (known, found) in &mut known {
             if name == *known {
-                *socket = Some(PathBuf::from(&path));
+                *found = Some(PathBuf::from(&value));
             }
         }
     }
-    let [(_, agent), (_, qmp)] = sockets;
-    serve(agent, qmp)
+    let [(_, agent), (_, qmp), (_, text)] = known;
+    serve(agent, qmp, async || {
+        match text.as_deref().and_then(Path::to_str) {
+            Some(text) => end(text).await,
+            None => true,
+        }
+    })
 }
 
 /// The watchdog process, with the socket to the job as its standard input. To be called before there
 /// is any other runtime or thread. Fails if the VM could not be made to run again.
-pub fn serve(agent: Option<PathBuf>, qmp: Option<PathBuf>) -> ExitCode {
+pub fn serve(
+    agent: Option<PathBuf>,
+    qmp: Option<PathBuf>,
+    end: impl AsyncFnOnce() -> bool,
+) -> ExitCode {
     // In a session of its own it is not part of the terminal's. It fails for the leader of a group,
     // which is one that no terminal signals together with the job.
     let _ = rustix::process::setsid();
@@ -231,7 +270,9 @@ pub fn serve(agent: Option<PathBuf>, qmp: Option<PathBuf>) -> ExitCode {
     let saved = runtime.and_then(|runtime| {
         runtime.block_on(async {
             let stakes = watch().await?;
-            Ok(rescue(stakes, agent.as_deref(), qmp.as_deref()).await)
+            let runs = rescue(stakes, agent.as_deref(), qmp.as_deref()).await;
+            let ended = !stakes.end || end().await;
+            Ok(runs && ended)
         })
     });
     match saved {
@@ -249,6 +290,14 @@ pub fn serve(agent: Option<PathBuf>, qmp: Option<PathBuf>) -> ExitCode {
 struct Stakes {
     thaw: bool,
     cont: bool,
+    end: bool,
+}
+
+impl Stakes {
+    /// Whether the VM may stand still.
+    fn stands(self) -> bool {
+        self.thaw || self.cont
+    }
 }
 
 /// Takes orders until the job disarms or is gone.
@@ -298,12 +347,14 @@ async fn take_orders(socket: &mut UnixStream, silence: Duration) -> (Stakes, End
             Ok(Ok(byte)) => byte,
             // An error is as good as the end: the job is gone.
             Ok(Err(_)) => return (stakes, End::Closed),
-            Err(_) if stakes == Stakes::default() => continue,
+            Err(_) if !stakes.stands() => continue,
             Err(_) => return (stakes, End::Silent),
         };
         match byte {
             b if b == Word::Thaw as u8 => stakes.thaw = true,
             b if b == Word::Cont as u8 => stakes.cont = true,
+            b if b == Word::End as u8 => stakes.end = true,
+            b if b == Word::Runs as u8 => (stakes.thaw, stakes.cont) = (false, false),
             b if b == Word::Disarm as u8 => stakes = Stakes::default(),
             _ => continue,
         }
@@ -317,7 +368,7 @@ async fn take_orders(socket: &mut UnixStream, silence: Duration) -> (Stakes, End
 
 /// Makes the VM run again, first its CPUs, without which no agent answers. Returns whether it does.
 async fn rescue(mut stakes: Stakes, agent: Option<&Path>, qmp: Option<&Path>) -> bool {
-    if stakes == Stakes::default() {
+    if !stakes.stands() {
         return true;
     }
     say("the backup job died; its watchdog makes the VM run again");
@@ -331,7 +382,7 @@ async fn rescue(mut stakes: Stakes, agent: Option<&Path>, qmp: Option<&Path>) ->
         }
         let wanted = (stakes.cont && qmp.is_some()) || (stakes.thaw && agent.is_some());
         if !wanted {
-            return stakes == Stakes::default();
+            return !stakes.stands();
         }
         sleep(PAUSE).await;
     }
@@ -386,7 +437,7 @@ fn is_nobody(error: &io::Error) -> bool {
 }
 
 /// The terminal may be gone with the job, which must not stop the rescue.
-fn say(text: &str) {
+pub fn say(text: &str) {
     let _ = writeln!(io::stderr(), "fleecebox: {text}");
 }
 
@@ -407,9 +458,22 @@ mod tests {
     async fn what_is_at_stake_is_what_was_armed_and_not_disarmed() {
         let (thaw, cont) = (true, true);
         assert_eq!(stakes_after(b"").await, Stakes::default());
-        assert_eq!(stakes_after(b"t").await, Stakes { thaw, cont: false });
-        assert_eq!(stakes_after(b"t?c").await, Stakes { thaw, cont });
-        assert_eq!(stakes_after(b"tcd").await, Stakes::default());
+        let end = false;
+        assert_eq!(
+            stakes_after(b"t").await,
+            Stakes {
+                thaw,
+                cont: false,
+                end
+            }
+        );
+        assert_eq!(stakes_after(b"t?c").await, Stakes { thaw, cont, end });
+        let snapshot = Stakes {
+            end: true,
+            ..Stakes::default()
+        };
+        assert_eq!(stakes_after(b"etcf").await, snapshot);
+        assert_eq!(stakes_after(b"etcd").await, Stakes::default());
     }
 
     #[tokio::test]

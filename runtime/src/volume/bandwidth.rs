@@ -4,6 +4,7 @@ use std::num::NonZeroU64;
 use std::sync::{Mutex, PoisonError};
 use std::time::Duration;
 use tokio::time::{Instant, sleep_until};
+use tokio_util::sync::CancellationToken;
 
 /// A turnstile that every byte of a job's volumes goes through.
 ///
@@ -13,20 +14,23 @@ use tokio::time::{Instant, sleep_until};
 pub struct Bandwidth {
     bytes_per_second: NonZeroU64,
     booked_until: Mutex<Option<Instant>>,
+    stop: CancellationToken,
 }
 
 impl Bandwidth {
-    /// Nothing is booked yet.
-    pub fn new(bytes_per_second: NonZeroU64) -> Self {
+    /// Nothing is booked yet. After `stop` nothing waits any more: what a job that ends still reads is what was under way.
+    pub fn new(bytes_per_second: NonZeroU64, stop: CancellationToken) -> Self {
         Self {
             bytes_per_second,
             booked_until: Mutex::new(None),
+            stop,
         }
     }
 
     /// Waits until `bytes` more may be read.
     pub async fn take(&self, bytes: u64) {
-        sleep_until(self.book(Instant::now(), bytes)).await;
+        let until = self.book(Instant::now(), bytes);
+        self.stop.run_until_cancelled(sleep_until(until)).await;
     }
 
     /// When `bytes` that are asked for `now` may be read.
@@ -40,7 +44,8 @@ impl Bandwidth {
             .lock()
             .unwrap_or_else(PoisonError::into_inner);
         let from = until.map_or(now, |until| until.max(now));
-        *until = Some(from + takes);
+        // A day for each of the reads that wait is far from the clock's end.
+        *until = from.checked_add(takes).or(*until);
         from
     }
 }
@@ -51,7 +56,7 @@ mod tests {
 
     #[test]
     fn reads_are_spread_at_the_rate_and_nothing_is_saved_up() {
-        let bandwidth = Bandwidth::new(NonZeroU64::new(1000).unwrap());
+        let bandwidth = Bandwidth::new(NonZeroU64::new(1000).unwrap(), CancellationToken::new());
         let start = Instant::now();
         let second = Duration::from_secs(1);
         assert_eq!(bandwidth.book(start, 1000), start);
@@ -61,5 +66,15 @@ mod tests {
         let later = start + second * 10;
         assert_eq!(bandwidth.book(later, 1000), later);
         assert_eq!(bandwidth.book(later, 1000), later + second);
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn what_waits_waits_no_more_when_the_job_ends() {
+        let stop = CancellationToken::new();
+        let bandwidth = Bandwidth::new(NonZeroU64::new(1).unwrap(), stop.clone());
+        bandwidth.take(3600).await;
+        let since = Instant::now();
+        tokio::join!(bandwidth.take(1), async { stop.cancel() });
+        assert_eq!(since.elapsed(), Duration::ZERO);
     }
 }

@@ -4,7 +4,7 @@ use super::{
     CBW_TIMEOUT_SECONDS, Cause, FleecingFormat, Form, NbdServer, Nodes, Plan, Readers, Request,
     UndoError, id, remains,
 };
-use crate::qemu::agent::{Agent, AgentError};
+use crate::qemu::agent::{Agent, AgentError, Freeze};
 use crate::qemu::backup_access::{self, AccessError};
 use crate::qemu::bitmap::{self, Tracking};
 use crate::qemu::descriptor;
@@ -20,6 +20,10 @@ use std::os::fd::AsFd;
 use std::path::Path;
 use std::time::Duration;
 use tokio::time::Instant;
+
+/// What is told of a guest that need not be frozen.
+pub const NOT_FROZEN: &str =
+    "the guest's file systems are not frozen, so what is read of them is as after a loss of power";
 
 /// What is known of the guest's file systems.
 #[derive(Default)]
@@ -61,20 +65,26 @@ pub(super) async fn make(
         None => freeze_disks(monitor, schema, request, frozen, nodes).await?,
         Some(agent) => {
             let start = Instant::now();
-            if let Err(e) = agent.freeze().await {
-                return Err(match e {
-                    // Freezing failed, and so did thawing after it.
-                    AgentError::StillFrozen { .. } => {
-                        frozen.still = Some(e);
-                        Cause::Thaw
-                    }
-                    e => Cause::Freeze(e),
-                });
+            match agent.freeze().await {
+                Ok(count) => {
+                    let taken = freeze_disks(monitor, schema, request, frozen, nodes).await;
+                    frozen.still = agent.thaw().await.err();
+                    frozen.time = Some(start.elapsed());
+                    taken?;
+                    let told = format!("the guest's agent froze {count} file systems");
+                    frozen.notes.push(told);
+                }
+                // Freezing failed, and so did thawing after it.
+                Err(e @ AgentError::StillFrozen { .. }) => {
+                    frozen.still = Some(e);
+                    return Err(Cause::Thaw);
+                }
+                Err(e) if request.freeze == Freeze::IfAvailable => {
+                    frozen.notes.push(format!("{NOT_FROZEN}: {e}"));
+                    freeze_disks(monitor, schema, request, frozen, nodes).await?;
+                }
+                Err(e) => return Err(Cause::Freeze(e)),
             }
-            let taken = freeze_disks(monitor, schema, request, frozen, nodes).await;
-            frozen.still = agent.thaw().await.err();
-            frozen.time = Some(start.elapsed());
-            taken?;
             if frozen.still.is_some() {
                 return Err(Cause::Thaw);
             }
@@ -97,6 +107,14 @@ pub(super) async fn make(
     }
     for ((index, plan), access) in (0..).zip(&request.plans).zip(&nodes.access) {
         add_export(monitor, request, index, plan, access)
+            .await
+            .map_err(|source| Cause::Export {
+                disk: plan.disk.name.clone(),
+                source,
+            })?;
+    }
+    for (index, plan) in (0..).zip(&request.plans) {
+        add_probe(monitor, request, index, plan)
             .await
             .map_err(|source| Cause::Export {
                 disk: plan.disk.name.clone(),
@@ -281,7 +299,7 @@ async fn freeze_disks(
             }
             let access = backup_access::set_up(monitor, schema, request.job, &disks).await?;
             nodes.access = access.nodes;
-            frozen.notes = access.notes;
+            frozen.notes.extend(access.notes);
             bitmap_actions(monitor, disables).await
         }
         Form::Job => transaction(monitor, backups(request, schema).chain(switch).collect()).await,
@@ -384,6 +402,25 @@ async fn add_export(
     if let Some(old) = plan.bitmap.old() {
         arguments["bitmaps"] = json!([{ "node": plan.disk.node, "name": old.to_string() }]);
     }
+    let added = monitor.execute_raw("block-export-add", arguments).await;
+    added.map(drop)
+}
+
+/// The export that stays until all else is gone, to ask the disk's storage by.
+async fn add_probe(
+    monitor: &Monitor,
+    request: &Request,
+    index: u16,
+    plan: &Plan,
+) -> Result<(), MonitorError> {
+    let export = id(request.job, Role::Probe, index);
+    let arguments = json!({
+        "type": "nbd",
+        "id": export,
+        "node-name": plan.disk.node,
+        "name": export,
+        "writable": false,
+    });
     let added = monitor.execute_raw("block-export-add", arguments).await;
     added.map(drop)
 }

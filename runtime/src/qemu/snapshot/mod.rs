@@ -1,5 +1,8 @@
 //! The point in time of all disks, in one transaction, and the exports that read as of it.
 //!
+//! Each disk has an export of its own beside the one of the point in time, until [`PointInTime::finish`], by which its
+//! storage can be asked whether it answers: a drain of storage that hangs stops the whole VM.
+//!
 //! [`take`] either makes all of it or takes back what it made. If its future is dropped half-way,
 //! things stay inside QEMU (see [`super::leftovers`]) and the guest may stay frozen (see
 //! [`super::watchdog`]).
@@ -7,7 +10,7 @@
 mod error;
 mod make;
 
-use super::agent::Agent;
+use super::agent::{Agent, Freeze};
 use super::backup_access::{self};
 use super::bitmap::{BitmapName, BitmapPlan};
 use super::filter::{self};
@@ -19,6 +22,7 @@ use super::present;
 use super::removal::{self, Remains, RemovalError, ServerFate};
 use super::schema::Schema;
 pub use error::{Cause, SnapshotError, UndoError};
+pub use make::NOT_FROZEN;
 use make::{Frozen, make, undo};
 use serde_json::json;
 use std::os::fd::OwnedFd;
@@ -85,6 +89,8 @@ pub struct Request {
     pub form: Form,
     /// What the fleecing files are.
     pub format: FleecingFormat,
+    /// Whether there is no point in time without the guest being frozen, where there is an agent.
+    pub freeze: Freeze,
 }
 
 /// What may be asked of an export.
@@ -179,6 +185,15 @@ impl Nodes {
         }
         Ok(nodes)
     }
+}
+
+/// An export of a disk itself, read-only.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Probe {
+    /// Whose storage it tells of.
+    pub disk: String,
+    /// Its id, which is also its NBD name.
+    pub export: String,
 }
 
 /// One disk of a [`PointInTime`].
@@ -394,18 +409,44 @@ impl PointInTime {
         mark::pour(monitor, self.job, index, disk, bitmap).await
     }
 
-    /// Takes everything down but the bitmaps, which [`bitmap::accept`] or [`bitmap::back_out`] settle
-    /// next. May be called again after a failure. The fleecing files are the caller's to delete.
+    /// The exports by which the storage of each disk can be asked.
+    pub fn probes(&self) -> Vec<Probe> {
+        let probe = |(index, volume): (u16, &Volume)| Probe {
+            disk: volume.plan.disk.name.clone(),
+            export: id(self.job, Role::Probe, index),
+        };
+        (0..).zip(&self.volumes).map(probe).collect()
+    }
+
+    /// Takes everything down but what [`PointInTime::finish`] does, and the bitmaps, which [`bitmap::accept`] or
+    /// [`bitmap::back_out`] settle next. May be called again after a failure. The fleecing files are the caller's to
+    /// delete. The storage of all disks has to answer, or the VM stands still.
     ///
-    /// Returns what could not be removed; all steps are tried.
+    /// Returns what could not be removed.
     pub async fn teardown(&self, monitor: &Monitor) -> Vec<RemovalError> {
+        let remains = Remains {
+            extra: Vec::new(),
+            probes: Vec::new(),
+            ..self.remains()
+        };
+        removal::remove(monitor, &remains, ServerFate::Keep).await
+    }
+
+    /// Takes down what is left, and as [`PointInTime::teardown`]: the disks' own exports, the nodes of files that the VM
+    /// does not have, the NBD server.
+    pub async fn finish(&self, monitor: &Monitor) -> Vec<RemovalError> {
+        let Remains { probes, extra, .. } = self.remains();
+        let remains = Remains {
+            probes,
+            extra,
+            ..Remains::default()
+        };
+        removal::remove(monitor, &remains, self.server).await
+    }
+
+    fn remains(&self) -> Remains {
         let plans = self.volumes.iter().map(|volume| &volume.plan);
-        removal::remove(
-            monitor,
-            &remains(self.job, self.form, plans, &self.nodes),
-            self.server,
-        )
-        .await
+        remains(self.job, self.form, plans, &self.nodes)
     }
 }
 
@@ -436,6 +477,7 @@ fn remains<'a>(
             .into_iter()
             .flat_map(all)
             .collect(),
+        probes: all(Role::Probe).collect(),
         backup_access: (form == Form::BackupAccess).then(|| backup_access::target(job)),
         access: match form {
             // They go with the rest that QEMU set up.

@@ -19,7 +19,7 @@ const QMP: &str = "FLEECEBOX_TEST_QMP";
 fn be_the_watchdog() {
     let path = |name| std::env::var_os(name).map(PathBuf::from);
     let agent = path(AGENT).expect("only to be run by the other tests");
-    let code = watchdog::serve(Some(agent), path(QMP));
+    let code = watchdog::serve(Some(agent), path(QMP), async || true);
     assert_eq!(code, std::process::ExitCode::SUCCESS);
 }
 
