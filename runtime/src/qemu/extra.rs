@@ -5,6 +5,7 @@ use super::ids::{JobId, OwnId, Role};
 use super::machine::{self, Disk, MachineError};
 use super::monitor::Monitor;
 use super::removal::{self, Remains, RemovalError, ServerFate};
+use rustix::fs::FileType;
 use serde_json::json;
 use std::os::fd::BorrowedFd;
 use std::path::Path;
@@ -24,9 +25,9 @@ pub(crate) async fn attach(
 ) -> Result<Disk, MachineError> {
     let node = id(job, index);
     // A file of the host may be a block device.
-    let driver = match path.starts_with("/dev") {
-        true => "host_device",
-        false => "file",
+    let driver = match rustix::fs::fstat(opened) {
+        Ok(stat) if FileType::from_raw_mode(stat.st_mode) == FileType::BlockDevice => "host_device",
+        _ => "file",
     };
     let options = |filename| {
         json!({
@@ -36,8 +37,13 @@ pub(crate) async fn attach(
             "file": { "driver": driver, "filename": filename, "read-only": true },
         })
     };
-    descriptor::add_node(monitor, path, Some(opened), options).await?;
-    machine::extra(monitor, name, &node).await
+    descriptor::add_node(monitor, &node, path, Some(opened), options).await?;
+    let disk = machine::extra(monitor, name, &node).await?;
+    // QEMU shows what stands for the descriptor.
+    Ok(Disk {
+        filename: path.display().to_string(),
+        ..disk
+    })
 }
 
 /// Detaches these, where they are there; returns what could not be.

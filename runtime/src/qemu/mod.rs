@@ -32,6 +32,7 @@ mod mark;
 pub mod monitor;
 pub mod needs;
 pub mod open_files;
+mod opened;
 mod present;
 pub mod removal;
 pub mod schema;

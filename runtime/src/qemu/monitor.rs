@@ -109,6 +109,12 @@ pub enum MonitorError {
         /// What the system said.
         source: io::Error,
     },
+    /// QEMU was told a path, and another file was there by then.
+    #[error("QEMU opened another file than the one that was at {} before: somebody replaced it meanwhile", .path.display())]
+    OtherFile {
+        /// The path.
+        path: PathBuf,
+    },
     /// Nothing came within the time limit. The command may still be carried out later.
     #[error("no answer to {what} within {} s", .limit.as_secs())]
     TimedOut {
@@ -264,8 +270,8 @@ pub struct Monitor {
     waiting: Arc<Mutex<Waiting>>,
     events: broadcast::WeakSender<Event>,
     next_id: AtomicU64,
-    process: Option<i32>,
     tasks: [AbortHandle; 2],
+    peer: Option<i32>,
 }
 
 /// One command on its way.
@@ -328,7 +334,7 @@ impl Monitor {
             socket: name.into(),
             reason,
         };
-        let process = stream.peer_cred().ok().and_then(|peer| peer.pid());
+        let peer = stream.peer_cred().ok().and_then(|peer| peer.pid());
         let (reader, writer) = stream.into_split();
         let mut reader = BufReader::new(reader);
         timeout(GREETING_LIMIT, greeting(&mut reader))
@@ -338,7 +344,7 @@ impl Monitor {
             }))
             .map_err(not_qmp)?;
 
-        let monitor = Self::start(reader, writer, process);
+        let monitor = Self::start(reader, writer, peer);
         monitor
             .within(GREETING_LIMIT, "qmp_capabilities", json!({}), None)
             .await
@@ -349,11 +355,7 @@ impl Monitor {
         Ok(monitor)
     }
 
-    fn start(
-        reader: BufReader<OwnedReadHalf>,
-        writer: OwnedWriteHalf,
-        process: Option<i32>,
-    ) -> Self {
+    fn start(reader: BufReader<OwnedReadHalf>, writer: OwnedWriteHalf, peer: Option<i32>) -> Self {
         let (events, _) = broadcast::channel(EVENTS_KEPT);
         let weak_events = events.downgrade();
         let waiting = Arc::new(Mutex::new(Waiting::Open(HashMap::new())));
@@ -366,8 +368,8 @@ impl Monitor {
             waiting,
             events: weak_events,
             next_id: AtomicU64::new(1),
-            process,
             tasks: [write.abort_handle(), read.abort_handle()],
+            peer,
         }
     }
 
@@ -427,9 +429,9 @@ impl Monitor {
             .await
     }
 
-    /// The process that made the socket: QEMU itself, unless another program listens for it.
-    pub(super) fn process(&self) -> Option<i32> {
-        self.process
+    /// The process that listens on the monitor, by its id here: QEMU, or a relay before it.
+    pub(super) fn peer(&self) -> Option<i32> {
+        self.peer.filter(|&pid| pid > 0)
     }
 
     /// Whether the connection is gone, so that no command can succeed on it.

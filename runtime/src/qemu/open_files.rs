@@ -45,7 +45,7 @@ pub(super) async fn identities(
     monitor: &Monitor,
     names: BTreeSet<String>,
 ) -> BTreeMap<String, Identity> {
-    let process = monitor.process();
+    let process = monitor.peer();
     // Storage that hangs must not keep the job from being told to end.
     let looked = tokio::task::spawn_blocking(move || {
         let files = OpenFiles::of(process);

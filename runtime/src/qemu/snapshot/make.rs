@@ -224,7 +224,15 @@ async fn add_fleecing(
         }
     };
     let (path, file) = (&plan.fleecing, plan.descriptor.as_ref().map(AsFd::as_fd));
-    let added = descriptor::add_node(monitor, path, file, options).await;
+    let name = match request.format {
+        FleecingFormat::Raw => node,
+        FleecingFormat::Qcow2 => &image,
+    };
+    // Whose such a node is stands in its path alone.
+    let added = match request.form {
+        Form::BackupAccess => descriptor::add_by_path(monitor, name, path, file, options).await,
+        Form::Job | Form::Filter => descriptor::add_node(monitor, name, path, file, options).await,
+    };
     let added = match request.format {
         FleecingFormat::Raw => added,
         FleecingFormat::Qcow2 => match added {
