@@ -106,7 +106,7 @@ async fn one(session: &Session, name: &str, vm: Vm) -> Result<bool, Failure> {
     let fleecing = vm
         .fleecing
         .unwrap_or_else(|| session.state.join("fleecing"));
-    let (fleecing, _) = target::folder(&fleecing)?;
+    let (fleecing, fleecing_path) = target::folder(&fleecing)?;
     let patient = Patient {
         vm: name,
         qmp: &qmp,
@@ -114,6 +114,7 @@ async fn one(session: &Session, name: &str, vm: Vm) -> Result<bool, Failure> {
         fleecing: &fleecing,
         nbd: vm.nbd.as_deref(),
         stop: &vm.stop,
+        fleecing_path: &fleecing_path,
         archives: &archives,
     };
     let (events, progress) = Progress::start(session.quiet);

@@ -17,6 +17,7 @@ use crate::job::slots::SlotError;
 use crate::job::volume_run::VolumeError;
 use crate::policy::Denied;
 use crate::qemu::MonitorError;
+use crate::qemu::claim::ClaimError;
 use crate::qemu::machine::MachineError;
 use crate::qemu::monitor::NotQmp;
 use std::error::Error;
@@ -130,6 +131,7 @@ fn of_point(error: &PointError) -> Status {
         PointError::Journal(error) => of_journal(error),
         PointError::Recover(error) => of_recover(error),
         PointError::Power(error) => of_power(error),
+        PointError::Claim(error) => of_claim(error),
         PointError::Monitor(error) | PointError::Machine(MachineError::Monitor(error)) => {
             of_monitor(error)
         }
@@ -138,10 +140,18 @@ fn of_point(error: &PointError) -> Status {
     }
 }
 
+fn of_claim(error: &ClaimError) -> Status {
+    match error {
+        ClaimError::Busy { .. } => Status::Busy,
+        ClaimError::Monitor(error) => of_monitor(error),
+    }
+}
+
 fn of_recover(error: &RecoverError) -> Status {
     match error {
         RecoverError::Journal(error) => of_journal(error),
         RecoverError::Power(error) => of_power(error),
+        RecoverError::Claim(error) => of_claim(error),
         RecoverError::Archive(error) => of_archive(error),
         error => mistake_if(error.is_mistake()),
     }

@@ -14,7 +14,7 @@ use super::subject;
 use crate::archive::{self, Archive, BackupId, Namespace, NamespaceName};
 use crate::config::Vm;
 use crate::qemu::bitmap::{self, BitmapPlan};
-use crate::qemu::{self, Monitor, leftovers, machine};
+use crate::qemu::{self, Monitor, claim, leftovers, machine};
 use cap_std::fs::Dir;
 use serde::Serialize;
 use std::path::{Path, PathBuf};
@@ -145,6 +145,7 @@ pub async fn dry_run(order: Order<'_>) -> Result<Forecast, PointError> {
     // What a dead job left above a disk would be taken for the disk.
     let left = leftovers::find(&monitor).await?;
     for job in left.keys() {
+    claim::refuse_claimed(&monitor).await?;
         forecast.first.push(format!(
             "job {job}, which died, left something in QEMU; it would be removed, and the disks can be told after that"
         ));

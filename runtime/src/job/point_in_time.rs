@@ -20,6 +20,7 @@ use super::subject::{Subject, tell_choice};
 use crate::archive::BackupId;
 use crate::qemu::agent::Freeze;
 use crate::qemu::bitmap::{self, Tracking};
+use crate::qemu::claim::ClaimError;
 use crate::qemu::machine::{RunState, Standing};
 use crate::qemu::needs::NeedsError;
 use crate::qemu::snapshot::{
@@ -57,6 +58,9 @@ pub enum PointError {
     /// The watchdog cannot be started.
     #[error("the watchdog: {0}")]
     Watchdog(#[from] qemu::WatchdogError),
+    /// Another job has the VM.
+    #[error(transparent)]
+    Claim(#[from] ClaimError),
     /// The disks are not there or cannot be backed up.
     #[error(transparent)]
     Machine(#[from] MachineError),

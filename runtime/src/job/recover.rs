@@ -1,6 +1,6 @@
 //! Cleaning up after a run that died: what it left in QEMU, in the fleecing folder, in the archive, and its bitmaps.
 //!
-//! Runs under the VM's lock, so that nothing found here belongs to a live job.
+//! Runs under the VM's lock and a claim in QEMU, so that nothing found here belongs to a live job, whoever's.
 
 use super::base::{self, Owner, Recorded, Remedy};
 use super::event::Events;
@@ -11,6 +11,7 @@ use super::signals::Signals;
 use super::storage::{Storage, Unanswered};
 use crate::archive::{self, Archive, BackupId, Namespace, NamespaceName};
 use crate::qemu::bitmap::{self, BitmapPlan, Tracking};
+use crate::qemu::claim::{Claim, ClaimError};
 use crate::qemu::machine::{self, RunState};
 use crate::qemu::removal::{self, RemovalError, ServerFate};
 use crate::qemu::snapshot::Probe;
@@ -40,6 +41,9 @@ pub enum RecoverError {
     /// The journal cannot be kept, or a live job has it.
     #[error(transparent)]
     Journal(#[from] JournalError),
+    /// Another job has the VM.
+    #[error(transparent)]
+    Claim(#[from] ClaimError),
     /// The VM cannot be reached.
     #[error(transparent)]
     Power(#[from] PowerError),
@@ -138,6 +142,8 @@ pub struct Patient<'a> {
     pub state: (Dir, PathBuf),
     /// As in [`Traces`].
     pub fleecing: &'a Dir,
+    /// Its path.
+    pub fleecing_path: &'a Path,
     /// As in [`Traces`].
     pub nbd: Option<&'a Path>,
     /// The command that ends a VM that a job started, where there is one.
@@ -160,6 +166,7 @@ pub async fn recover_vm(
         qmp,
         state: (state, path),
         fleecing,
+        fleecing_path,
         nbd,
         stop,
         archives,
@@ -185,20 +192,18 @@ pub async fn recover_vm(
         reached => reached?,
     };
     let monitor = &reached.monitor;
+    let claim = Claim::make(monitor, fleecing_path).await?;
     let qemu = InQemu {
         monitor,
         fleecing,
         nbd,
         signals,
     };
-    let found = qemu.remove(dead.as_ref(), events).await?;
-    for archive in archives {
-        for name in archive.namespaces()? {
-            let namespace = Arc::new(archive.namespace(&name)?);
-            let owner = owner(archive, name, vm);
-            settle_bitmaps(monitor, &namespace, &owner, dead.as_ref(), events).await?;
-        }
+    let found = qemu.settle(archives, vm, dead.as_ref(), events).await;
+    if let Some(claim) = claim {
+        claim.release(monitor).await;
     }
+    let found = found?;
     if let Some(dead) = &dead {
         discard_backup(archives, dead, events)?;
         journal.clear()?;
@@ -242,6 +247,25 @@ pub(super) struct InQemu<'a> {
 }
 
 impl InQemu<'_> {
+    /// As [`InQemu::remove`], and settles the bitmaps of all `archives`.
+    async fn settle(
+        &self,
+        archives: &[&Archive],
+        vm: &str,
+        dead: Option<&Record>,
+        events: &Events,
+    ) -> Result<bool, RecoverError> {
+        let found = self.remove(dead, events).await?;
+        for archive in archives {
+            for name in archive.namespaces()? {
+                let namespace = Arc::new(archive.namespace(&name)?);
+                let owner = owner(archive, name, vm);
+                settle_bitmaps(self.monitor, &namespace, &owner, dead, events).await?;
+            }
+        }
+        Ok(found)
+    }
+
     /// Removes what the dead run and others left. Returns whether QEMU showed anything.
     pub(super) async fn remove(
         &self,

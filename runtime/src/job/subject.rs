@@ -11,6 +11,7 @@ use super::signals::Signals;
 use crate::archive::{Archive, BackupId, Namespace};
 use crate::config::Vm;
 use crate::qemu::machine::Standing;
+use crate::qemu::claim::{Claim, ClaimError};
 use crate::qemu::{self, Monitor, image, machine, needs};
 use cap_std::fs::Dir;
 use std::collections::BTreeMap;
@@ -90,6 +91,24 @@ pub async fn on_vm<T, E: From<PointError>>(
         match (
             recover::clean_up(&subject.traces(&monitor), journal, events).await,
             &mut done,
+    let claim = Claim::make(&reached.monitor, subject.fleecing.1).await;
+    let claim = match claim {
+        Ok(claim) => claim,
+        Err(error) => {
+            // Not in the midst of another's job.
+            if !matches!(error, ClaimError::Busy { .. })
+                && let Err(still) = reached.put_back(journal, events).await
+            {
+                events.warn(still);
+            }
+            return Err(PointError::from(error).into());
+        }
+    };
+    if claim.is_none() {
+        events.warn(
+            "this QEMU takes no claim, so a job that works with another state folder cannot see this one",
+        );
+    }
         ) {
             (Ok(()), Ok((_, left))) => left.clear(),
             (Ok(()), Err(_)) => {}
@@ -106,6 +125,9 @@ pub async fn on_vm<T, E: From<PointError>>(
     done
 }
 
+    if let Some(claim) = claim {
+        claim.release(&reached.monitor).await;
+    }
 /// Whether the guest runs; a storage daemon, which has none, never stands still.
 pub async fn standing(subject: &Subject<'_>, monitor: &Monitor) -> Result<Standing, PointError> {
     let Some(state) = machine::run_state(monitor).await? else {

@@ -20,6 +20,7 @@
 pub mod agent;
 mod backup_access;
 pub mod bitmap;
+pub mod claim;
 mod descriptor;
 pub(crate) mod extra;
 pub mod filter;
