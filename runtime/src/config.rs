@@ -66,6 +66,9 @@ pub struct Vm {
     /// The disks to back up, by device id, qdev id or node name. Default: all that QEMU reports by device.
     #[serde(default)]
     pub disks: Vec<String>,
+    /// Disks that are not to be backed up, named likewise: without them a backup is complete.
+    #[serde(default)]
+    pub exclude: Vec<String>,
     /// Socket of the NBD server that already runs in this QEMU; without one Fleecebox starts its own.
     pub nbd: Option<PathBuf>,
     /// Command that starts the VM paused when it does not run: program and arguments. It is stopped afterwards.

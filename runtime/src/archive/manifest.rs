@@ -67,6 +67,47 @@ pub struct BackupRecord {
     pub volumes: Vec<VolumeRecord>,
     /// What else was kept.
     pub attachments: Vec<Attachment>,
+    /// Whether the volumes are as of one moment.
+    #[serde(default, skip_serializing_if = "Moment::is_one")]
+    pub moment: Moment,
+    /// Disks of the VM that are in no volume.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub left_out: Vec<LeftOut>,
+}
+
+impl BackupRecord {
+    /// Whether a disk is missing that nobody excluded.
+    pub fn is_incomplete(&self) -> bool {
+        self.left_out.iter().any(|disk| !disk.excluded)
+    }
+}
+
+/// Of when the volumes of a backup are.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Moment {
+    /// All of one moment.
+    #[default]
+    One,
+    /// Each of its own: what was written in one order may be there in another.
+    OneForEach,
+}
+
+impl Moment {
+    fn is_one(&self) -> bool {
+        *self == Self::One
+    }
+}
+
+/// A disk that the VM has and a backup does not.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct LeftOut {
+    /// As a volume of it would be called.
+    pub name: String,
+    /// Why, in words.
+    pub reason: String,
+    /// Whether somebody wrote down that it is not wanted.
+    pub excluded: bool,
 }
 
 /// The provider of a backup.
@@ -279,6 +320,8 @@ pub(super) mod tests {
             host_version: "0.1.0".into(),
             volumes,
             attachments: vec![],
+            moment: Moment::One,
+            left_out: vec![],
         }
     }
 

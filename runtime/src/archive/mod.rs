@@ -83,8 +83,8 @@ pub use checks::{BELIEVED, Recheck};
 pub use error::{Damage, Error};
 pub use frame::{FRAME_LIMIT, Frame, NotAFrame, ObjectRef, STORED_LIMIT};
 pub use manifest::{
-    Attachment, BackupRecord, DiskRecord, FileRecord, LayerRecord, MANIFEST_FORMAT, MANIFEST_LIMIT,
-    Manifest, Proof, ProviderRecord, RULES, Stats, VolumeRecord,
+    Attachment, BackupRecord, DiskRecord, FileRecord, LayerRecord, LeftOut, MANIFEST_FORMAT,
+    MANIFEST_LIMIT, Manifest, Moment, Proof, ProviderRecord, RULES, Stats, VolumeRecord,
 };
 pub use name::{
     ArchiveId, BackupId, ComponentId, NAME_LIMIT, NamespaceName, NotAName, ObjectName, PackName,

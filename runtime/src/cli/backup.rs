@@ -3,13 +3,14 @@
 use super::progress::Progress;
 use super::vm::{self, VmArguments};
 use super::{AllowWasi, Failure, Sandboxes, Session, Status, installed, recording, target, text};
-use crate::archive::ComponentId;
+use crate::archive::{ComponentId, LeftOut};
 use crate::config::Vm;
 use crate::grants::MAX_ATTACHMENT;
 use crate::grants::account::Account;
 use crate::job::audit::{Granted, Job, Record};
 use crate::job::backup::{self, Places, Request, Summary};
 use crate::job::dry_run::{self, DiskForecast, Forecast, Mode, Order};
+use crate::job::selection::Selection;
 use crate::policy::{self, Decision, Tenancy};
 use crate::sandbox::Budget;
 use anyhow::anyhow;
@@ -79,7 +80,7 @@ impl Backup {
         let summary = target::audited(session, record, made)?;
         tell(session, &summary, started);
         match &summary.left[..] {
-            [] => Ok(()),
+            [] => complete(&summary.manifest.record.left_out),
             left => Err(Failure::Told(
                 Status::Incomplete,
                 anyhow!(
@@ -130,6 +131,7 @@ impl Backup {
             vm: &request.vm,
             qmp: &request.qmp,
             extra: &request.extra,
+            selection: &request.selection,
             archive: archive.as_ref(),
             namespace: &request.namespace,
             full: request.full,
@@ -139,7 +141,7 @@ impl Backup {
         let foretold = dry_run::dry_run(order).await;
         let forecast = foretold.map_err(Failure::of)?;
         tell_forecast(session, &forecast);
-        Ok(())
+        complete(&forecast.left_out)
     }
 
     /// The request, the archive's name, and the tenant whose job it is.
@@ -167,6 +169,7 @@ impl Backup {
         vm.attachments
             .retain(|name, _| decision.attachments.covers(name));
         record.granted = Some(Granted::new(&decision, vm.attachments.keys().cloned()));
+        let by_rule = vm.disks.is_empty();
         vm.disks = decision.disks(vm.disks)?;
         let asked = vm.disks.len();
         vm.disks.retain(|name| !vm.extra.contains_key(name));
@@ -183,8 +186,8 @@ impl Backup {
         decision.check_digest(&session.config, digest)?;
         let archive_name = self.archive.or_else(|| vm.archive.clone());
         let archive_name = decision.archive(&session.config, archive_name)?;
-        let tenant = decision.tenant;
-        let mut provider = decision.provider;
+        let tenant = decision.tenant.clone();
+        let mut provider = decision.provider.clone();
         if let Some(path) = &self.settings {
             provider.settings = target::settings(path)?;
         }
@@ -202,28 +205,55 @@ impl Backup {
             }
             attachments.insert(name.clone(), bytes);
         }
-        let named = vm.extra.len();
-        vm.extra.retain(|name, _| decision.volumes.covers(name));
-        if vm.extra.len() < named && !session.quiet {
-            say!(
-                "warning: the policy does not grant all that is `extra` of the VM; it is left out"
-            );
-        }
+        let extra_not_granted = not_granted(session, &mut vm, &decision);
         let extra = vm::extra(&vm)?;
         let request = Request {
             vm_name: name,
             vm,
             qmp,
             account: Arc::new(Account::new(provider.limits.clone())),
-            provider_name: decision.provider_name,
+            provider_name: decision.provider_name.clone(),
             provider,
             component: component.into(),
-            namespace: decision.namespace,
+            namespace: decision.namespace.clone(),
+            selection: Selection {
+                decision: Some(decision),
+                by_rule,
+                extra_not_granted,
+            },
             attachments,
             extra,
             full: self.full,
         };
         Ok((request, archive_name, tenant))
+    }
+}
+
+/// Takes those further volumes away that the policy does not grant.
+fn not_granted(session: &Session, vm: &mut Vm, decision: &Decision) -> Vec<String> {
+    let extra = std::mem::take(&mut vm.extra).into_iter();
+    let (granted, others) = extra.partition(|(name, _)| decision.volumes.covers(name));
+    vm.extra = granted;
+    let others: BTreeMap<String, String> = others;
+    if !others.is_empty() && !session.quiet {
+        say!("warning: the policy does not grant all that is `extra` of the VM; it is left out");
+    }
+    others.into_keys().collect()
+}
+
+/// Whether nothing is missing that somebody may think is there.
+fn complete(left_out: &[LeftOut]) -> Result<(), Failure> {
+    let missing = left_out.iter().filter(|disk| !disk.excluded);
+    let missing: Vec<_> = missing.map(|disk| disk.name.as_str()).collect();
+    match &missing[..] {
+        [] => Ok(()),
+        missing => Err(Failure::Told(
+            Status::Incomplete,
+            anyhow!(
+                "disks of the VM are left out: {}; grant them, or say by `exclude` that they are not wanted",
+                missing.join(", ")
+            ),
+        )),
     }
 }
 
@@ -243,6 +273,9 @@ fn tell_forecast(session: &Session, forecast: &Forecast) {
     }
     for skipped in &forecast.skipped {
         show!("{}: skipped, {}", skipped.name, skipped.reason);
+    }
+    for disk in &forecast.left_out {
+        show!("{}: left out, {}", disk.name, disk.reason);
     }
     for disk in forecast.disks.iter().flatten() {
         tell_disk(disk);
@@ -293,6 +326,8 @@ fn tell(session: &Session, summary: &Summary, started: Instant) {
             "fleecing_peak_bytes": summary.fleecing_peak,
             "clean_up_left": summary.left,
             "volumes": manifest.record.volumes,
+            "moment": manifest.record.moment,
+            "left_out": manifest.record.left_out,
         });
         show!("{result:#}");
         return;

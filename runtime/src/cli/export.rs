@@ -88,7 +88,14 @@ impl Export {
             }
         }
         match &ended.left[..] {
-            [] => Ok(()),
+            [] if ended.missing.is_empty() => Ok(()),
+            [] => Err(Failure::Told(
+                Status::Incomplete,
+                anyhow!(
+                    "disks of the VM were left out: {}; `exclude` says that they are not wanted",
+                    ended.missing.join(", ")
+                ),
+            )),
             left => Err(clean_up_left(left)),
         }
     }

@@ -62,7 +62,21 @@ pub(super) fn names(session: &Session) -> Result<Vec<String>, Failure> {
 pub(super) fn provider(session: &Session, wanted: &str) -> Result<(String, Provider), Failure> {
     let found = session.config.provider(wanted);
     match found {
-        Ok((name, provider)) if session.config.provider.contains_key(&name) => Ok((name, provider)),
+        Ok((name, provider)) if session.config.provider.contains_key(&name) => {
+            let installed = session.state.join(FOLDER).join(file(&name));
+            let same = || {
+                std::fs::canonicalize(&provider.component).ok()
+                    == std::fs::canonicalize(&installed).ok()
+            };
+            if installed.exists() && !same() {
+                return Err(Failure::Mistake(anyhow!(
+                    "the name '{name}' means two providers: {} of the configuration, and {}, which was installed; name the file of the one that is meant, or remove or rename one",
+                    provider.component.display(),
+                    installed.display()
+                )));
+            }
+            Ok((name, provider))
+        }
         found => {
             let installed = names(session)?;
             if installed.iter().any(|name| name == wanted) {

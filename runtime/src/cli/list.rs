@@ -1,6 +1,7 @@
 //! `fleecebox list`.
 
 use super::{Failure, Session, target, text};
+use crate::archive::{LeftOut, Moment};
 use clap::Args;
 use serde_json::json;
 
@@ -45,6 +46,9 @@ impl List {
                         "namespace": manifest.namespace,
                         "provider": manifest.record.provider.name,
                         "created": manifest.record.created,
+                        "complete": !manifest.record.is_incomplete(),
+                        "moment": manifest.record.moment,
+                        "left_out": manifest.record.left_out,
                         "volumes": manifest.record.volumes.iter().map(|volume| json!({
                             "name": volume.name, "size": volume.root.size(), "mode": volume.mode,
                             "dirty_bytes": volume.dirty_bytes, "base": volume.base,
@@ -74,6 +78,8 @@ impl List {
                         text::size(volume.root.size())
                     )
                 })
+                .chain(manifest.record.left_out.iter().map(left_out))
+                .chain((manifest.record.moment != Moment::One).then(|| "NOT OF ONE MOMENT".into()))
                 .collect();
             show!(
                 "{:<34} {:<16} {:<14} {}",
@@ -84,5 +90,12 @@ impl List {
             );
         }
         Ok(())
+    }
+}
+
+fn left_out(disk: &LeftOut) -> String {
+    match disk.excluded {
+        true => format!("{} excluded", disk.name),
+        false => format!("{} MISSING: {}", disk.name, disk.reason),
     }
 }

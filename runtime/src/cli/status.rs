@@ -131,6 +131,7 @@ fn of_point(error: &PointError) -> Status {
         PointError::Journal(error) => of_journal(error),
         PointError::Recover(error) => of_recover(error),
         PointError::Power(error) => of_power(error),
+        PointError::Denied(error) => of_denied(error),
         PointError::Claim(error) => of_claim(error),
         PointError::Monitor(error) | PointError::Machine(MachineError::Monitor(error)) => {
             of_monitor(error)

@@ -26,6 +26,9 @@ pub(super) struct VmArguments {
     /// A disk to take, by device id, drive id or node name; may be repeated [default: all]
     #[arg(long = "disk", value_name = "NAME")]
     disks: Vec<String>,
+    /// A disk not to take, named likewise; may be repeated. Without it the backup is complete all the same
+    #[arg(long, value_name = "NAME")]
+    exclude: Vec<String>,
     /// Folder for fleecing images, which QEMU must be able to use [default: in the state folder]
     #[arg(long, value_name = "FOLDER")]
     fleecing: Option<PathBuf>,
@@ -45,6 +48,13 @@ impl VmArguments {
         vm.nbd = self.nbd.or(vm.nbd);
         if !self.disks.is_empty() {
             vm.disks = self.disks;
+        }
+        vm.exclude.extend(self.exclude);
+        if let Some(both) = vm.disks.iter().find(|disk| vm.exclude.contains(disk)) {
+            return Err(mistake(format!(
+                "the disk '{}' is both named and excluded",
+                both.escape_debug()
+            )));
         }
         check_name(&self.name)?;
         let qmp = monitor_of(&self.name, &vm)?;

@@ -2,7 +2,7 @@
 
 use super::diagnosis::{self, Mistake};
 use super::{KitError, Subject};
-use crate::archive::{Archive, BackupId, BackupWriter, Manifest, Namespace};
+use crate::archive::{Archive, BackupId, BackupWriter, Manifest, Moment, Namespace};
 use crate::config::{Config, Provider};
 use crate::extent::Extent;
 use crate::grants::account::Account;
@@ -157,6 +157,8 @@ impl<'a> Stand<'a> {
             namespace: Arc::clone(&self.namespace),
             writer: Some(Arc::new(self.namespace.begin(id)?)),
             id,
+            moment: Moment::One,
+            left_out: Vec::new(),
             events: &events,
             cancel: &self.subject.cancel,
         };

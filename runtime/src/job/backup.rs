@@ -15,11 +15,12 @@ use super::journal::{Journal, JournalError, Step};
 use super::point_in_time::{PointError, Prepared};
 use super::prove::ProofError;
 use super::recover::{self, RecoverError};
+use super::selection::Selection;
 use super::signals::Signals;
 use super::subject::{self, Subject};
 use super::transfer::Transfer;
 use super::volume_run::{Covered, VolumeError};
-use crate::archive::{self, Archive, BackupId, Manifest, NamespaceName, Recheck};
+use crate::archive::{self, Archive, BackupId, Manifest, Moment, NamespaceName, Recheck};
 use crate::config::{Provider, Vm};
 use crate::grants::account::Account;
 use crate::qemu::snapshot::Readers;
@@ -58,6 +59,8 @@ pub struct Request {
     pub attachments: BTreeMap<String, Vec<u8>>,
     /// Further volumes.
     pub extra: Vec<Extra>,
+    /// By whose word disks are taken or left out.
+    pub selection: Selection,
     /// What the job uses of the provider's limits, for whoever wants to know whatever becomes of the job.
     pub account: Arc<Account>,
     /// Read every disk in full.
@@ -202,6 +205,7 @@ pub async fn backup(
         vm: &request.vm,
         qmp: &request.qmp,
         extra: &request.extra,
+        selection: &request.selection,
         fleecing: (&places.fleecing.0, &places.fleecing.1),
         archive: &places.archive,
         namespace: &namespace,
@@ -255,7 +259,7 @@ impl Attempt<'_> {
         recover::recover(&subject.traces(monitor), journal, events).await?;
         let standing = subject::standing(subject, monitor).await?;
         let id = BackupId::random(OffsetDateTime::now_utc())?;
-        let disks = subject.disks(monitor, id).await?;
+        let (disks, left_out) = subject.disks(monitor, id).await?;
         let prepared = Prepared::new(subject, monitor, journal, standing, disks, id).await?;
         let writer = match subject.namespace.begin(id) {
             Ok(writer) => Arc::new(writer),
@@ -276,6 +280,8 @@ impl Attempt<'_> {
             namespace: Arc::clone(subject.namespace),
             writer: Some(writer),
             id,
+            moment: Moment::One,
+            left_out,
             events,
             cancel: self.cancel,
         };

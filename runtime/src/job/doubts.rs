@@ -153,6 +153,8 @@ mod tests {
                 },
                 host_version: String::new(),
                 volumes: vec![volume],
+                moment: crate::archive::Moment::One,
+                left_out: Vec::new(),
                 attachments: vec![],
             };
             writer.commit(record).unwrap()

@@ -10,8 +10,9 @@ use super::lineage;
 use super::point_in_time::{BLOCK_SIZE, PointError};
 use super::power::PowerError;
 use super::recover::{self, RecoverError};
+use super::selection::{self, Selection};
 use super::subject;
-use crate::archive::{self, Archive, BackupId, Namespace, NamespaceName};
+use crate::archive::{self, Archive, BackupId, LeftOut, Namespace, NamespaceName};
 use crate::config::Vm;
 use crate::qemu::bitmap::{self, BitmapPlan};
 use crate::qemu::{self, Monitor, claim, leftovers, machine};
@@ -31,6 +32,8 @@ pub struct Order<'a> {
     pub qmp: &'a Path,
     /// Further volumes.
     pub extra: &'a [Extra],
+    /// By whose word disks are taken or left out.
+    pub selection: &'a Selection,
     /// The archive; none where its folder is empty.
     pub archive: Option<&'a Archive>,
     /// The provider's part of it.
@@ -52,8 +55,10 @@ pub struct Forecast {
     pub first: Vec<String>,
     /// The disks that would be backed up. Nothing where they cannot be told.
     pub disks: Option<Vec<DiskForecast>>,
-    /// Those that would be left out.
+    /// Drives that need not be backed up.
     pub skipped: Vec<SkippedForecast>,
+    /// The VM's disks that would be in no volume.
+    pub left_out: Vec<LeftOut>,
 }
 
 /// What would happen to a disk.
@@ -114,6 +119,7 @@ pub async fn dry_run(order: Order<'_>) -> Result<Forecast, PointError> {
         first: Vec::new(),
         disks: None,
         skipped: Vec::new(),
+        left_out: Vec::new(),
     };
     // A job that runs has the monitor, which would keep us waiting.
     let journal = Journal::open(order.vm_state.0, order.vm_state.1)?;
@@ -139,13 +145,13 @@ pub async fn dry_run(order: Order<'_>) -> Result<Forecast, PointError> {
         }
         Err(error) => return Err(error.into()),
     };
+    claim::refuse_claimed(&monitor).await?;
     if let Some(state) = machine::run_state(&monitor).await? {
         state.standing()?;
     }
     // What a dead job left above a disk would be taken for the disk.
     let left = leftovers::find(&monitor).await?;
     for job in left.keys() {
-    claim::refuse_claimed(&monitor).await?;
         forecast.first.push(format!(
             "job {job}, which died, left something in QEMU; it would be removed, and the disks can be told after that"
         ));
@@ -155,7 +161,9 @@ pub async fn dry_run(order: Order<'_>) -> Result<Forecast, PointError> {
     }
     // Its notes are what is returned.
     let (silent, _) = Events::channel();
-    let found = subject::find_disks(order.vm, order.extra, &monitor, &silent).await?;
+    let found =
+        selection::select(order.vm, order.selection, order.extra, &monitor, &silent).await?;
+    forecast.left_out = found.left_out;
     for skipped in found.skipped {
         forecast.skipped.push(SkippedForecast {
             name: skipped.name,

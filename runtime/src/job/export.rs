@@ -17,11 +17,12 @@ use super::journal::{Journal, JournalError, Step};
 use super::lineage;
 use super::point_in_time::{BLOCK_SIZE, PointError, Prepared};
 use super::recover;
+use super::selection::Selection;
 use super::signals::Signals;
 use super::subject::{self, Subject};
 use crate::archive::{
-    self, Archive, BackupId, BackupRecord, ComponentId, Namespace, NamespaceName, Proof,
-    ProviderRecord, VolumeRecord,
+    self, Archive, BackupId, BackupRecord, ComponentId, LeftOut, Moment, Namespace, NamespaceName,
+    Proof, ProviderRecord, VolumeRecord,
 };
 use crate::channel::{BitmapMode, GuestLimits, World};
 use crate::config::Vm;
@@ -108,6 +109,10 @@ pub struct Held {
     pub socket: PathBuf,
     /// The disks.
     pub volumes: Vec<HeldVolume>,
+    /// Whether the disks are as of one moment.
+    pub moment: Moment,
+    /// The VM's other disks.
+    pub left_out: Vec<LeftOut>,
 }
 
 /// One disk that can be read.
@@ -142,6 +147,8 @@ pub struct Ended {
     pub verdict: Verdict,
     /// Whether a signal said so, and not somebody who knows what the tool did.
     pub by_signal: bool,
+    /// Disks of the VM that are missing although nobody excluded them.
+    pub missing: Vec<String>,
     /// Clean-up that failed; the next run does it.
     pub left: Vec<String>,
 }
@@ -254,6 +261,7 @@ pub async fn export(
         vm: &request.vm,
         qmp: &request.qmp,
         extra: &request.extra,
+        selection: &Selection::default(),
         fleecing: (&places.fleecing.0, &places.fleecing.1),
         archive: &places.records,
         namespace: &namespace,
@@ -303,16 +311,18 @@ impl Export<'_> {
             .map_err(point_error)?;
         let standing = subject::standing(subject, monitor).await?;
         let id = BackupId::random(OffsetDateTime::now_utc())?;
-        let disks = match self.request.tracking {
+        let (disks, left_out) = match self.request.tracking {
             Some(_) => subject.disks(monitor, id).await?,
             None => {
-                let Subject { vm, extra, .. } = *subject;
-                let found = subject::find_disks(vm, extra, monitor, subject.events).await?;
+                let selected = subject.select(monitor).await?;
                 let untracked = || Choice::untracked("nothing is tracked (--tracking)");
-                let disks = found.disks.into_iter();
-                disks.map(|disk| (disk, untracked())).collect()
+                let disks = selected.disks.into_iter();
+                let disks = disks.map(|disk| (disk, untracked())).collect();
+                (disks, selected.left_out)
             }
         };
+        let missing = left_out.iter().filter(|disk| !disk.excluded);
+        let missing = missing.map(|disk| disk.name.clone()).collect();
         let mut prepared = Prepared::new(subject, monitor, journal, standing, disks, id).await?;
         let readers = match self.request.mechanism {
             Mechanism::Nbd => Readers::Discard,
@@ -328,7 +338,7 @@ impl Export<'_> {
                 return Err(error.into());
             }
         };
-        let held = AssertUnwindSafe(self.hold(&mut prepared, &point, id, ready)).catch_unwind();
+        let held = AssertUnwindSafe(self.hold(&mut prepared, &point, id, left_out, ready)).catch_unwind();
         let (verdict, by_signal, failure) = held.await.unwrap_or_else(|panic| {
             let panicked = ExportError::Panicked(panic_text(&*panic));
             (Verdict::Failure, false, Some(panicked))
@@ -355,6 +365,7 @@ impl Export<'_> {
                 let ended = Ended {
                     verdict,
                     by_signal,
+                    missing,
                     left: Vec::new(),
                 };
                 Ok((ended, left))
@@ -372,6 +383,7 @@ impl Export<'_> {
         prepared: &mut Prepared<'_>,
         point: &PointInTime,
         id: BackupId,
+        left_out: Vec<LeftOut>,
         ready: impl FnOnce(&Held),
     ) -> (Verdict, bool, Option<ExportError>) {
         let failed = |error| (Verdict::Failure, false, Some(error));
@@ -379,7 +391,7 @@ impl Export<'_> {
             return failed(error.into());
         }
         match self.describe(prepared, point, id).await {
-            Ok(held) => ready(&held),
+            Ok(held) => ready(&Held { left_out, ..held }),
             Err(error) => return failed(error),
         }
         let bounds = Bounds::of(&self.request.vm, &Limits::default());
@@ -442,6 +454,8 @@ impl Export<'_> {
             tracking: self.request.tracking.clone(),
             socket: point.socket.clone(),
             volumes,
+            moment: Moment::One,
+            left_out: Vec::new(),
         })
     }
 
@@ -551,6 +565,8 @@ fn record(
         host_version: env!("CARGO_PKG_VERSION").into(),
         volumes,
         attachments: Vec::new(),
+        moment: Moment::One,
+        left_out: Vec::new(),
     };
     writer.commit(record).map(drop)
 }

@@ -21,6 +21,7 @@ pub mod power;
 pub mod prove;
 pub mod recover;
 pub mod replay;
+pub mod selection;
 pub mod signals;
 pub mod slots;
 pub mod storage;

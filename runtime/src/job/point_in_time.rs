@@ -18,6 +18,7 @@ use super::recover::RecoverError;
 use super::storage::{Storage, Unanswered};
 use super::subject::{Subject, tell_choice};
 use crate::archive::BackupId;
+use crate::policy::Denied;
 use crate::qemu::agent::Freeze;
 use crate::qemu::bitmap::{self, Tracking};
 use crate::qemu::claim::ClaimError;
@@ -61,6 +62,9 @@ pub enum PointError {
     /// Another job has the VM.
     #[error(transparent)]
     Claim(#[from] ClaimError),
+    /// A disk is not granted.
+    #[error(transparent)]
+    Denied(#[from] Denied),
     /// The disks are not there or cannot be backed up.
     #[error(transparent)]
     Machine(#[from] MachineError),

@@ -2,17 +2,18 @@
 
 use super::base::{self, Choice, ChoiceError, Owner, Recorded};
 use super::event::Events;
-use super::extra::{self, Extra};
+use super::extra::Extra;
 use super::journal::Journal;
 use super::point_in_time::{BLOCK_SIZE, PointError};
 use super::power;
 use super::recover::{self, Traces};
+use super::selection::{self, Selected, Selection};
 use super::signals::Signals;
-use crate::archive::{Archive, BackupId, Namespace};
+use crate::archive::{Archive, BackupId, LeftOut, Namespace};
 use crate::config::Vm;
-use crate::qemu::machine::Standing;
 use crate::qemu::claim::{Claim, ClaimError};
-use crate::qemu::{self, Monitor, image, machine, needs};
+use crate::qemu::machine::Standing;
+use crate::qemu::{self, Monitor, machine};
 use cap_std::fs::Dir;
 use std::collections::BTreeMap;
 use std::path::Path;
@@ -26,6 +27,8 @@ pub struct Subject<'a> {
     pub qmp: &'a Path,
     /// Further volumes.
     pub extra: &'a [Extra],
+    /// By whose word disks are taken or left out.
+    pub selection: &'a Selection,
     /// The folder for fleecing images, and its path.
     pub fleecing: (&'a Dir, &'a Path),
     /// Where it is recorded what can be built on.
@@ -43,17 +46,23 @@ pub struct Subject<'a> {
 }
 
 impl<'a> Subject<'a> {
-    /// Its disks, and what each builds on in a backup or export `id`.
+    /// Its disks, with what each builds on in a backup or export `id`, and those that are left out.
     pub async fn disks(
         &self,
         monitor: &Monitor,
         id: BackupId,
-    ) -> Result<Vec<(qemu::Disk, Choice)>, PointError> {
-        let found = find_disks(self.vm, self.extra, monitor, self.events).await?;
+    ) -> Result<(Vec<(qemu::Disk, Choice)>, Vec<LeftOut>), PointError> {
+        let selected = self.select(monitor).await?;
         let Self {
             owner, namespace, ..
         } = *self;
-        choose(owner, namespace, self.full, found.disks, id, self.events)
+        let disks = choose(owner, namespace, self.full, selected.disks, id, self.events)?;
+        Ok((disks, selected.left_out))
+    }
+
+    /// Its disks alone.
+    pub async fn select(&self, monitor: &Monitor) -> Result<Selected, PointError> {
+        selection::select(self.vm, self.selection, self.extra, monitor, self.events).await
     }
 
     /// What is looked at to clean up after a job, over `monitor`.
@@ -82,15 +91,6 @@ pub async fn on_vm<T, E: From<PointError>>(
     let commands = (&start[..], &stop[..]);
     let reached = power::reach(subject.qmp, commands, journal, events, &subject.signals.end).await;
     let mut reached = reached.map_err(PointError::from)?;
-    let mut done = job(&reached.monitor, journal).await;
-    if reached.monitor.is_lost()
-        && let Ok(monitor) = Monitor::connect(subject.qmp).await
-    {
-        // QEMU runs on, with all in it that the job could not take down.
-        events.note("the monitor was lost and answers again; cleaning up over a new connection");
-        match (
-            recover::clean_up(&subject.traces(&monitor), journal, events).await,
-            &mut done,
     let claim = Claim::make(&reached.monitor, subject.fleecing.1).await;
     let claim = match claim {
         Ok(claim) => claim,
@@ -109,12 +109,24 @@ pub async fn on_vm<T, E: From<PointError>>(
             "this QEMU takes no claim, so a job that works with another state folder cannot see this one",
         );
     }
+    let mut done = job(&reached.monitor, journal).await;
+    if reached.monitor.is_lost()
+        && let Ok(monitor) = Monitor::connect(subject.qmp).await
+    {
+        // QEMU runs on, with all in it that the job could not take down.
+        events.note("the monitor was lost and answers again; cleaning up over a new connection");
+        match (
+            recover::clean_up(&subject.traces(&monitor), journal, events).await,
+            &mut done,
         ) {
             (Ok(()), Ok((_, left))) => left.clear(),
             (Ok(()), Err(_)) => {}
             (Err(error), _) => events.warn(error.to_string()),
         }
         reached.monitor = monitor;
+    }
+    if let Some(claim) = claim {
+        claim.release(&reached.monitor).await;
     }
     if let Err(still) = reached.put_back(journal, events).await {
         match &mut done {
@@ -125,9 +137,6 @@ pub async fn on_vm<T, E: From<PointError>>(
     done
 }
 
-    if let Some(claim) = claim {
-        claim.release(&reached.monitor).await;
-    }
 /// Whether the guest runs; a storage daemon, which has none, never stands still.
 pub async fn standing(subject: &Subject<'_>, monitor: &Monitor) -> Result<Standing, PointError> {
     let Some(state) = machine::run_state(monitor).await? else {
@@ -145,27 +154,6 @@ pub async fn standing(subject: &Subject<'_>, monitor: &Monitor) -> Result<Standi
         ));
     }
     Ok(standing)
-}
-
-/// The disks of the VM and those that it has but that are left out.
-pub async fn find_disks(
-    vm: &Vm,
-    extra: &[Extra],
-    monitor: &Monitor,
-    events: &Events,
-) -> Result<machine::Disks, PointError> {
-    let choice = match &vm.disks[..] {
-        [] => machine::Choice::All,
-        names => machine::Choice::Named(names.to_vec()),
-    };
-    let mut found = machine::disks(monitor, &choice).await?;
-    extra::add_nodes(monitor, extra, &mut found).await?;
-    needs::check(monitor, &found.disks).await?;
-    image::describe(monitor, &mut found.disks).await?;
-    for skipped in &found.skipped {
-        events.note(format!("{} is skipped: {}", skipped.name, skipped.reason));
-    }
-    Ok(found)
 }
 
 /// What each disk builds on, in a backup or export `id`; nothing where all is to be read in `full`.

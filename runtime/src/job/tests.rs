@@ -3,6 +3,7 @@
 //! what the contract gives to any provider.
 
 use super::backup::{BackupError, Places, Request, Summary, backup};
+use super::selection::Selection;
 use super::volume_run::VolumeError;
 use super::{Event, Events};
 use crate::archive::Archive;
@@ -84,6 +85,7 @@ impl Host {
             component: b"\0asm\x0d\0\x01\0".to_vec().into(),
             namespace: "tenant".parse().unwrap(),
             attachments: Default::default(),
+            selection: Selection::default(),
             extra: Vec::new(),
             full: true,
         };

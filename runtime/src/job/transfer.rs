@@ -10,8 +10,8 @@ use super::lineage;
 use super::prove::{self, ProofError};
 use super::volume_run::{self, Covered};
 use crate::archive::{
-    self, BackupId, BackupRecord, BackupWriter, ComponentId, DiskRecord, Manifest, Namespace,
-    Proof, ProviderRecord, VolumeRecord,
+    self, BackupId, BackupRecord, BackupWriter, ComponentId, DiskRecord, LeftOut, Manifest, Moment,
+    Namespace, Proof, ProviderRecord, VolumeRecord,
 };
 use crate::channel::World;
 use crate::config::Provider;
@@ -72,6 +72,10 @@ pub struct Transfer<'a> {
     pub writer: Option<Arc<BackupWriter>>,
     /// Its id.
     pub id: BackupId,
+    /// Whether the volumes are as of one moment.
+    pub moment: Moment,
+    /// Disks of the VM that are in no volume.
+    pub left_out: Vec<LeftOut>,
     /// Where the job tells what it does.
     pub events: &'a Events,
     /// Ends the job early.
@@ -274,6 +278,8 @@ impl Transfer<'_> {
             host_version: env!("CARGO_PKG_VERSION").into(),
             volumes,
             attachments: Vec::new(),
+            moment: self.moment,
+            left_out: self.left_out.clone(),
         }
     }
 }

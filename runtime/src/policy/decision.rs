@@ -247,14 +247,32 @@ impl Decision {
         }
         match wanted.iter().find(|name| !self.volumes.covers(name)) {
             None => Ok(wanted),
-            Some(volume) => Err(Denied::Volume {
-                provider: self.provider_name.clone(),
-                volume: volume.escape_debug().to_string(),
-                vm: self.vm.clone(),
-                line: self.line,
-                granted: self.volumes.clone(),
-            }),
+            Some(volume) => Err(self.not_granted(volume)),
         }
+    }
+
+    /// Holds a disk that QEMU showed, of that name and these other names, against the rule.
+    pub fn hold(&self, volume: &str, names: &[String]) -> Result<(), Denied> {
+        let mut names = names.iter().map(String::as_str).chain([volume]);
+        match names.any(|name| self.volumes.covers(name)) {
+            true => Ok(()),
+            false => Err(self.not_granted(volume)),
+        }
+    }
+
+    fn not_granted(&self, volume: &str) -> Denied {
+        Denied::Volume {
+            provider: self.provider_name.clone(),
+            volume: volume.escape_debug().to_string(),
+            vm: self.vm.clone(),
+            line: self.line,
+            granted: self.volumes.clone(),
+        }
+    }
+
+    /// Where the rule begins in the file.
+    pub fn line(&self) -> usize {
+        self.line
     }
 
     /// The archive's name where `wanted` was asked for; a tenant with one archive need not name it.

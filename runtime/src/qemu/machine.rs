@@ -3,23 +3,26 @@
 //! Look for leftovers first ([`super::leftovers`]): a filter that a dead job left above a disk would be
 //! taken for the disk's own node.
 
-use super::ids::OwnId;
 use super::image::{Image, Layer};
 use super::monitor::{Monitor, MonitorError};
-use super::present::{self, Device, DirtyInfo, Node};
+use super::present::{DirtyInfo, Node};
 use serde_json::json;
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 use std::fmt;
 
-/// Drivers of devices that pass SCSI commands to the host's device, around bitmaps and filters.
-const PASS_THROUGH: [&str; 2] = ["scsi-block", "scsi-generic"];
+pub use super::disks::{disks, extra};
 
 /// Which disks to take.
 #[derive(Debug, Clone)]
 pub enum Choice {
     /// Every writable disk that is plugged into a device.
     All,
-    /// These, each named by the id of its device, of its drive or of its block node.
+    /// As [`Choice::All`], but these, named as in [`Choice::Named`].
+    AllBut(Vec<String>),
+    /// The first as in [`Choice::Named`], without the second.
+    NamedBut(Vec<String>, Vec<String>),
+    /// These, each named by the id of its device, of its drive or of its block node. A name that means two disks means
+    /// none.
     Named(Vec<String>),
 }
 
@@ -158,12 +161,31 @@ pub enum SkipReason {
 }
 
 /// The disks that were chosen, and what was left out.
-#[derive(Debug, Clone, PartialEq)]
+#[derive(Debug, Clone, PartialEq, Default)]
 pub struct Disks {
-    /// In QEMU's order, or in the order of the names given.
+    /// In QEMU's order, or in the order of the names given. One that several devices have is there once.
     pub disks: Vec<Disk>,
     /// Empty where disks were named.
     pub skipped: Vec<Skipped>,
+    /// Further devices that have one of the disks, each with the name under which it is taken.
+    pub doubles: Vec<(String, String)>,
+    /// Disks of the VM that were not chosen.
+    pub others: Vec<Other>,
+    /// All names of each disk, by its block node.
+    pub names: BTreeMap<String, Vec<String>>,
+}
+
+/// A disk of the VM that was not chosen.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Other {
+    /// As [`Disk::name`].
+    pub name: String,
+    /// Its block node, where it has one.
+    pub node: Option<String>,
+    /// Whether it was excluded by name.
+    pub excluded: bool,
+    /// Its device's type, where QEMU's block layer does not have the disk, so that it cannot be chosen.
+    pub beside: Option<String>,
 }
 
 /// Why the VM's disks cannot be taken as chosen.
@@ -194,6 +216,26 @@ pub enum MachineError {
         /// Why.
         reason: SkipReason,
     },
+    /// One word is the name of two disks.
+    #[error(
+        "the name {name} means two disks: {first}, and {second}; name the one that is meant by another of its names"
+    )]
+    Ambiguous {
+        /// The name given.
+        name: String,
+        /// One that has it.
+        first: String,
+        /// Another.
+        second: String,
+    },
+    /// The device's disk is none of QEMU's block layer.
+    #[error("disk {name} cannot be backed up: {}", beside_words(.driver))]
+    Beside {
+        /// The name given.
+        name: String,
+        /// The device's type.
+        driver: String,
+    },
     /// Two of the chosen disks are one, or have one name.
     #[error("disk {name} (node {node}) is chosen twice")]
     Twice {
@@ -212,7 +254,7 @@ pub enum MachineError {
     },
     /// The device hands SCSI commands to the host's device, around QEMU's block layer.
     #[error(
-        "disk {name} is a {driver} device: its writes pass around dirty bitmaps and snapshots, so it cannot be backed up; name the other disks to leave it out"
+        "disk {name} is a {driver} device: its writes pass around dirty bitmaps and snapshots, so it cannot be backed up; exclude it, or name the other disks, to leave it out"
     )]
     PassThrough {
         /// The disk.
@@ -233,123 +275,14 @@ impl fmt::Display for List<'_> {
     }
 }
 
-/// The disks of the VM (QMP `query-block`, `query-named-block-nodes`).
-///
-/// A device whose top node is a filter of somebody else, such as `throttle`, shows that node; name the
-/// node below it to have bitmaps stored in the image.
-///
-/// # Errors
-/// Any [`MachineError`].
-pub async fn disks(monitor: &Monitor, choice: &Choice) -> Result<Disks, MachineError> {
-    let devices = present::devices(monitor).await?;
-    let nodes = present::nodes(monitor).await?;
-    let mut found = Disks {
-        disks: Vec::new(),
-        skipped: Vec::new(),
-    };
-    match choice {
-        Choice::All => {
-            for device in &devices {
-                match fitness(device.inserted.as_ref()).and_then(|node| match &device.qdev {
-                    Some(_) => Ok(node),
-                    None => Err(SkipReason::Unattached),
-                }) {
-                    Ok(node) => {
-                        refuse_pass_through(monitor, device).await?;
-                        found.disks.push(disk(name(device), node));
-                    }
-                    Err(reason) => found.skipped.push(Skipped {
-                        name: name(device),
-                        reason,
-                    }),
-                }
-            }
-            if found.disks.is_empty() {
-                return Err(MachineError::NoDisks {
-                    available: available(&devices, &nodes),
-                });
-            }
-        }
-        Choice::Named(names) => {
-            for chosen in names {
-                found
-                    .disks
-                    .push(named(monitor, chosen, &devices, &nodes).await?);
-            }
-        }
-    }
-    refuse_doubles(&found.disks)?;
-    Ok(found)
+/// Why the disk of such a device cannot be backed up.
+pub fn beside_words(driver: &str) -> String {
+    format!(
+        "it is a {driver} device, whose disk is not in QEMU's block layer, so that QEMU can neither freeze it nor track its writes"
+    )
 }
 
-/// What the configuration adds as the volume `name`: a device's disk or a block node, also one that is read-only.
-///
-/// # Errors
-/// As [`disks`] for a disk that is named.
-pub async fn extra(monitor: &Monitor, name: &str, chosen: &str) -> Result<Disk, MachineError> {
-    let devices = present::devices(monitor).await?;
-    let nodes = present::nodes(monitor).await?;
-    let device = devices.iter().find(|device| is_named(device, chosen));
-    let node = match device {
-        Some(device) => {
-            refuse_pass_through(monitor, device).await?;
-            device.inserted.as_ref()
-        }
-        None => nodes.iter().find(|node| node.name == chosen),
-    };
-    let reason = match node {
-        Some(node) if node.image.virtual_size > 0 => return Ok(disk(name.into(), node)),
-        Some(_) => SkipReason::Empty,
-        None if device.is_some() => SkipReason::NoMedium,
-        None => {
-            return Err(MachineError::Unknown {
-                name: chosen.into(),
-                available: available(&devices, &nodes),
-            });
-        }
-    };
-    Err(MachineError::Unfit {
-        name: chosen.into(),
-        reason,
-    })
-}
-
-async fn named(
-    monitor: &Monitor,
-    chosen: &str,
-    devices: &[Device],
-    nodes: &[Node],
-) -> Result<Disk, MachineError> {
-    let unfit = |reason| MachineError::Unfit {
-        name: chosen.into(),
-        reason,
-    };
-    if let Some(device) = devices.iter().find(|device| is_named(device, chosen)) {
-        refuse_pass_through(monitor, device).await?;
-        let node = fitness(device.inserted.as_ref()).map_err(unfit)?;
-        return Ok(disk(name(device), node));
-    }
-    match nodes.iter().find(|node| node.name == chosen) {
-        Some(node) => Ok(disk(chosen.into(), fitness(Some(node)).map_err(unfit)?)),
-        None => Err(MachineError::Unknown {
-            name: chosen.into(),
-            available: available(devices, nodes),
-        }),
-    }
-}
-
-/// Whether `chosen` is one of the device's names. Its node counts too, so that a device chosen by its
-/// node has the same stable name as when it is chosen otherwise.
-fn is_named(device: &Device, chosen: &str) -> bool {
-    let node = device.inserted.as_ref().map(|node| node.name.as_str());
-    let qdev = device.qdev.as_deref();
-    !chosen.is_empty()
-        && (qdev.map(qdev_id) == Some(Some(chosen))
-            || device.drive == chosen
-            || node == Some(chosen))
-}
-
-fn fitness(node: Option<&Node>) -> Result<&Node, SkipReason> {
+pub(super) fn fitness(node: Option<&Node>) -> Result<&Node, SkipReason> {
     match node {
         None => Err(SkipReason::NoMedium),
         Some(node) if node.read_only => Err(SkipReason::ReadOnly),
@@ -358,7 +291,7 @@ fn fitness(node: Option<&Node>) -> Result<&Node, SkipReason> {
     }
 }
 
-fn disk(name: String, node: &Node) -> Disk {
+pub(super) fn disk(name: String, node: &Node) -> Disk {
     // A qcow2 of version 2 ("compat": "0.10") has no room for bitmaps.
     let compat = &node.image.format_specific["data"]["compat"];
     Disk {
@@ -392,21 +325,9 @@ pub(super) fn bitmaps(node: &Node) -> Vec<Bitmap> {
         .collect()
 }
 
-fn name(device: &Device) -> String {
-    let node = || device.inserted.as_ref().map(|node| node.name.clone());
-    let drive = || Some(device.drive.clone()).filter(|drive| !drive.is_empty());
-    let qdev = device.qdev.as_deref();
-    qdev.and_then(qdev_id)
-        .map(str::to_owned)
-        .or_else(drive)
-        .or_else(node)
-        .or_else(|| qdev.map(str::to_owned))
-        .unwrap_or_default()
-}
-
 /// The id that the user gave to a device. QEMU shows it plain, or as the path of the device or of a
 /// part of it (`/machine/peripheral/vda/virtio-backend`); devices without an id live elsewhere in the tree.
-fn qdev_id(qdev: &str) -> Option<&str> {
+pub(super) fn qdev_id(qdev: &str) -> Option<&str> {
     if !qdev.starts_with('/') {
         return Some(qdev).filter(|id| !id.is_empty());
     }
@@ -419,24 +340,6 @@ pub(super) fn qdev_path(qdev: &str) -> String {
     match qdev.starts_with('/') {
         true => qdev.into(),
         false => format!("/machine/peripheral/{qdev}"),
-    }
-}
-
-async fn refuse_pass_through(monitor: &Monitor, device: &Device) -> Result<(), MachineError> {
-    let Some(qdev) = &device.qdev else {
-        return Ok(());
-    };
-    let path = qdev_path(qdev);
-    let arguments = json!({ "path": path, "property": "type" });
-    match monitor.query::<String>("qom-get", arguments).await {
-        Ok(driver) if PASS_THROUGH.contains(&driver.as_str()) => Err(MachineError::PassThrough {
-            name: name(device),
-            driver,
-        }),
-        Ok(_) => Ok(()),
-        // A device that QEMU cannot find by this path is none of SCSI's, which all have an id or a path.
-        Err(e) if e.is_refusal() => Ok(()),
-        Err(e) => Err(e.into()),
     }
 }
 
@@ -466,23 +369,6 @@ pub fn refuse_doubles(disks: &[Disk]) -> Result<(), MachineError> {
         }
     }
     Ok(())
-}
-
-/// What a user may choose from: devices where there are any, and the nodes that somebody named.
-fn available(devices: &[Device], nodes: &[Node]) -> Vec<String> {
-    let fit = |node: &&Node| fitness(Some(node)).is_ok();
-    let given = |node: &&Node| !node.name.starts_with('#') && OwnId::parse(&node.name).is_none();
-    let devices = devices
-        .iter()
-        .filter(|d| fitness(d.inserted.as_ref()).is_ok());
-    let nodes = nodes.iter().filter(fit).filter(given);
-    let mut names: Vec<_> = devices.map(name).collect();
-    for node in nodes {
-        if !names.contains(&node.name) {
-            names.push(node.name.clone());
-        }
-    }
-    names
 }
 
 /// Whether the guest's CPUs run, and QEMU's word for its state, such as `running` or `paused`.

@@ -19,9 +19,11 @@
 
 pub mod agent;
 mod backup_access;
+mod beside;
 pub mod bitmap;
 pub mod claim;
 mod descriptor;
+mod disks;
 pub(crate) mod extra;
 pub mod filter;
 pub mod ids;
@@ -31,6 +33,7 @@ mod line;
 pub mod machine;
 mod mark;
 pub mod monitor;
+mod names;
 pub mod needs;
 pub mod open_files;
 mod opened;

@@ -1,9 +1,11 @@
 //! What exists inside QEMU at this moment: block nodes, jobs, exports. Fields and enum values that
 //! are not needed stay unread, so that those of other versions do no harm.
 
+use super::machine::qdev_id;
 use super::monitor::{Monitor, MonitorError};
 use serde::Deserialize;
 use serde_json::json;
+use std::collections::BTreeSet;
 
 /// `BlockDeviceInfo` of qapi/block-core.json.
 #[derive(Debug, Clone, Deserialize)]
@@ -67,6 +69,13 @@ pub(super) struct Device {
     pub(super) qdev: Option<String>,
     #[serde(default)]
     pub(super) inserted: Option<Node>,
+}
+
+impl Device {
+    /// The id that its user gave it.
+    pub(super) fn id(&self) -> Option<&str> {
+        self.qdev.as_deref().and_then(qdev_id)
+    }
 }
 
 /// `JobInfo`.
@@ -143,13 +152,85 @@ pub(super) async fn filtered(monitor: &Monitor, name: &str) -> Result<String, Mo
     })
 }
 
-/// No other command names the children of a node.
 const GRAPH: &str = "x-debug-query-block-graph";
 
-/// How the nodes hang together.
+/// How nodes, devices and jobs hang together: no other command names the children of a node.
 pub(super) async fn graph(monitor: &Monitor) -> Result<Graph, MonitorError> {
     monitor.query(GRAPH, json!({})).await
 }
+
+impl Graph {
+    fn id(&self, name: &str) -> Option<u64> {
+        let nodes = &mut self.nodes.iter();
+        nodes
+            .find(|node| node.kind == BLOCK_DRIVER && node.name == name)
+            .map(|node| node.id)
+    }
+
+    /// The child of the node `name` by this edge, such as `file` or `backing`.
+    pub(super) fn child(&self, name: &str, edge: &str) -> Option<&str> {
+        let parent = self.id(name)?;
+        let mut edges = self.edges.iter();
+        let child = edges
+            .find(|found| found.parent == parent && found.name == edge)?
+            .child;
+        let child = self.nodes.iter().find(|node| node.id == child)?;
+        Some(&child.name)
+    }
+
+    /// Whether the node `name` is a part of the node `top`, however deep.
+    pub(super) fn is_below(&self, name: &str, top: &str) -> bool {
+        self.below(top).contains(name)
+    }
+
+    /// The names of all parts of the node `top`.
+    pub(super) fn below(&self, top: &str) -> BTreeSet<String> {
+        let mut next = Vec::from_iter(self.id(top));
+        let mut seen = BTreeSet::new();
+        while let Some(parent) = next.pop() {
+            let edges = self.edges.iter().filter(|edge| edge.parent == parent);
+            for child in edges.map(|edge| edge.child) {
+                if seen.insert(child) {
+                    next.push(child);
+                }
+            }
+        }
+        let nodes = self.nodes.iter().filter(|node| seen.contains(&node.id));
+        nodes.map(|node| node.name.clone()).collect()
+    }
+
+    /// The names of the nodes, and the devices and exports, that the node `name` is a direct part of by an edge called
+    /// `edge`, where that matters; jobs do not count.
+    pub(super) fn users(&self, name: &str, edge: Option<&str>) -> Vec<&str> {
+        const JOB: &str = "block-job";
+        let Some(id) = self.id(name) else {
+            return Vec::new();
+        };
+        let above = self
+            .edges
+            .iter()
+            .filter(|it| it.child == id && edge.is_none_or(|edge| it.name == edge));
+        let users = above.filter_map(|edge| self.nodes.iter().find(|node| node.id == edge.parent));
+        let users = users.filter(|node| node.kind != JOB);
+        users.map(|node| node.name.as_str()).collect()
+    }
+
+    /// Whether the node `name` is a part of no other node.
+    pub(super) fn is_top(&self, name: &str) -> bool {
+        let Some(id) = self.id(name) else {
+            return false;
+        };
+        let parents = self.edges.iter().filter(|edge| edge.child == id);
+        let is_node = |id| {
+            let node = self.nodes.iter().find(|node| node.id == id);
+            node.is_some_and(|node| node.kind == BLOCK_DRIVER)
+        };
+        !parents.map(|edge| edge.parent).any(is_node)
+    }
+}
+
+/// The kind of what is a block node, in [`Graph`].
+const BLOCK_DRIVER: &str = "block-driver";
 
 /// `XDbgBlockGraph`.
 #[derive(Debug, Deserialize)]
@@ -158,23 +239,12 @@ pub(super) struct Graph {
     edges: Vec<GraphEdge>,
 }
 
-impl Graph {
-    /// The child of the node `name` by this edge, such as `file` or `backing`.
-    pub(super) fn child(&self, name: &str, edge: &str) -> Option<&str> {
-        let parent = self.nodes.iter().find(|node| node.name == name)?.id;
-        let mut edges = self.edges.iter();
-        let child = edges
-            .find(|found| found.parent == parent && found.name == edge)?
-            .child;
-        let child = self.nodes.iter().find(|node| node.id == child)?;
-        Some(&child.name)
-    }
-}
-
 #[derive(Debug, Deserialize)]
 struct GraphNode {
     id: u64,
     name: String,
+    #[serde(rename = "type")]
+    kind: String,
 }
 
 #[derive(Debug, Deserialize)]

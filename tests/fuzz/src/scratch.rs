@@ -94,6 +94,8 @@ impl Scratch {
                     proof: Proof::Proven,
                 }],
                 attachments: Vec::new(),
+moment: fleecebox::archive::Moment::One,
+left_out: Vec::new(),
             },
         }
     }

@@ -398,6 +398,8 @@ fn manifest(archive: u8, committed: &Committed) -> Manifest {
                 proof: Proof::Proven,
             }],
             attachments: Vec::new(),
+            moment: fleecebox::archive::Moment::One,
+            left_out: Vec::new(),
         },
     }
 }

@@ -3,8 +3,9 @@
 use std::fs;
 
 use anyhow::{Result, ensure};
+use fleecebox_tests::Backup;
 
-use crate::scene::Scene;
+use crate::scene::{INCOMPLETE, Scene};
 
 #[test]
 fn an_extra_volume_that_is_not_granted_is_not_even_opened_and_a_granted_one_is_backed_up()
@@ -20,7 +21,14 @@ fn an_extra_volume_that_is_not_granted_is_not_even_opened_and_a_granted_one_is_b
     );
     scene.configure_with(|text| format!("{extra}{}", text.replace(rule, &only)))?;
     let order = scene.order("limited")?.only(&[]);
-    let backup = scene.site.backup(&order)?;
+    let outcome = scene.site.backup_command(&order).run()?;
+    ensure!(outcome.code() == Some(INCOMPLETE), "{}", outcome.stderr);
+    ensure!(
+        outcome.stderr.contains("sealed is left out"),
+        "{}",
+        outcome.stderr
+    );
+    let backup = Backup::told_by(&outcome)?;
     let names: Vec<_> = backup.volumes.iter().map(|it| &it["name"]).collect();
     assert_eq!(names, ["da", "tpm"]);
     ensure!(

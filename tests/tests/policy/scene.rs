@@ -8,6 +8,8 @@ use anyhow::{Context, Result, ensure};
 use fleecebox_tests::{Disk, MIB, Order, Proxy, Random, Site, StorageDaemon, component};
 use serde_json::Value;
 
+/// The exit status where disks are missing.
+pub(crate) const INCOMPLETE: i32 = 3;
 /// The exit status for what the user can mend.
 pub(crate) const MISTAKE: i32 = 2;
 /// The exit status for what no rule grants.

@@ -202,6 +202,8 @@ fn recorded(says: Says, backup: BackupId, of_bitmap: &str) -> Recorded {
             },
             host_version: String::new(),
             volumes: vec![volume],
+            moment: crate::archive::Moment::One,
+            left_out: Vec::new(),
             attachments: Vec::new(),
         },
     }))

@@ -58,6 +58,7 @@ async fn vm(scsi: &'static str) -> Monitor {
             "query-named-block-nodes" => nodes.clone(),
             "qom-get" if arguments["path"] == "/machine/peripheral/scsi0" => json!(scsi),
             "qom-get" => json!("virtio-blk-device"),
+            "qom-list" => json!([]),
             other => panic!("{other}"),
         };
         format!(r#"{{"return": {answer}, "id": ID}}"#)
