@@ -77,7 +77,7 @@ pub struct Vm {
     /// Command that ends a VM that `start` started. Default: QEMU is told to quit.
     #[serde(default)]
     pub stop: Vec<String>,
-    /// How the point in time is taken. Default: by Proxmox's backup access where QEMU offers that, else by jobs.
+    /// How the point in time is taken. Default: by jobs.
     pub point_in_time: Option<Form>,
     /// Further volumes by name: a device or block node of the VM, or the absolute path of a file.
     #[serde(default)]

@@ -1,5 +1,5 @@
-//! Proxmox's QEMU, by a process that stands for it: its backup-access API makes the point in time, both forms of its
-//! arguments, and nothing of ours stays there.
+//! Proxmox's QEMU, by a process that stands for it: its backup-access API makes the point in time where it is asked for,
+//! and nothing of ours stays there.
 
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -8,13 +8,15 @@ use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};
 use fleecebox_tests::{
-    Backup, Disk, MIB, Order, QemuState, Random, Site, StorageDaemon, compare, eventually,
+    Backup, Disk, Emulator, MIB, Order, QemuState, Qmp, Random, Site, StorageDaemon, compare,
+    eventually,
 };
-use serde_json::Value;
+use serde_json::{Value, json};
 
 const LIMIT: Duration = Duration::from_secs(60);
 const SIZE: u64 = 8 * MIB;
 const BLOCK: u64 = 64 << 10;
+const BACKUP_ACCESS: &str = "[vm.web]\npoint-in-time = 'backup-access'\n";
 
 /// A storage daemon with two disks, and the process before it.
 struct Scene {
@@ -40,6 +42,7 @@ impl Scene {
         let daemon = StorageDaemon::start_with_writer_exports(&disks)?;
         let site = Site::new()?;
         fs::create_dir(site.path("copies"))?;
+        site.configure(BACKUP_ACCESS)?;
         let proxmox = Command::new(env!("CARGO_BIN_EXE_fleecebox-proxmox-qemu"))
             .arg("--listen")
             .arg(site.path("pve.qmp"))
@@ -160,35 +163,218 @@ fn backups_by_backup_access_are_of_the_point_in_time_and_incremental() -> Result
 }
 
 #[test]
-fn so_they_are_with_the_older_form_of_its_arguments() -> Result<()> {
-    let log = full_and_incremental(&["--older"])?;
-    let setup = log
-        .iter()
-        .find(|entry| entry["execute"] == "backup-access-setup");
-    let list = &setup.context("no set-up")?["arguments"]["devlist"];
-    ensure!(*list == "drive-scsi0,drive-efidisk0", "{list}");
+fn a_set_up_that_is_not_what_was_asked_for_is_taken_back() -> Result<()> {
+    let scene = Scene::new(&["--action", "used"])?;
+    let order = scene.order("chunked")?;
+    let before = scene.state()?;
+    let outcome = scene.site.backup_command(&order).run()?;
+    assert_eq!(outcome.code(), Some(1), "{}", outcome.stderr);
+    let words = "tracks it by a bitmap that nobody asked for";
+    ensure!(outcome.stderr.contains(words), "{}", outcome.stderr);
+    scene.state()?.assert_restored(&before, |_| false);
+    scene.site.check_no_fleecing_images()?;
+    ensure!(scene.site.list(&order.archive)?.is_empty());
+    Ok(())
+}
+
+/// QEMU does not take back what it had done of it, and nobody else can: it is named, and the rest is taken back.
+#[test]
+fn what_a_set_up_that_fails_half_way_leaves_is_named() -> Result<()> {
+    let mut scene = Scene::new(&["--fail", "no such luck"])?;
+    let order = scene.order("chunked")?;
+    let outcome = scene.site.backup_command(&order).run()?;
+    assert_eq!(outcome.code(), Some(1), "{}", outcome.stderr);
+    for words in [
+        "no such luck",
+        "QEMU left of it ",
+        "snapshot-access-0",
+        "the form `job` leaves nothing",
+    ] {
+        ensure!(
+            outcome.stderr.contains(words),
+            "{words}: {}",
+            outcome.stderr
+        );
+    }
+    ensure!(scene.site.list(&order.archive)?.is_empty());
+    // The guest goes on, and no bitmap of the failed one is left.
+    scene.write("drive-scsi0", 3, 1)?;
+    let nodes = scene
+        .daemon
+        .control()?
+        .execute("query-named-block-nodes", json!({"flat": true}))?;
+    ensure!(!nodes.to_string().contains("fleecebox:"), "{nodes}");
+    Ok(())
+}
+
+/// As another program's, such as vzdump: one at a time.
+#[test]
+fn while_another_program_has_its_backup_access_ours_is_busy_and_a_job_is_not() -> Result<()> {
+    let scene = Scene::new(&[])?;
+    let order = scene.order("chunked")?;
+    let mut other = Qmp::connect(&scene.site.path("pve.qmp"))?;
+    let mut devices = Vec::new();
+    for (name, size) in [("drive-scsi0", SIZE), ("drive-efidisk0", MIB)] {
+        let file = scene.site.path(&format!("vzdump-{name}"));
+        fs::File::create(&file)?.set_len(size)?;
+        let node = json!({"driver": "raw", "node-name": format!("{name}-fleecing"),
+            "file": {"driver": "file", "filename": file}});
+        other.execute("blockdev-add", node)?;
+        devices.push(json!({"device": name, "bitmap-mode": "none"}));
+    }
+    let arguments = json!({"target-id": "vzdump", "devices": devices});
+    other.execute("backup-access-setup", arguments)?;
+    drop(other);
+    let before = scene.state()?;
+    let busy = scene.site.backup_command(&order).run()?;
+    ensure!(
+        busy.code() == Some(11),
+        "{:?}: {}",
+        busy.code(),
+        busy.stderr
+    );
+    let says = "another backup of this VM is under way in QEMU";
+    ensure!(busy.stderr.contains(says), "{}", busy.stderr);
+    scene.state()?.assert_restored(&before, |_| false);
+    scene.site.configure("")?;
+    let backup = scene.site.backup(&order)?;
+    scene.site.verify(&order.archive, &backup.id)?;
+    ensure!(scene.state()?.differences(&before, |_| true).is_empty());
+    Ok(())
+}
+
+/// In a storage daemon nothing can be stopped, so each disk has a moment of its own, which is said wherever somebody
+/// looks; by default there is one moment.
+#[test]
+fn a_form_that_has_no_one_moment_says_so_and_is_not_the_default() -> Result<()> {
+    let scene = Scene::new(&[])?;
+    let order = scene.order("chunked")?;
+    let asked = scene.site.backup_command(&order).run()?.assert_success();
+    let backup = Backup::told_by(&asked)?;
+    ensure!(backup.said.contains("not of one moment"), "{}", backup.said);
+    ensure!(asked.document()?["moment"] == "one-for-each");
+    let archive = order.archive.display().to_string();
+    let listed = scene
+        .site
+        .command(&["list", "--archive", &archive])
+        .run()?
+        .assert_success();
+    ensure!(
+        listed.stdout.contains("NOT OF ONE MOMENT"),
+        "{}",
+        listed.stdout
+    );
+    let show = scene
+        .site
+        .command(&["show", &backup.id, "--archive", &archive, "--json"]);
+    let shown = show.run()?.assert_success();
+    ensure!(shown.stdout.contains("one-for-each"), "{}", shown.stdout);
+
+    // A single disk is of one moment by itself.
+    let one = scene
+        .site
+        .backup_command(&order.clone().only(&["drive-scsi0"]));
+    let one = one.run()?.assert_success();
+    ensure!(one.document()?["moment"] == "one", "{}", one.stdout);
+
+    scene.site.configure("")?;
+    let default = scene.site.backup_command(&order).run()?.assert_success();
+    ensure!(default.document()?["moment"] == "one", "{}", default.stdout);
+    ensure!(!default.stderr.contains("moment"), "{}", default.stderr);
+    assert_eq!(count(&scene.log()?, "backup-access-setup"), 2);
+    Ok(())
+}
+
+/// A machine with two disks, and the process before it.
+fn machine(site: &Site) -> Result<(Emulator, Child)> {
+    let vm = Emulator::running(|folder| {
+        let mut arguments: Vec<String> = vec!["-device".into(), "virtio-scsi-pci,id=vs".into()];
+        for (number, name) in [(0, "scsi0"), (1, "scsi1")] {
+            let file = folder.join(name);
+            Random::new(number).fill_file(&file, 4)?;
+            let drive = format!("if=none,id=drive-{name},format=raw,file={}", file.display());
+            let device = format!("scsi-hd,bus=vs.0,id={name},drive=drive-{name}");
+            arguments.extend(["-drive".into(), drive, "-device".into(), device]);
+        }
+        Ok(arguments)
+    })?;
+    fs::create_dir(site.path("copies"))?;
+    site.configure(BACKUP_ACCESS)?;
+    let proxmox = Command::new(env!("CARGO_BIN_EXE_fleecebox-proxmox-qemu"))
+        .arg("--listen")
+        .arg(site.path("pve.qmp"))
+        .arg("--qemu")
+        .arg(&vm.monitors().product)
+        .arg("--own")
+        .arg(&vm.monitors().control)
+        .arg("--copies")
+        .arg(site.path("copies"))
+        .arg("--log")
+        .arg(site.path("pve.log"))
+        .stdin(Stdio::null())
+        .spawn()?;
+    eventually("the process to listen", LIMIT, || {
+        Ok(site.path("pve.qmp").exists().then_some(()))
+    })?;
+    Ok((vm, proxmox))
+}
+
+#[test]
+fn a_machine_is_stopped_for_it_so_that_there_is_one_moment() -> Result<()> {
+    let site = Site::new()?;
+    let (vm, mut proxmox) = machine(&site)?;
+    let order = Order {
+        disks: vec!["scsi0".into(), "scsi1".into()],
+        ..site.order_for(&site.path("pve.qmp"), "chunked")?
+    };
+    let outcome = site.backup_command(&order).run()?.assert_success();
+    let told = outcome.document()?;
+    ensure!(told["moment"] == "one", "{told}");
+    ensure!(told["stopped_ms"].as_f64() > Some(0.0), "{told}");
+    assert_eq!(vm.status()?, "running");
+    let backup = Backup::told_by(&outcome)?;
+    let restored = site.restore(&order.archive, &backup.id)?;
+    for name in ["scsi0", "scsi1"] {
+        compare::same_bytes(&restored.join(format!("{name}.raw")), &vm.path(name))?;
+    }
+    proxmox.kill()?;
+    proxmox.wait()?;
     Ok(())
 }
 
 #[test]
-fn a_set_up_that_fails_leaves_everything_as_it_was() -> Result<()> {
-    for (arguments, words) in [
-        (["--fail", "no such luck"], "no such luck"),
-        (
-            ["--action", "used"],
-            "tracks it by a bitmap that nobody asked for",
-        ),
-    ] {
-        let scene = Scene::new(&arguments)?;
-        let order = scene.order("chunked")?;
-        let before = scene.state()?;
-        let outcome = scene.site.backup_command(&order).run()?;
-        assert_eq!(outcome.code(), Some(1), "{}", outcome.stderr);
-        ensure!(outcome.stderr.contains(words), "{}", outcome.stderr);
-        scene.state()?.assert_restored(&before, |_| false);
-        scene.site.check_no_fleecing_images()?;
-        ensure!(scene.site.list(&order.archive)?.is_empty());
-    }
+fn a_disk_that_was_unplugged_meanwhile_does_not_cost_the_vm() -> Result<()> {
+    let site = Site::new()?;
+    let (vm, mut proxmox) = machine(&site)?;
+    let order = Order {
+        disks: vec!["scsi0".into(), "scsi1".into()],
+        ..site.order_for(&site.path("pve.qmp"), "stalls-half-way")?
+    };
+    let running = site.backup_command(&order).start()?;
+    running.wait_for_line(LIMIT, |line| line.contains("half of it is stored"))?;
+    // Unplugged as the machine's end does it: no guest has to agree.
+    vm.control()?
+        .execute("device_del", json!({"id": "scsi1"}))?;
+    eventually("the disk to be unplugged", LIMIT, || {
+        let devices = vm.devices()?;
+        Ok(devices
+            .iter()
+            .all(|(qdev, _)| !qdev.contains("scsi1"))
+            .then_some(()))
+    })?;
+    let job = rustix::process::Pid::from_raw(running.process().pid).context("no such process")?;
+    rustix::process::kill_process(job, rustix::process::Signal::TERM)?;
+    let outcome = running.finish()?;
+    ensure!(
+        outcome
+            .stderr
+            .contains("drive-scsi1 was unplugged or moved meanwhile"),
+        "{}",
+        outcome.stderr
+    );
+    assert_eq!(vm.status()?, "running");
+    proxmox.kill()?;
+    proxmox.wait()?;
     Ok(())
 }
 
@@ -219,9 +405,7 @@ fn the_form_can_be_set_and_is_refused_where_it_is_not_offered() -> Result<()> {
     scene.site.configure("[vm.web]\npoint-in-time = 'job'\n")?;
     scene.site.backup(&order)?;
     assert_eq!(count(&scene.log()?, "backup-access-setup"), 0);
-    scene
-        .site
-        .configure("[vm.web]\npoint-in-time = 'backup-access'\n")?;
+    scene.site.configure(BACKUP_ACCESS)?;
     let stock = Order {
         qmp: PathBuf::from(&scene.daemon.monitors().product),
         ..order.clone()

@@ -137,6 +137,7 @@ fn of_point(error: &PointError) -> Status {
             of_monitor(error)
         }
         PointError::Choice(ChoiceError::Archive(error)) => of_archive(error),
+        error if error.is_busy() => Status::Busy,
         error => mistake_if(error.is_mistake()),
     }
 }

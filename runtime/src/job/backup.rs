@@ -12,7 +12,7 @@ use super::event::Events;
 use super::extra::Extra;
 use super::fleecing::Bounds;
 use super::journal::{Journal, JournalError, Step};
-use super::point_in_time::{PointError, Prepared};
+use super::point_in_time::{self, PointError, Prepared};
 use super::prove::ProofError;
 use super::recover::{self, RecoverError};
 use super::selection::Selection;
@@ -319,6 +319,7 @@ impl Backup<'_> {
                 return Err(error.into());
             }
         };
+        self.transfer.moment = point_in_time::moment(&point);
         let since = Instant::now();
         self.prepared.mark(&point).await;
         let read = AssertUnwindSafe(self.read_all(&point)).catch_unwind().await;

@@ -15,7 +15,7 @@ use super::extra::Extra;
 use super::fleecing::{Bounds, VirtualFile};
 use super::journal::{Journal, JournalError, Step};
 use super::lineage;
-use super::point_in_time::{BLOCK_SIZE, PointError, Prepared};
+use super::point_in_time::{self, BLOCK_SIZE, PointError, Prepared};
 use super::recover;
 use super::selection::Selection;
 use super::signals::Signals;
@@ -454,7 +454,7 @@ impl Export<'_> {
             tracking: self.request.tracking.clone(),
             socket: point.socket.clone(),
             volumes,
-            moment: Moment::One,
+            moment: point_in_time::moment(point),
             left_out: Vec::new(),
         })
     }

@@ -17,7 +17,7 @@ use super::power::PowerError;
 use super::recover::RecoverError;
 use super::storage::{Storage, Unanswered};
 use super::subject::{Subject, tell_choice};
-use crate::archive::BackupId;
+use crate::archive::{BackupId, Moment};
 use crate::policy::Denied;
 use crate::qemu::agent::Freeze;
 use crate::qemu::bitmap::{self, Tracking};
@@ -28,7 +28,7 @@ use crate::qemu::snapshot::{
     Broken, Cause, NOT_FROZEN, NbdServer, Readers, Request as PointRequest,
 };
 use crate::qemu::{
-    self, Agent, Form, JobId, MachineError, Monitor, MonitorError, Plan, PointInTime, Schema,
+    self, Agent, JobId, MachineError, Monitor, MonitorError, Plan, PointInTime, Schema,
     SnapshotError, Watchdog, machine,
 };
 use std::io;
@@ -110,6 +110,16 @@ impl PointError {
     /// Whether all that was made on the way to a point in time was taken back.
     pub fn is_undone(&self) -> bool {
         !matches!(self, Self::Snapshot(error) if !error.is_undone())
+    }
+
+    /// Whether another backup is in the way.
+    pub fn is_busy(&self) -> bool {
+        match self {
+            Self::Snapshot(error) => {
+                matches!(&error.cause, Cause::BackupAccess(error) if error.is_busy())
+            }
+            _ => false,
+        }
     }
 
     /// Whether the user can mend it: exit status 2.
@@ -295,11 +305,11 @@ impl<'a> Prepared<'a> {
             },
             None => (None, None),
         };
-        let form = match vm.point_in_time {
-            Some(form) => form,
-            None => Form::offered(monitor, &schema).await?,
-        };
-        let stops = form == Form::Filter && self.standing == Standing::Runs;
+        let form = vm.point_in_time.unwrap_or_default();
+        let stops = form.stops()
+            && machine::run_state(monitor)
+                .await?
+                .is_some_and(|it| it.running);
         let ending = self.ending(qmp)?;
         let stopped_by = stops.then_some(qmp);
         let thawed_by = agent_socket.map(AsRef::as_ref);
@@ -350,6 +360,11 @@ impl<'a> Prepared<'a> {
         let taken = taken?;
         for note in &taken.notes {
             self.subject.events.note(note);
+        }
+        if !taken.one_moment {
+            self.subject.events.warn(
+                "the disks are not of one moment: by backup-access QEMU freezes one after the other, and there is no VM here that could be stopped for it; the form `job` takes all at once",
+            );
         }
         Ok(taken)
     }
@@ -579,6 +594,14 @@ pub(super) async fn room(monitor: &Monitor, disks: &[(qemu::Disk, Choice)]) -> u
         room = room.saturating_add(super::fleecing::room(disk.size, held));
     }
     room
+}
+
+/// As a manifest says it.
+pub fn moment(point: &PointInTime) -> Moment {
+    match point.one_moment {
+        true => Moment::One,
+        false => Moment::OneForEach,
+    }
 }
 
 async fn accept(monitor: &Monitor, node: &str, choice: &Choice) -> Result<Tracking, MonitorError> {

@@ -7,12 +7,14 @@
 //! these two is in both, and none is in neither.
 
 use super::ids::JobId;
-use super::machine::Disk;
+use super::machine::{self, Disk};
 use super::monitor::{Monitor, MonitorError};
 use super::present;
+use super::removal::Reason;
 use super::schema::Schema;
 use serde::Deserialize;
 use serde_json::json;
+use std::collections::BTreeSet;
 use std::fmt;
 
 /// Why there is no point in time by this API.
@@ -40,6 +42,27 @@ pub enum AccessError {
         /// What it did.
         found: String,
     },
+    /// There is nothing to set up.
+    #[error("there is no disk to set up backup access for")]
+    NoDisks,
+    /// QEMU serves one backup at a time, whoever's.
+    #[error(
+        "another backup of this VM is under way in QEMU, which by backup-access does one at a time ({reason}); wait for it, or use the form `job`"
+    )]
+    Busy {
+        /// What shows it.
+        reason: String,
+    },
+    /// QEMU gave up half-way, and does not take back what it had done.
+    #[error(
+        "{source}; QEMU left of it {nodes}, which stays until the VM is started anew (the form `job` leaves nothing)"
+    )]
+    Left {
+        /// Nodes.
+        nodes: String,
+        /// What QEMU said.
+        source: MonitorError,
+    },
     /// QEMU refused.
     #[error(transparent)]
     Monitor(#[from] MonitorError),
@@ -49,6 +72,11 @@ impl AccessError {
     /// Whether another form of the point in time, or other names, would do.
     pub fn is_mistake(&self) -> bool {
         matches!(self, Self::Missing | Self::Name { .. })
+    }
+
+    /// Whether it may work later.
+    pub fn is_busy(&self) -> bool {
+        matches!(self, Self::Busy { .. })
     }
 }
 
@@ -115,7 +143,10 @@ pub(super) async fn is_offered(monitor: &Monitor, schema: &Schema) -> Result<boo
         #[serde(default)]
         backup_access_api: bool,
     }
-    if !schema.has_command("query-proxmox-support") || !schema.has_command(SETUP) {
+    // A form of it with other arguments was never in a package.
+    if !schema.has_command("query-proxmox-support")
+        || !schema.command_has_argument(SETUP, "devices")
+    {
         return Ok(false);
     }
     let support: Support = monitor.query("query-proxmox-support", json!({})).await?;
@@ -153,6 +184,21 @@ pub(super) fn fleecing_node(device: &str) -> Result<String, AccessError> {
     }
 }
 
+/// Refuses where another program has attached an image by one of these names.
+pub(super) async fn refuse_taken(
+    monitor: &Monitor,
+    fleecing: &[String],
+) -> Result<(), AccessError> {
+    let nodes = present::nodes(monitor).await?;
+    let mut taken = nodes.into_iter().map(|node| node.name);
+    match taken.find(|name| fleecing.contains(name)) {
+        None => Ok(()),
+        Some(name) => Err(AccessError::Busy {
+            reason: format!("its fleecing image {name} is attached"),
+        }),
+    }
+}
+
 /// What was set up.
 #[derive(Debug, Default)]
 pub(super) struct Access {
@@ -180,16 +226,18 @@ pub(super) async fn set_up(
     job: JobId,
     disks: &[(&Disk, String)],
 ) -> Result<Access, AccessError> {
-    let mut arguments = json!({ "target-id": target(job) });
-    if schema.command_has_argument(SETUP, "devices") {
-        let device = |(_, device): &(_, String)| json!({ "device": device, "bitmap-mode": "none" });
-        arguments["devices"] = disks.iter().map(device).collect();
-    } else {
-        // The older form, in which no bitmap is used unless one is named.
-        let names: Vec<_> = disks.iter().map(|(_, device)| device.as_str()).collect();
-        arguments["devlist"] = json!(names.join(","));
+    // An empty list aborts QEMU.
+    if disks.is_empty() {
+        return Err(AccessError::NoDisks);
     }
-    let mut infos: Vec<Info> = monitor.query(SETUP, arguments).await?;
+    let device = |(_, device): &(_, String)| json!({ "device": device, "bitmap-mode": "none" });
+    let devices: Vec<_> = disks.iter().map(device).collect();
+    let arguments = json!({ "target-id": target(job), "devices": devices });
+    let before = own_nodes(monitor).await?;
+    let mut infos: Vec<Info> = match monitor.query(SETUP, arguments).await {
+        Err(error) if error.is_refusal() => return Err(refused(monitor, &before, error).await),
+        infos => infos?,
+    };
     let mut access = Access::default();
     for (disk, device) in disks {
         let wrong = |found: String| AccessError::Answer {
@@ -217,6 +265,36 @@ pub(super) async fn set_up(
     access.notes.extend(bitmap_info(monitor, schema).await);
     Ok(access)
 }
+
+/// Why it was refused. What was set up by then for the first disks stays in QEMU, and no command removes it.
+async fn refused(monitor: &Monitor, before: &[String], source: MonitorError) -> AccessError {
+    if let MonitorError::Refused { description, .. } = &source
+        && description.contains("previous backup")
+    {
+        return AccessError::Busy {
+            reason: description.clone(),
+        };
+    }
+    let mut left = own_nodes(monitor).await.unwrap_or_default();
+    left.retain(|node| !before.contains(node));
+    match &left[..] {
+        [] => AccessError::Monitor(source),
+        left => AccessError::Left {
+            nodes: left.join(", "),
+            source,
+        },
+    }
+}
+
+/// The nodes of the kinds that QEMU makes at a set-up.
+async fn own_nodes(monitor: &Monitor) -> Result<Vec<String>, MonitorError> {
+    let mut nodes = present::nodes(monitor).await?;
+    nodes.retain(|node| ["copy-before-write", ACCESS].contains(&node.driver.as_str()));
+    Ok(nodes.into_iter().map(|node| node.name).collect())
+}
+
+/// Driver of the nodes that read as of the point in time.
+const ACCESS: &str = "snapshot-access";
 
 /// What QEMU says of its bitmaps, for the log (`query-pbs-bitmap-info`); that it cannot be asked is no failure.
 async fn bitmap_info(monitor: &Monitor, schema: &Schema) -> Vec<String> {
@@ -249,11 +327,109 @@ async fn bitmap_info(monitor: &Monitor, schema: &Schema) -> Vec<String> {
     }
 }
 
-/// Takes down what was set up for `target`; nothing of it being there is no error.
+/// What QEMU was asked to set up.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Held {
+    /// The job's name there.
+    pub(super) target: String,
+    /// The disks that it was set up for.
+    disks: Vec<HeldDisk>,
+}
+
+/// A disk as it was before the set-up.
+#[derive(Debug, Clone, PartialEq, Eq)]
+struct HeldDisk {
+    /// The node of its fleecing image.
+    fleecing: String,
+    /// The nodes that it was made of; not known of a job that died.
+    parts: Option<BTreeSet<String>>,
+}
+
+impl Held {
+    /// Of what is about to be set up.
+    pub(super) async fn of(
+        monitor: &Monitor,
+        job: JobId,
+        disks: &[(&Disk, String)],
+    ) -> Result<Self, AccessError> {
+        let graph = present::graph(monitor).await?;
+        let mut held = Self::of_dead(job);
+        for (disk, device) in disks {
+            let mut parts = graph.below(&disk.node);
+            parts.insert(disk.node.clone());
+            held.disks.push(HeldDisk {
+                fleecing: fleecing_node(device)?,
+                parts: Some(parts),
+            });
+        }
+        Ok(held)
+    }
+
+    /// Of what a job that died left, before [`Held::add`].
+    pub(super) fn of_dead(job: JobId) -> Self {
+        Self {
+            target: target(job),
+            disks: Vec::new(),
+        }
+    }
+
+    /// With the disk of that fleecing image.
+    pub(super) fn add(&mut self, fleecing: String) {
+        self.disks.push(HeldDisk {
+            fleecing,
+            parts: None,
+        });
+    }
+
+    /// A disk that is not where it was: unplugged, so that no device has the filter any more, or moved, so that the
+    /// filter is over other nodes.
+    async fn lost(&self, monitor: &Monitor) -> Result<Option<&str>, MonitorError> {
+        // Without a machine no disk has a device.
+        if machine::run_state(monitor).await?.is_none() {
+            return Ok(None);
+        }
+        let graph = present::graph(monitor).await?;
+        let nodes = present::nodes(monitor).await?;
+        let is_access = |name: &str| {
+            let node = nodes.iter().find(|node| node.name == name);
+            node.is_some_and(|node| node.driver == ACCESS)
+        };
+        for disk in &self.disks {
+            let Some(filter) = graph.users(&disk.fleecing, Some("target")).first().copied() else {
+                continue;
+            };
+            let plugged = graph
+                .users(filter, None)
+                .into_iter()
+                .any(|it| !is_access(it));
+            let below = graph.below(filter);
+            let moved = disk
+                .parts
+                .as_ref()
+                .is_some_and(|parts| !parts.is_subset(&below));
+            if !plugged || moved {
+                let device = disk.fleecing.strip_suffix(FLEECING);
+                return Ok(device.or(Some(&disk.fleecing)));
+            }
+        }
+        Ok(None)
+    }
+}
+
+/// Takes down what was set up; nothing of it being there is no error.
 ///
 /// `success` is about QEMU's own bitmaps, of which there is none.
-pub(super) async fn tear_down(monitor: &Monitor, target: &str) -> Result<(), MonitorError> {
-    let arguments = json!({ "target-id": target, "success": false });
+pub(super) async fn tear_down(monitor: &Monitor, held: &Held) -> Result<(), Reason> {
+    // Versions before 10.1 abort when one of the disks is not there any more; later ones were seen not to.
+    let schema = Schema::probe(monitor).await?;
+    if !schema.command_has_argument("blockdev-backup", "on-cbw-error")
+        && let Some(disk) = held.lost(monitor).await?
+    {
+        return Err(Reason::Unsafe(format!(
+            "{disk} was unplugged or moved meanwhile, and this QEMU would abort; it stays until the VM is started anew"
+        )));
+    }
+    let arguments = json!({ "target-id": held.target, "success": false });
     let done = monitor
         .execute_raw("backup-access-teardown", arguments)
         .await;
@@ -262,7 +438,7 @@ pub(super) async fn tear_down(monitor: &Monitor, target: &str) -> Result<(), Mon
         Err(MonitorError::Refused {
             class, description, ..
         }) if class == "CommandNotFound" || description.contains("got target") => Ok(()),
-        done => done.map(drop),
+        done => Ok(done.map(drop)?),
     }
 }
 

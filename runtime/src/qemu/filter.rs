@@ -10,10 +10,9 @@ use super::monitor::{Monitor, MonitorError};
 use super::present::{self, Device};
 use super::schema::Schema;
 use super::snapshot::{CBW_TIMEOUT_SECONDS, Plan};
-use qapi::qmp::{blockdev_del, cont, stop};
+use super::standstill::{self, Stopped};
+use qapi::qmp::blockdev_del;
 use serde_json::{Value, json};
-use std::time::Duration;
-use tokio::time::Instant;
 
 /// Driver of the filter.
 const DRIVER: &str = "copy-before-write";
@@ -55,15 +54,6 @@ impl FilterError {
     }
 }
 
-/// How the VM came through.
-#[derive(Debug, Default)]
-pub(super) struct Stopped {
-    /// From before `stop` to after `cont`, where the VM ran.
-    pub(super) time: Option<Duration>,
-    /// It was stopped and could not be continued.
-    pub(super) still: Option<MonitorError>,
-}
-
 /// Puts a filter over each disk and switches the bitmaps, while the VM is stopped. A VM that ran is continued whatever
 /// fails; what was put in by then stays.
 pub(super) async fn insert(
@@ -90,16 +80,8 @@ pub(super) async fn insert(
     let state = machine::run_state(monitor).await?;
     let state = state.ok_or(FilterError::NoMachine)?;
     add_filters(monitor, schema, job, plans).await?;
-    let start = Instant::now();
-    if state.running {
-        monitor.execute(stop {}).await?;
-    }
-    let inserted = insert_stopped(monitor, job, plans, switch).await;
-    if state.running {
-        stopped.still = monitor.execute(cont {}).await.err();
-        stopped.time = Some(start.elapsed());
-    }
-    inserted
+    let inserted = insert_stopped(monitor, job, plans, switch);
+    standstill::during(monitor, state.running, stopped, inserted).await
 }
 
 /// Adds the filters beside the disks, where they see nothing yet. The VM still runs.

@@ -126,7 +126,11 @@ pub async fn find(monitor: &Monitor) -> Result<BTreeMap<JobId, Leftover>, Monito
                 let job = node.filename.split('/').find_map(JobId::of_folder);
                 if let Some(job) = job {
                     let leftover = found.entry(job).or_default();
-                    leftover.remains.backup_access = Some(backup_access::target(job));
+                    let held = leftover
+                        .remains
+                        .backup_access
+                        .get_or_insert_with(|| backup_access::Held::of_dead(job));
+                    held.add(node.name.clone());
                     leftover.remains.fleecing.push(node.name);
                     leftover.fleecing_files.push(node.filename);
                 }

@@ -42,6 +42,7 @@ pub mod removal;
 pub mod schema;
 pub mod snapshot;
 mod socket;
+mod standstill;
 pub mod watchdog;
 
 #[cfg(test)]

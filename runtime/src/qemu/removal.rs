@@ -31,8 +31,8 @@ pub struct Remains {
     pub exports: Vec<String>,
     /// The disks' own NBD exports.
     pub probes: Vec<String>,
-    /// What Proxmox's QEMU was asked to set up, by its target.
-    pub backup_access: Option<String>,
+    /// What Proxmox's QEMU was asked to set up.
+    pub backup_access: Option<backup_access::Held>,
     /// Snapshot-access nodes.
     pub access: Vec<String>,
     /// Filters that belong to no job.
@@ -109,6 +109,9 @@ pub enum Reason {
     /// The monitor failed or QEMU refused.
     #[error(transparent)]
     Monitor(#[from] MonitorError),
+    /// To remove it would end the VM.
+    #[error("{0}")]
+    Unsafe(String),
     /// It was told to go and did not.
     #[error("it is still there after {} s", .limit.as_secs())]
     StillThere {
@@ -147,10 +150,9 @@ pub(super) async fn remove(
             return errors;
         }
     }
-    if let Some(target) = &remains.backup_access {
-        let torn_down = backup_access::tear_down(monitor, target).await;
-        let what = Thing::BackupAccess(target.clone());
-        note(what, torn_down.map_err(Reason::from));
+    if let Some(held) = &remains.backup_access {
+        let torn_down = backup_access::tear_down(monitor, held).await;
+        note(Thing::BackupAccess(held.target.clone()), torn_down);
     }
     for id in &remains.access {
         note(Thing::Node(id.clone()), node(monitor, id).await);

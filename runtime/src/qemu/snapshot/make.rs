@@ -8,13 +8,14 @@ use crate::qemu::agent::{Agent, AgentError, Freeze};
 use crate::qemu::backup_access::{self, AccessError};
 use crate::qemu::bitmap::{self, Tracking};
 use crate::qemu::descriptor;
-use crate::qemu::filter::{self, Stopped};
+use crate::qemu::filter;
 use crate::qemu::ids::{JobId, Role};
-use crate::qemu::machine::Unusable;
+use crate::qemu::machine::{self, Unusable};
 use crate::qemu::monitor::{Monitor, MonitorError};
 use crate::qemu::present;
 use crate::qemu::removal::{self, ServerFate};
 use crate::qemu::schema::Schema;
+use crate::qemu::standstill::{self, Stopped};
 use serde_json::{Value, json};
 use std::os::fd::AsFd;
 use std::path::Path;
@@ -26,12 +27,24 @@ pub const NOT_FROZEN: &str =
     "the guest's file systems are not frozen, so what is read of them is as after a loss of power";
 
 /// What is known of the guest's file systems.
-#[derive(Default)]
 pub(super) struct Frozen {
     pub(super) time: Option<Duration>,
     pub(super) still: Option<AgentError>,
     pub(super) stopped: Stopped,
     pub(super) notes: Vec<String>,
+    pub(super) one_moment: bool,
+}
+
+impl Default for Frozen {
+    fn default() -> Self {
+        Self {
+            time: None,
+            still: None,
+            stopped: Stopped::default(),
+            notes: Vec::new(),
+            one_moment: true,
+        }
+    }
 }
 
 pub(super) async fn make(
@@ -54,7 +67,7 @@ pub(super) async fn make(
         return Err(AccessError::Missing.into());
     }
     *nodes = Nodes::of(monitor, request).await?;
-    if request.form == Form::Job {
+    if request.form != Form::Filter {
         refuse_exports_on_iothreads(monitor, &request.plans).await?;
     }
     for ((index, plan), node) in (0..).zip(&request.plans).zip(&nodes.fleecing) {
@@ -305,10 +318,23 @@ async fn freeze_disks(
                 let device = fleecing.strip_suffix(backup_access::FLEECING);
                 disks.push((&plan.disk, device.unwrap_or(fleecing).to_owned()));
             }
-            let access = backup_access::set_up(monitor, schema, request.job, &disks).await?;
+            let state = machine::run_state(monitor).await.map_err(Cause::Monitor)?;
+            // QEMU puts its filters in one after the other. Where nothing can be stopped, each disk has its own moment.
+            frozen.one_moment = state.is_some() || disks.len() == 1;
+            let runs = state.is_some_and(|state| state.running);
+            let set_up = async {
+                let held = backup_access::Held::of(monitor, request.job, &disks).await?;
+                nodes.held = Some(held);
+                backup_access::set_up(monitor, schema, request.job, &disks).await
+            };
+            let access = standstill::during(monitor, runs, stopped, set_up).await?;
             nodes.access = access.nodes;
             frozen.notes.extend(access.notes);
-            bitmap_actions(monitor, disables).await
+            bitmap_actions(monitor, disables).await?;
+            match stopped.still {
+                Some(_) => Err(Cause::Cont),
+                None => Ok(()),
+            }
         }
         Form::Job => transaction(monitor, backups(request, schema).chain(switch).collect()).await,
         Form::Filter => {

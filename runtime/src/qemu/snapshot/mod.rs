@@ -35,29 +35,28 @@ use std::time::Duration;
 pub(super) const CBW_TIMEOUT_SECONDS: u32 = 20;
 
 /// How QEMU keeps the old data of overwritten blocks.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, serde::Deserialize)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, serde::Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum Form {
     /// A backup job per disk, all in one transaction: the VM runs on. Where QEMU's jobs do not offer otherwise, a
     /// guest's write fails if its old data cannot be kept.
+    #[default]
     Job,
     /// A filter between each device and its disk, put in while the VM is stopped for a moment. A snapshot that cannot
     /// be kept is given up, the guest's writes succeed.
     Filter,
-    /// Proxmox's QEMU does it, by its backup-access API: filters as well, and the VM runs on.
+    /// Proxmox's QEMU does it, by its backup-access API: filters as well, put in one after the other, so that the VM is
+    /// stopped for it.
     BackupAccess,
 }
 
 impl Form {
-    /// What is best where nothing else is asked for.
-    ///
-    /// # Errors
-    /// Those of [`Monitor::query`].
-    pub async fn offered(monitor: &Monitor, schema: &Schema) -> Result<Self, MonitorError> {
-        Ok(match backup_access::is_offered(monitor, schema).await? {
-            true => Self::BackupAccess,
-            false => Self::Job,
-        })
+    /// Whether a VM that runs is stopped for a moment.
+    pub fn stops(self) -> bool {
+        match self {
+            Self::Job => false,
+            Self::Filter | Self::BackupAccess => true,
+        }
     }
 }
 
@@ -146,6 +145,8 @@ pub struct PointInTime {
     pub frozen: Option<Duration>,
     /// How long the VM was stopped, where it was.
     pub stopped: Option<Duration>,
+    /// Whether all disks are as of one moment. If not, each is as of one of its own.
+    pub one_moment: bool,
     /// What QEMU told on the way that is worth a line in the log.
     pub notes: Vec<String>,
     job: JobId,
@@ -161,6 +162,8 @@ struct Nodes {
     fleecing: Vec<String>,
     /// That read as of the point in time.
     access: Vec<String>,
+    /// What Proxmox's QEMU holds, from when it was asked to.
+    held: Option<backup_access::Held>,
 }
 
 impl Nodes {
@@ -174,12 +177,15 @@ impl Nodes {
         let mut nodes = Self {
             fleecing: all(Role::Fleecing).collect(),
             access: all(Role::Access).collect(),
+            held: None,
         };
         if request.form == Form::BackupAccess {
             for (name, plan) in nodes.fleecing.iter_mut().zip(&request.plans) {
                 let device = backup_access::device_of(monitor, &plan.disk).await;
                 *name = backup_access::fleecing_node(&device.map_err(Cause::Monitor)?)?;
             }
+            // Before any of them counts as ours.
+            backup_access::refuse_taken(monitor, &nodes.fleecing).await?;
             // QEMU's own, known once they are there.
             nodes.access.clear();
         }
@@ -264,6 +270,7 @@ pub async fn take(
             socket: request.server.socket().into(),
             frozen: frozen.time,
             stopped: frozen.stopped.time,
+            one_moment: frozen.one_moment,
             notes: frozen.notes,
             job: request.job,
             server,
@@ -478,7 +485,7 @@ fn remains<'a>(
             .flat_map(all)
             .collect(),
         probes: all(Role::Probe).collect(),
-        backup_access: (form == Form::BackupAccess).then(|| backup_access::target(job)),
+        backup_access: nodes.held.clone(),
         access: match form {
             // They go with the rest that QEMU set up.
             Form::BackupAccess => Vec::new(),

@@ -1,4 +1,4 @@
-//! The commands of Proxmox's QEMU, done by those of a storage daemon: where the real one puts filters over the disks,
+//! The commands of Proxmox's QEMU, done by those of a stock QEMU: where the real one puts filters over the disks,
 //! backup jobs keep the old data here, which reads the same.
 
 use std::fs::File;
@@ -25,19 +25,17 @@ pub(crate) struct Access {
 #[derive(Debug)]
 struct Device {
     name: String,
+    node: String,
     size: u64,
+    /// The device of the machine that has it.
+    qdev: Option<Value>,
 }
 
 /// The daemon's schema and what Proxmox's QEMU adds to it.
 pub(crate) fn schema(arguments: &Arguments) -> Result<Value> {
     let mut schema = own(arguments)?.execute("query-qmp-schema", json!({}))?;
-    let devices = if arguments.older {
-        ["devlist", "bitmap-name"].as_slice()
-    } else {
-        ["devices"].as_slice()
-    };
     let member = |name: &&str| json!({"name": name, "type": "str"});
-    let setup: Vec<_> = ["target-id"].iter().chain(devices).map(member).collect();
+    let setup: Vec<_> = ["target-id", "devices"].iter().map(member).collect();
     let teardown: Vec<_> = ["target-id", "success"].iter().map(member).collect();
     let command = |name: &str, of: &str| json!({"name": name, "meta-type": "command", "arg-type": of, "ret-type": "any"});
     let object = |name: &str, members: &[Value]| json!({"name": name, "meta-type": "object", "members": members});
@@ -56,11 +54,7 @@ pub(crate) fn schema(arguments: &Arguments) -> Result<Value> {
 
 impl Access {
     pub(crate) fn set_up(&mut self, arguments: &Arguments, given: &Value) -> Result<Value> {
-        let known = match arguments.older {
-            true => ["target-id", "devlist", "bitmap-name"].as_slice(),
-            false => ["target-id", "devices"].as_slice(),
-        };
-        only(given, known)?;
+        only(given, &["target-id", "devices"])?;
         let target = given["target-id"]
             .as_str()
             .context("Parameter 'target-id' is missing")?;
@@ -70,33 +64,34 @@ impl Access {
                 self.target.as_deref().unwrap_or_default()
             );
         }
-        let names = match arguments.older {
-            true => {
-                let list = given["devlist"]
-                    .as_str()
-                    .context("Parameter 'devlist' is missing")?;
-                list.split([',', ';', ':']).map(String::from).collect()
-            }
-            false => devices(given)?,
-        };
+        let names = devices(given)?;
+        if names.is_empty() {
+            abort(arguments);
+        }
         let mut qmp = own(arguments)?;
         let mut found = Vec::new();
         for name in names {
             let fleecing = format!("{name}-fleecing");
-            let size = size_of(&mut qmp, &name)?;
+            let node = node_of(&mut qmp, &name)?;
+            let size = size_of(&mut qmp, &node)?;
             let of_fleecing = size_of(&mut qmp, &fleecing)?;
             ensure!(
                 size == of_fleecing,
                 "Size mismatch for '{fleecing}' - {of_fleecing} != {size}"
             );
-            found.push(Device { name, size });
+            let qdev = qdev_of(&mut qmp, &node)?;
+            found.push(Device {
+                name,
+                node,
+                size,
+                qdev,
+            });
         }
         self.number += 1;
         self.target = Some(target.into());
         self.devices = found;
-        let taken = self.take(arguments, &mut qmp);
-        if let Err(error) = taken {
-            self.remove(&mut qmp)?;
+        if let Err(error) = self.take(arguments, &mut qmp) {
+            self.devices.clear();
             return Err(error);
         }
         let action = arguments.action.as_deref().unwrap_or("not-used");
@@ -117,8 +112,8 @@ impl Access {
         Ok(info.collect())
     }
 
+    /// One disk after the other: between two of them the guest writes.
     fn take(&self, arguments: &Arguments, qmp: &mut Qmp) -> Result<()> {
-        let mut actions = Vec::new();
         for (device, index) in self.devices.iter().zip(0..) {
             let copy = arguments
                 .copies
@@ -127,24 +122,23 @@ impl Access {
             let file = json!({"driver": "file", "filename": copy});
             let node = json!({"driver": "raw", "node-name": copied(index), "file": file});
             qmp.execute("blockdev-add", node)?;
-            for (id, target, sync) in [
+            let actions = [
                 (job(index), format!("{}-fleecing", device.name), "none"),
                 (copied(index), copied(index), "full"),
-            ] {
-                let mut data = json!({"job-id": id, "device": device.name, "target": target, "sync": sync, "auto-dismiss": false});
+            ]
+            .map(|(id, target, sync)| {
+                let mut data = json!({"job-id": id, "device": device.node, "target": target, "sync": sync, "auto-dismiss": false});
                 if sync == "none" {
                     data["filter-node-name"] = json!(filter(index));
                 }
-                actions.push(json!({"type": "blockdev-backup", "data": data}));
-            }
-        }
-        qmp.execute("transaction", json!({ "actions": actions }))?;
-        if let Some(words) = &arguments.fail {
-            bail!("{words}");
-        }
-        for (_, index) in self.devices.iter().zip(0..) {
+                json!({"type": "blockdev-backup", "data": data})
+            });
+            qmp.execute("transaction", json!({ "actions": actions }))?;
             let node = json!({"driver": "snapshot-access", "node-name": access(index), "file": filter(index), "discard": "unmap"});
             qmp.execute("blockdev-add", node)?;
+            if let Some(words) = &arguments.fail {
+                bail!("{words}");
+            }
         }
         Ok(())
     }
@@ -163,7 +157,14 @@ impl Access {
             own_target == target,
             "cannot teardown backup access - got target {target} instead of {own_target}"
         );
-        self.remove(&mut own(arguments)?)?;
+        let mut qmp = own(arguments)?;
+        let devices = devices_of(&mut qmp)?;
+        let gone = |qdev: &Value| !devices.iter().any(|device| device["qdev"] == *qdev);
+        let mut qdevs = self.devices.iter().filter_map(|it| it.qdev.as_ref());
+        if qdevs.any(gone) {
+            abort(arguments);
+        }
+        self.remove(&mut qmp)?;
         Ok(json!({}))
     }
 
@@ -243,6 +244,39 @@ fn devices(given: &Value) -> Result<Vec<String>> {
 fn nodes(qmp: &mut Qmp) -> Result<Vec<Value>> {
     let nodes = qmp.execute("query-named-block-nodes", json!({"flat": true}))?;
     Ok(nodes.as_array().cloned().unwrap_or_default())
+}
+
+/// Where a drive has that name it is meant, else a block node.
+fn node_of(qmp: &mut Qmp, name: &str) -> Result<String> {
+    let devices = devices_of(qmp)?;
+    let drive = devices.iter().find(|device| device["device"] == name);
+    let node = drive.and_then(|drive| drive["inserted"]["node-name"].as_str());
+    Ok(node.unwrap_or(name).into())
+}
+
+fn qdev_of(qmp: &mut Qmp, node: &str) -> Result<Option<Value>> {
+    let devices = devices_of(qmp)?;
+    let device = devices
+        .iter()
+        .find(|device| device["inserted"]["node-name"] == node);
+    Ok(device.map(|device| device["qdev"].clone()))
+}
+
+/// None in a storage daemon.
+fn devices_of(qmp: &mut Qmp) -> Result<Vec<Value>> {
+    match qmp.execute("query-block", json!({})) {
+        Ok(devices) => Ok(devices.as_array().cloned().unwrap_or_default()),
+        Err(error) if error.to_string().contains("has not been found") => Ok(Vec::new()),
+        Err(error) => Err(error.into()),
+    }
+}
+
+/// What an assertion of QEMU's does to the VM.
+fn abort(arguments: &Arguments) -> ! {
+    if let Ok(mut qmp) = own(arguments) {
+        let _ = qmp.execute("quit", json!({}));
+    }
+    std::process::abort();
 }
 
 fn size_of(qmp: &mut Qmp, name: &str) -> Result<u64> {

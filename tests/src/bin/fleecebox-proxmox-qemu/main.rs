@@ -1,6 +1,8 @@
 //! Stands for Proxmox's QEMU: a process of its own that speaks QMP, passes what every QEMU knows on to a real storage
 //! daemon, and does there what Proxmox's own commands would do. It is as strict as the real one: arguments that it does
-//! not know, fleecing images of another size, and a second set-up are refused.
+//! not know, fleecing images of another size, and a second set-up of whichever program are refused. And it is as frail:
+//! the disks are frozen one after the other, what a set-up that fails had done stays, and an empty list of devices, or a
+//! disk that is gone at the end, aborts it.
 //!
 //! Along with each point in time QEMU makes an independent full copy of each disk, for the tests to compare with.
 
@@ -37,10 +39,7 @@ struct Arguments {
     /// File to which each of Proxmox's commands is appended as a line of JSON
     #[arg(long)]
     log: PathBuf,
-    /// Take the arguments of the older form
-    #[arg(long)]
-    older: bool,
-    /// Fail the set-up with these words, after half of it
+    /// Fail the set-up with these words, when it is done with the first disk
     #[arg(long)]
     fail: Option<String>,
     /// Tell of this bitmap action, whatever was asked for
