@@ -47,6 +47,8 @@ pub mod grants;
 pub mod job;
 pub mod nbd;
 pub mod policy;
+#[cfg(test)]
+mod poor_file_system;
 pub mod qemu;
 pub mod recording;
 pub mod registry;
@@ -57,4 +59,5 @@ mod report;
 pub mod sandbox;
 pub mod simulator;
 pub mod templates;
+mod terminal;
 pub mod volume;

@@ -37,6 +37,7 @@ pub struct Fleecebox {
     environment: Vec<(OsString, OsString)>,
     without_capabilities: Option<&'static str>,
     processor_seconds: Option<u64>,
+    wrapper: Vec<OsString>,
 }
 
 impl Fleecebox {
@@ -50,7 +51,15 @@ impl Fleecebox {
             environment: Vec::new(),
             without_capabilities: None,
             processor_seconds: None,
+            wrapper: Vec::new(),
         }
+    }
+
+    /// Is started by this program, which is given its command line, as `nice` would be.
+    #[must_use]
+    pub fn started_by<A: Into<OsString>>(mut self, wrapper: impl IntoIterator<Item = A>) -> Self {
+        self.wrapper = wrapper.into_iter().map(Into::into).collect();
+        self
     }
 
     /// Adds one argument.
@@ -130,6 +139,7 @@ impl Fleecebox {
                 .args(["setpriv", "--bounding-set"])
                 .arg(capabilities);
         }
+        command.args(&self.wrapper);
         command.arg(binary);
         command
             .args(&self.arguments)

@@ -14,6 +14,8 @@ use serde_json::{Value, json};
 
 /// The exit status for what the user can mend.
 const MISTAKE: i32 = 2;
+/// The exit status for a result from which something is missing.
+const INCOMPLETE: i32 = 3;
 /// The exit status for an archive that is none, or cannot be used.
 const UNUSABLE: i32 = 10;
 /// The exit status where another is at work.
@@ -413,5 +415,141 @@ fn the_exit_statuses_are_one_table_in_the_help() -> Result<()> {
         });
         ensure!(row, "no {status}:\n{help}");
     }
+    Ok(())
+}
+
+/// What an earlier version left when it was killed in its first backup into a namespace.
+fn half_made(scene: &Scene, name: &str) -> Result<PathBuf> {
+    let namespace = scene.site.archive().join("namespaces").join(name);
+    for part in ["packs", "components", "backups"] {
+        fs::create_dir_all(namespace.join(part))?;
+    }
+    Ok(namespace)
+}
+
+#[test]
+fn a_half_made_namespace_is_named_and_hides_nothing() -> Result<()> {
+    let scene = Scene::new()?;
+    let backup = scene.site.backup(&scene.order)?;
+    // Before and behind the good one, by their names.
+    half_made(&scene, "aaa")?;
+    half_made(&scene, "image")?;
+    let run = |words: &[&str]| {
+        let command = scene.site.command(words).arg("--archive");
+        command.arg(scene.site.archive()).run()
+    };
+    let list = run(&["list", "--json"])?;
+    assert_eq!(list.code(), Some(INCOMPLETE), "{list:?}");
+    assert_eq!(list.document()?[0]["backup"], *backup.id);
+    for name in ["aaa", "image"] {
+        let said = format!("the namespace {name} is half-made");
+        ensure!(list.stderr.contains(&said), "{list:?}");
+    }
+    let to = scene.site.path("to");
+    fs::create_dir(&to)?;
+    let to = to.to_str().context("a path in UTF-8")?;
+    for words in [
+        &["show", &backup.id][..],
+        &["verify", &backup.id],
+        &["restore", &backup.id, "--to", to],
+    ] {
+        let outcome = run(words)?.assert_success();
+        ensure!(
+            outcome.stderr.contains("namespace aaa is half-made"),
+            "{outcome:?}"
+        );
+    }
+    let qmp = scene.daemon.monitors().product.display().to_string();
+    let recover = run(&["recover", "web", "--qmp", &qmp, "--json"])?;
+    assert_eq!(recover.code(), Some(INCOMPLETE), "{recover:?}");
+    ensure!(
+        recover.stderr.contains("namespace aaa is half-made"),
+        "{recover:?}"
+    );
+    // The next backup into one finishes it.
+    fs::remove_dir_all(scene.site.archive().join("namespaces/aaa"))?;
+    let next = scene
+        .site
+        .backup(&scene.site.order(&scene.daemon, "image")?)?;
+    assert_eq!(
+        scene.site.list(&scene.site.archive())?,
+        [backup.id, next.id]
+    );
+    Ok(())
+}
+
+#[test]
+fn a_namespace_that_lost_its_key_is_not_given_another() -> Result<()> {
+    let scene = Scene::new()?;
+    let backup = scene.site.backup(&scene.order)?;
+    let key = scene.site.archive().join("namespaces/chunked/key");
+    let was = fs::read(&key)?;
+    fs::remove_file(&key)?;
+    let command = scene.site.backup_command(&scene.order);
+    scene.refuses_with(UNUSABLE, command, "key")?;
+    ensure!(!key.exists(), "another key was made");
+    fs::write(&key, was)?;
+    scene.site.verify(&scene.site.archive(), &backup.id)
+}
+
+#[test]
+fn an_id_that_several_namespaces_hold_is_refused_until_one_is_named() -> Result<()> {
+    let scene = Scene::new()?;
+    let backup = scene.site.backup(&scene.order)?;
+    let namespaces = scene.site.archive().join("namespaces");
+    for copy in ["a-copy", "z-copy"] {
+        let mut copying = std::process::Command::new("cp");
+        copying.arg("-a").arg(namespaces.join("chunked"));
+        ensure!(copying.arg(namespaces.join(copy)).status()?.success());
+        let to = scene.site.path(copy);
+        fs::create_dir(&to)?;
+        let to = to.to_str().context("a path in UTF-8")?;
+        for words in [
+            &["show", &backup.id, "--json"][..],
+            &["verify", &backup.id, "--json"],
+            &["restore", &backup.id, "--json", "--to", to],
+        ] {
+            let command = |more: &[&str]| {
+                let command = scene.site.command(&[words, more].concat()).arg("--archive");
+                command.arg(scene.site.archive())
+            };
+            scene.refuses_command(command(&[]), "name one with --namespace")?;
+            command(&["--namespace", "chunked"]).run()?.assert_success();
+            let unknown = command(&["--namespace", "chnuked"]);
+            scene.refuses_command(unknown, "no namespace 'chnuked' (there is")?;
+        }
+        fs::remove_dir_all(namespaces.join(copy))?;
+    }
+    Ok(())
+}
+
+#[test]
+fn names_that_steer_a_terminal_are_shown_harmless() -> Result<()> {
+    let scene = Scene::new()?;
+    // A C1 control, which JSON leaves as it is, and a mark that turns the line around.
+    let odd = scene.site.path("\u{9b}31m\u{202e}odd.raw");
+    fs::write(&odd, vec![1; 1 << 20])?;
+    let disk =
+        json!({"driver": "raw", "node-name": "odd", "file": {"driver": "file", "filename": odd}});
+    scene.daemon.control()?.execute("blockdev-add", disk)?;
+    let backup = scene.site.backup(&scene.order.clone().only(&["odd"]))?;
+    let run = |words: &[&str]| {
+        let command = scene.site.command(words).arg("--archive");
+        command.arg(scene.site.archive()).run()
+    };
+    let steers = |c: char| c != '\n' && (c.is_control() || c == '\u{202e}');
+    for words in [
+        &["show", &backup.id][..],
+        &["list"],
+        &["list", "--json"],
+        &["verify", &backup.id],
+    ] {
+        let outcome = run(words)?.assert_success();
+        let said = outcome.stdout + &outcome.stderr;
+        ensure!(!said.contains(steers), "{words:?}: {said:?}");
+    }
+    // And the document still says what it is.
+    let shown = run(&["show", &backup.id])?.document()?.to_string();
+    ensure!(shown.contains("\u{9b}31m\u{202e}odd.raw"), "{shown}");
     Ok(())
 }

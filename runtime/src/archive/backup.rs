@@ -59,14 +59,13 @@ pub struct BackupWriter {
 impl BackupWriter {
     pub(super) fn begin(store: Arc<Store>, id: BackupId) -> Result<Self, Error> {
         let name = id.to_string();
-        store.backups.create_dir(&name).map_err(Error::at(id))?;
+        let dir = directory::make_dir(&store.backups, &name).map_err(Error::at(id))?;
         let make = || {
-            let dir = store.backups.open_dir(&name).map_err(Error::at(id))?;
-            dir.create_dir(OBJECTS).map_err(Error::at(OBJECTS))?;
+            directory::make_dir(&dir, OBJECTS).map_err(Error::at(OBJECTS))?;
             let pages = PagesFile::create(&dir, id)?;
-            Ok((dir, pages))
+            Ok(pages)
         };
-        let (dir, pages) = make().inspect_err(|_: &Error| discard(&store, id))?;
+        let pages = make().inspect_err(|_: &Error| discard(&store, id))?;
         let compressors = Arc::<Compressors>::default();
         Ok(Self {
             id,

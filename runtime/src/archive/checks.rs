@@ -192,12 +192,7 @@ impl Checks {
         if state.wrong.is_empty() && !seen {
             return Ok(());
         }
-        let dir = match self.root.create_dir(CHECKS) {
-            Err(error) if error.kind() != io::ErrorKind::AlreadyExists => {
-                return Err(Error::at(CHECKS)(error));
-            }
-            _ => self.root.open_dir(CHECKS).map_err(Error::at(CHECKS))?,
-        };
+        let dir = directory::open_or_make_dir(&self.root, CHECKS).map_err(Error::at(CHECKS))?;
         if !state.wrong.is_empty() {
             self.write(&dir, WRONG, by, &state.wrong)?;
         }

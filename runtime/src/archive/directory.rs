@@ -1,13 +1,13 @@
 //! Making files appear whole or not at all.
 //!
-//! A file is written under a name that ends in [`TEMPORARY`], synced, and renamed; then the directory is
-//! synced. In directories that jobs share, a temporary name begins with the id of the backup that made it,
+//! A file, or a directory of several, is made under a name that ends in [`TEMPORARY`], synced, and renamed; then the
+//! directory is synced. All are for their owner alone, whatever the umask. In directories that jobs share, a temporary name begins with the id of the backup that made it,
 //! so that recovery finds what a killed job left.
 
 use super::error::{Damage, Error};
 use super::name::{BackupId, random};
-use cap_std::fs::{Dir, OpenOptions, OpenOptionsExt};
-use rustix::fs::OFlags;
+use cap_std::fs::{Dir, DirBuilder, DirBuilderExt, OpenOptions, OpenOptionsExt};
+use rustix::fs::{FlockOperation, OFlags, RenameFlags, flock, renameat_with};
 use rustix::io::Errno;
 use std::fs::File;
 use std::io::{self, Read, Write};
@@ -25,6 +25,90 @@ pub(super) fn temporary(backup: BackupId, name: &str) -> String {
 pub(super) fn sync(dir: &Dir) -> io::Result<()> {
     // The handle itself may be of a kind that can only be used to open from.
     dir.open(".")?.sync_all()
+}
+
+/// Makes the directory `name`, which must not be there, and opens it.
+pub(super) fn make_dir(dir: &Dir, name: &str) -> io::Result<Dir> {
+    let mut private = DirBuilder::new();
+    private.mode(0o700);
+    dir.create_dir_with(name, &private)?;
+    dir.open_dir(name)
+}
+
+/// Makes the directory `name` where it is not there, and opens it.
+pub(super) fn open_or_make_dir(dir: &Dir, name: &str) -> io::Result<Dir> {
+    match make_dir(dir, name) {
+        Err(error) if error.kind() == io::ErrorKind::AlreadyExists => dir.open_dir(name),
+        made => made,
+    }
+}
+
+/// Creates the directory `name`, filled by `fill`, unless it exists: the first of several processes wins, and no one ever
+/// sees a part. What killed ones left half-made is removed.
+pub(super) fn make_dir_once(
+    dir: &Dir,
+    name: &str,
+    fill: impl FnOnce(&Dir) -> Result<(), Error>,
+) -> Result<(), Error> {
+    remove_dead(dir, name).map_err(Error::at(name))?;
+    let (temporary, made, _lock) = make_locked(dir, name)?;
+    let filled = fill(&made).and_then(|()| {
+        sync(&made).map_err(Error::at(name))?;
+        match dir.rename(&temporary, dir, name) {
+            // A directory that is not empty is never replaced.
+            Err(error) if is_taken(&error) => Ok(false),
+            renamed => renamed.map(|()| true).map_err(Error::at(name)),
+        }
+    });
+    if !matches!(filled, Ok(true)) {
+        let _ = dir.remove_dir_all(&temporary);
+    }
+    filled?;
+    sync(dir).map_err(Error::at(name))
+}
+
+fn is_taken(error: &io::Error) -> bool {
+    use io::ErrorKind::{AlreadyExists, DirectoryNotEmpty};
+    [AlreadyExists, DirectoryNotEmpty].contains(&error.kind())
+}
+
+/// A new directory, and its lock, by which others see that its maker lives.
+fn make_locked(dir: &Dir, name: &str) -> Result<(String, Dir, Option<cap_std::fs::File>), Error> {
+    loop {
+        let temporary = format!(".{name}.{}{TEMPORARY}", hex::encode(random::<8>()?));
+        let made = make_dir(dir, &temporary).map_err(Error::at(name))?;
+        let lock = lock(&made, FlockOperation::LockExclusive);
+        // Between the two another one may have taken it for a dead one's.
+        if dir.exists(&temporary) {
+            return Ok((temporary, made, lock));
+        }
+    }
+}
+
+/// Locked until it is dropped; nothing where the lock is not to be had, or the file system knows none.
+fn lock(dir: &Dir, how: FlockOperation) -> Option<cap_std::fs::File> {
+    let file = dir.open(".").ok()?;
+    flock(&file, how).ok()?;
+    Some(file)
+}
+
+fn remove_dead(dir: &Dir, name: &str) -> io::Result<()> {
+    let prefix = format!(".{name}.");
+    for entry in dir.entries()? {
+        let entry = entry?.file_name();
+        let Some(entry) = entry
+            .to_str()
+            .filter(|entry| entry.starts_with(&prefix) && entry.ends_with(TEMPORARY))
+        else {
+            continue;
+        };
+        if let Ok(dead) = dir.open_dir(entry)
+            && lock(&dead, FlockOperation::NonBlockingLockExclusive).is_some()
+        {
+            dir.remove_dir_all(entry)?;
+        }
+    }
+    Ok(())
 }
 
 /// A new empty file, for reading and writing.
@@ -51,13 +135,35 @@ pub(super) fn write_new(dir: &Dir, name: &str, bytes: &[u8]) -> io::Result<()> {
 pub(super) fn make_once(dir: &Dir, name: &str, bytes: &[u8], limit: u64) -> Result<Vec<u8>, Error> {
     let temporary = format!(".{name}.{}{TEMPORARY}", hex::encode(random::<8>()?));
     write_new(dir, &temporary, bytes).map_err(Error::at(name))?;
-    let linked = match dir.hard_link(&temporary, dir, name) {
+    let named = match rename_new(dir, &temporary, name) {
         Err(error) if error.kind() == io::ErrorKind::AlreadyExists => Ok(()),
         other => other,
     };
     remove(dir, &temporary);
-    linked.and_then(|()| sync(dir)).map_err(Error::at(name))?;
+    named.and_then(|()| sync(dir)).map_err(Error::at(name))?;
     read(dir, name, limit)
+}
+
+/// Gives a file its name, and fails where there is one of that name.
+fn rename_new(dir: &Dir, temporary: &str, name: &str) -> io::Result<()> {
+    // Other than a rename, this never replaces anything.
+    match dir.hard_link(temporary, dir, name) {
+        Err(error) if error.kind() != io::ErrorKind::AlreadyExists => {}
+        linked => return linked,
+    }
+    // No hard links: exFAT, FAT, some of FUSE and 9p.
+    match renameat_with(dir, temporary, dir, name, RenameFlags::NOREPLACE) {
+        Err(Errno::INVAL | Errno::NOSYS | Errno::OPNOTSUPP) => {}
+        renamed => return Ok(renamed?),
+    }
+    // Nor that: of several processes of this host the first wins by the lock.
+    let file = dir.open(".")?;
+    let _ = flock(&file, FlockOperation::LockExclusive);
+    match dir.symlink_metadata(name) {
+        Err(error) if error.kind() == io::ErrorKind::NotFound => dir.rename(temporary, dir, name),
+        Err(error) => Err(error),
+        Ok(_) => Err(io::ErrorKind::AlreadyExists.into()),
+    }
 }
 
 /// Opens a file to read. What is no regular file is damage: a symbolic link leads out of the archive, and who opens a

@@ -1,6 +1,6 @@
 //! What can go wrong in the archive, told apart by what the caller does about it.
 
-use super::name::BackupId;
+use super::name::{BackupId, NamespaceName};
 use std::fmt::Display;
 use std::io;
 
@@ -41,6 +41,14 @@ pub enum Error {
     /// The directory holds no archive.
     #[error("the directory holds no archive (no {file})", file = super::ARCHIVE_FILE)]
     NotAnArchive,
+    /// It was never finished: a job was killed while it made it.
+    #[error(
+        "the namespace {namespace} is half-made (it has no key): a job was killed in its first backup into it; the next one finishes it"
+    )]
+    HalfMade {
+        /// Which.
+        namespace: NamespaceName,
+    },
     /// The bytes are not what was written.
     #[error("{path}: {damage}")]
     Damaged {

@@ -22,7 +22,8 @@
 //!
 //! | file | written by | may change | removed by |
 //! |---|---|---|---|
-//! | archive file, key | whoever links it first | never | nobody |
+//! | archive file | whoever names it first | never | nobody |
+//! | namespace with its key | whoever renames it first, whole | never | nobody |
 //! | pack, component | the job whose id its temporary name begins with | never, once renamed | nobody yet |
 //! | index-cache | any job, by renaming | as a whole | anybody |
 //! | checks | any job, by renaming | never | of what was seen, any backup once it is too old |
@@ -34,6 +35,7 @@
 //!
 //! # What a crash leaves
 //!
+//! 0. While a namespace is made: a directory that begins with a dot, which the next one to make that namespace removes.
 //! 1. Before [`BackupWriter::durable`]: temporary files and a directory without a manifest. No reader looks at them;
 //!    [`Namespace::discard_uncommitted`] removes them.
 //! 2. After it, before the manifest's rename: the same, but packs and components have their names. They are whole,
@@ -185,15 +187,20 @@ impl Archive {
 
     /// Opens a namespace and makes it first where there is none of that name.
     pub fn create_namespace(&self, name: &NamespaceName) -> Result<Namespace, Error> {
-        let path = format!("{NAMESPACES}/{name}");
-        self.root.create_dir_all(&path).map_err(Error::at(&path))?;
-        let parent = self.root.open_dir(NAMESPACES);
+        let parent = directory::open_or_make_dir(&self.root, NAMESPACES);
         let parent = parent.map_err(Error::at(NAMESPACES))?;
-        for dir in [&parent, &self.root] {
-            directory::sync(dir).map_err(Error::at(NAMESPACES))?;
+        directory::sync(&self.root).map_err(Error::at(NAMESPACES))?;
+        if !parent.exists(name.as_str()) {
+            directory::make_dir_once(&parent, name.as_str(), Namespace::fill)?;
         }
-        let root = self.root.open_dir(&path).map_err(Error::at(&path))?;
-        let namespace = Namespace::create(&root, self.id, name.clone())?;
+        let namespace = match self.namespace(name) {
+            Err(Error::HalfMade { .. }) => {
+                let root = parent.open_dir(name.as_str()).map_err(Error::at(name))?;
+                Namespace::fill(&root)?;
+                self.namespace(name)
+            }
+            opened => opened,
+        }?;
         namespace.set_recheck(self.recheck);
         Ok(namespace)
     }
@@ -206,6 +213,7 @@ impl Archive {
         };
         let mut names = Vec::new();
         for entry in entries {
+            // Those in the making begin with a dot, which no name does.
             let name = entry.map_err(Error::at(NAMESPACES))?.file_name();
             names.extend(name.to_str().and_then(|name| name.parse().ok()));
         }

@@ -13,6 +13,7 @@ use super::store::{MANIFEST, Store};
 use super::stored::StoredObjects;
 use crate::extent::Extent;
 use cap_std::fs::Dir;
+use std::io;
 use std::sync::{Arc, OnceLock};
 
 /// Largest component that is kept, in bytes: a hundred times a large one.
@@ -22,27 +23,33 @@ pub const COMPONENT_LIMIT: u64 = 256 << 20;
 const WHOLE: Extent = Extent::WHOLE;
 
 const KEY: &str = "key";
+const PACKS: &str = "packs";
+const COMPONENTS: &str = "components";
+const BACKUPS: &str = "backups";
+const PARTS: [&str; 3] = [PACKS, COMPONENTS, BACKUPS];
 const KEY_LENGTH: u64 = 32;
 
 /// Reads and adds backups. Cheap to clone.
 #[derive(Clone)]
 pub struct Namespace {
-    store: Arc<Store>,
+    pub(super) store: Arc<Store>,
 }
 
 impl Namespace {
-    /// In a directory of its own, which may hold nothing yet.
-    pub(super) fn create(
-        root: &Dir,
-        archive: ArchiveId,
-        namespace: NamespaceName,
-    ) -> Result<Self, Error> {
-        for dir in ["packs", "components", "backups"] {
-            root.create_dir_all(dir).map_err(Error::at(dir))?;
+    /// Makes what each has, in a directory of its own. One that lies under its final name was left so by a version
+    /// that made it there: it is finished only while nothing lies in it, since what does was made with another key.
+    pub(super) fn fill(root: &Dir) -> Result<(), Error> {
+        for name in PARTS {
+            let dir = directory::open_or_make_dir(root, name).map_err(Error::at(name))?;
+            let mut entries = dir.entries().map_err(Error::at(name))?;
+            if entries.next().is_some() && !root.exists(KEY) {
+                return Err(Error::damaged(KEY)(Damage::Malformed(
+                    "it is missing, and backups were made with it",
+                )));
+            }
         }
         directory::make_once(root, KEY, &random::<{ KEY_LENGTH as usize }>()?, KEY_LENGTH)?;
-        directory::sync(root).map_err(Error::at(&namespace))?;
-        Self::open(root, archive, namespace)
+        directory::sync(root).map_err(Error::at("."))
     }
 
     pub(super) fn open(
@@ -50,14 +57,27 @@ impl Namespace {
         archive: ArchiveId,
         namespace: NamespaceName,
     ) -> Result<Self, Error> {
-        let key = directory::read(root, KEY, KEY_LENGTH)?;
+        let key = directory::read(root, KEY, KEY_LENGTH).map_err(|error| match error {
+            // It has a name, so it is there.
+            Error::NotFound { .. } => Error::HalfMade {
+                namespace: namespace.clone(),
+            },
+            error => error,
+        })?;
         let key = <[u8; 32]>::try_from(key).map_err(|key| {
             Error::damaged(KEY)(Damage::Length {
                 expected: KEY_LENGTH,
                 actual: key.len() as u64,
             })
         })?;
-        let open = |dir| root.open_dir(dir).map_err(Error::at(dir));
+        let open = |dir| {
+            root.open_dir(dir).map_err(|error| match error.kind() {
+                io::ErrorKind::NotFound => {
+                    Error::damaged(dir)(Damage::Malformed("the folder is missing"))
+                }
+                _ => Error::at(dir)(error),
+            })
+        };
         let own = || root.try_clone().map_err(Error::at(&namespace));
         let store = Store {
             archive,
@@ -66,9 +86,9 @@ impl Namespace {
             index: OnceLock::new(),
             root: own()?,
             namespace: namespace.clone(),
-            packs: open("packs")?,
-            components: open("components")?,
-            backups: open("backups")?,
+            packs: open(PACKS)?,
+            components: open(COMPONENTS)?,
+            backups: open(BACKUPS)?,
         };
         Ok(Self {
             store: Arc::new(store),
@@ -99,13 +119,13 @@ impl Namespace {
         BackupWriter::begin(self.store.clone(), id)
     }
 
-    /// All committed backups, by id.
+    /// All committed backups, by id, and those of which that cannot be said: [`Self::manifest`] says why.
     pub fn backups(&self) -> Result<Vec<BackupId>, Error> {
         let mut ids = Vec::new();
         for entry in self.store.backups.entries().map_err(Error::at("backups"))? {
             let name = entry.map_err(Error::at("backups"))?.file_name();
             if let Some(id) = name.to_str().and_then(|name| name.parse().ok())
-                && self.store.is_committed(id)?
+                && self.store.is_committed(id).unwrap_or(true)
             {
                 ids.push(id);
             }

@@ -839,3 +839,50 @@ proptest! {
         }
     }
 }
+
+#[test]
+fn a_directory_of_several_parts_appears_whole_or_not_at_all() {
+    let path = tempfile::tempdir().unwrap();
+    let dir = Dir::open_ambient_dir(path.path(), ambient_authority()).unwrap();
+    let names = || -> Vec<_> {
+        let entries = dir.entries().unwrap();
+        entries.map(|entry| entry.unwrap().file_name()).collect()
+    };
+    // One that fails leaves nothing, and what a killed one left goes with the next.
+    dir.create_dir_all(".n.0123456789abcdef.tmp/packs").unwrap();
+    let failing = |made: &Dir| {
+        directory::make_dir(made, "packs").unwrap();
+        assert!(!dir.exists("n"));
+        Err(Error::NotEmpty)
+    };
+    assert!(directory::make_dir_once(&dir, "n", failing).is_err());
+    assert_eq!(names(), [""; 0]);
+    // The first of several wins.
+    let first = |made: &Dir| {
+        let second = |made: &Dir| Ok(drop(directory::make_dir(made, "second").unwrap()));
+        directory::make_dir_once(&dir, "n", second).unwrap();
+        Ok(drop(directory::make_dir(made, "first").unwrap()))
+    };
+    directory::make_dir_once(&dir, "n", first).unwrap();
+    assert_eq!(names(), ["n"]);
+    assert!(dir.exists("n/second") && !dir.exists("n/first"));
+}
+
+#[test]
+fn an_archive_needs_no_hard_links_and_no_rename_that_replaces_nothing() {
+    let make = || {
+        let path = tempfile::tempdir().unwrap();
+        let dir = || Dir::open_ambient_dir(path.path(), ambient_authority()).unwrap();
+        let archive = Archive::create(dir()).unwrap();
+        assert!(matches!(Archive::create(dir()), Err(Error::NotEmpty)));
+        // The one that comes second, and has not seen the first, gets the first's.
+        let again = directory::make_once(&dir(), ARCHIVE_FILE, b"{}", ARCHIVE_FILE_LIMIT).unwrap();
+        assert_ne!(again, b"{}");
+        let name = "n".parse().unwrap();
+        let made = archive.create_namespace(&name).unwrap();
+        let opened = Archive::open(dir()).unwrap().namespace(&name).unwrap();
+        assert_eq!(made.store.key, opened.store.key);
+    };
+    make();
+    crate::poor_file_system::on_one(make);
+}

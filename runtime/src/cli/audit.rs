@@ -1,9 +1,9 @@
 //! `fleecebox audit`.
 
-use super::{Failure, Session, target, text};
+use super::{Failure, Session, Status, target, text};
 use crate::job::audit::FILE;
 use crate::job::doubts::{self, Suspect};
-use anyhow::Context;
+use anyhow::{Context, anyhow};
 use clap::Args;
 use serde_json::{Value, json};
 use std::collections::BTreeSet;
@@ -34,10 +34,14 @@ impl Audit {
                 .map_err(Failure::Failed)?,
         };
         let mut records = Vec::new();
+        let mut torn = 0;
         for (number, line) in (1..).zip(text.lines()) {
             match serde_json::from_str::<Value>(line) {
                 Ok(record) => records.push(record),
-                Err(_) => say!("warning: line {number} of {FILE} was torn by a crash"),
+                Err(_) => {
+                    torn += 1;
+                    say!("warning: line {number} of {FILE} was torn by a crash");
+                }
             }
         }
         // Of a job that has ended its end says everything.
@@ -53,7 +57,7 @@ impl Audit {
         }
         if session.json {
             show!("{:#}", json!(records));
-            return Ok(());
+            return whole(torn, LINES);
         }
         for record in &records {
             let field = |key: &str| text::one_line(record[key].as_str().unwrap_or("-"));
@@ -80,14 +84,29 @@ impl Audit {
                 },
             );
         }
-        Ok(())
+        whole(torn, LINES)
     }
 }
+
+/// What is missing has been told of.
+fn whole(bad: usize, what: &str) -> Result<(), Failure> {
+    match bad {
+        0 => Ok(()),
+        bad => Err(Failure::Told(
+            Status::Incomplete,
+            anyhow!("{bad} {what} cannot be read and are left out"),
+        )),
+    }
+}
+
+const LINES: &str = "lines";
+const PARTS: &str = "namespaces or backups";
 
 /// Names the suspects of an archive.
 fn suspects(session: &Session, archive: &str) -> Result<(), Failure> {
     let archive = target::archive(session, Some(archive), false)?;
     let mut found = Vec::new();
+    let mut bad = 0;
     for name in archive.namespaces().map_err(target::failed)? {
         let in_it = archive
             .namespace(&name)
@@ -95,11 +114,15 @@ fn suspects(session: &Session, archive: &str) -> Result<(), Failure> {
         match in_it {
             Ok((suspects, unreadable)) => {
                 found.extend(suspects);
+                bad += unreadable.len();
                 for (id, error) in unreadable {
                     say!("warning: backup {id}: {error}");
                 }
             }
-            Err(error) => say!("warning: namespace {name}: {error}"),
+            Err(error) => {
+                bad += 1;
+                say!("warning: namespace {name}: {error}");
+            }
         }
     }
     if session.json {
@@ -114,7 +137,7 @@ fn suspects(session: &Session, archive: &str) -> Result<(), Failure> {
             })
         });
         show!("{:#}", json!(all.collect::<Vec<_>>()));
-        return Ok(());
+        return whole(bad, PARTS);
     }
     for Suspect { manifest, doubts } in &found {
         for doubt in doubts {
@@ -127,7 +150,7 @@ fn suspects(session: &Session, archive: &str) -> Result<(), Failure> {
         }
     }
     if found.is_empty() {
-        say!("no backup in the archive is suspect");
+        say!("no backup that can be read is suspect");
     }
-    Ok(())
+    whole(bad, PARTS)
 }

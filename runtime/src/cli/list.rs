@@ -1,7 +1,8 @@
 //! `fleecebox list`.
 
-use super::{Failure, Session, target, text};
-use crate::archive::{LeftOut, Moment};
+use super::{Failure, Session, Status, target, text};
+use crate::archive::{self, LeftOut, Moment};
+use anyhow::anyhow;
 use clap::Args;
 use serde_json::json;
 
@@ -21,16 +22,29 @@ impl List {
     pub(super) fn run(self, session: &Session) -> Result<(), Failure> {
         let archive = target::archive(session, self.archive.as_deref(), false)?;
         let mut rows = Vec::new();
+        let mut bad = 0;
+        // One that is bad must not hide the others.
+        let mut warn = |what: String, error: &archive::Error| {
+            bad += 1;
+            say!("warning: {}", text::one_line(&format!("{what}: {error}")));
+        };
         for name in archive.namespaces().map_err(target::failed)? {
-            let namespace = archive.namespace(&name).map_err(target::failed)?;
-            for id in namespace.backups().map_err(target::failed)? {
-                // One damaged manifest must not hide the others.
+            let opened = archive.namespace(&name);
+            let opened = opened.and_then(|namespace| Ok((namespace.backups()?, namespace)));
+            let (ids, namespace) = match opened {
+                Ok(opened) => opened,
+                Err(error) => {
+                    warn(format!("namespace {name}"), &error);
+                    continue;
+                }
+            };
+            for id in ids {
                 match namespace.manifest(id) {
                     Ok(manifest) if self.vm.as_ref().is_none_or(|vm| *vm == manifest.record.vm) => {
                         rows.push(manifest)
                     }
                     Ok(_) => {}
-                    Err(error) => say!("warning: backup {id}: {error}"),
+                    Err(error) => warn(format!("namespace {name}: backup {id}"), &error),
                 }
             }
         }
@@ -57,7 +71,7 @@ impl List {
                 })
                 .collect();
             show!("{:#}", json!(rows));
-            return Ok(());
+            return whole(bad);
         }
         show!("{:<34} {:<16} {:<14} VOLUMES", "BACKUP", "VM", "PROVIDER");
         for manifest in rows {
@@ -84,12 +98,23 @@ impl List {
             show!(
                 "{:<34} {:<16} {:<14} {}",
                 manifest.backup,
-                manifest.record.vm,
-                manifest.record.provider.name,
-                volumes.join(", ")
+                text::one_line(&manifest.record.vm),
+                text::one_line(&manifest.record.provider.name),
+                text::one_line(&volumes.join(", "))
             );
         }
-        Ok(())
+        whole(bad)
+    }
+}
+
+/// What is missing has been told of.
+fn whole(bad: usize) -> Result<(), Failure> {
+    match bad {
+        0 => Ok(()),
+        bad => Err(Failure::Told(
+            Status::Incomplete,
+            anyhow!("{bad} namespaces or backups could not be read and are not listed"),
+        )),
     }
 }
 

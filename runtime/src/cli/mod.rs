@@ -22,6 +22,7 @@ mod remove;
 mod restore;
 mod show;
 mod status;
+mod stored;
 mod target;
 mod test;
 mod text;
@@ -308,6 +309,7 @@ fn run(cli: Cli) -> Result<(), Failure> {
         .state
         .or_else(|| config.state.clone())
         .unwrap_or_else(config::state_folder);
+    target::check_state(&state)?;
     let runtime = tokio::runtime::Builder::new_multi_thread()
         .enable_all()
         .build()
@@ -379,6 +381,8 @@ fn cancel_on_signals(cancel: CancellationToken, at_once: CancellationToken) {
     let Ok(mut signals) = kinds.into_iter().map(signal).collect::<Result<Vec<_>, _>>() else {
         return;
     };
+    // A file beyond the limit on their size is to be an error that can be named (setrlimit(2)), not a sudden end.
+    let _ = signal(SignalKind::from_raw(rustix::process::Signal::XFSZ.as_raw()));
     tokio::spawn(async move {
         let mut next = async || {
             let waits = signals.iter_mut().map(|signal| Box::pin(signal.recv()));

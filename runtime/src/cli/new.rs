@@ -36,23 +36,28 @@ impl New {
             .parse()
             .map_err(|error: templates::NotAProjectName| Failure::Mistake(error.into()))?;
         let folder = Path::new(name.as_str());
-        match fs::create_dir(folder) {
-            Err(error) if error.kind() == std::io::ErrorKind::AlreadyExists => {
-                return Err(Failure::Mistake(anyhow!(
-                    "the folder {} is there already; choose another name or remove it",
-                    folder.display()
-                )));
-            }
-            made => made
-                .with_context(|| format!("the folder {} cannot be made", folder.display()))
-                .map_err(Failure::Mistake)?,
+        if folder.symlink_metadata().is_ok() {
+            return Err(is_there(folder));
         }
+        // It appears whole: a half-made one would look like a project.
+        let making = tempfile::Builder::new()
+            .prefix(".fleecebox-new-")
+            .permissions(fs::Permissions::from_mode(0o777))
+            .tempdir_in(".")
+            .with_context(|| format!("the folder {} cannot be made", folder.display()))
+            .map_err(Failure::Mistake)?;
         let files = templates::project(self.lang, &name, self.blind);
         for file in &files {
-            let path = folder.join(file.path);
-            write(&path, file)
-                .with_context(|| format!("{} cannot be written", path.display()))
+            write(&making.path().join(file.path), file)
+                .with_context(|| format!("{} cannot be written", folder.join(file.path).display()))
                 .map_err(Failure::Failed)?;
+        }
+        match fs::rename(making.path(), folder) {
+            Ok(()) => drop(making.keep()),
+            Err(_) if folder.exists() => return Err(is_there(folder)),
+            renamed => renamed
+                .with_context(|| format!("the folder {} cannot be made", folder.display()))
+                .map_err(Failure::Mistake)?,
         }
         if session.json {
             let paths: Vec<_> = files.iter().map(|file| folder.join(file.path)).collect();
@@ -65,6 +70,13 @@ impl New {
         }
         Ok(())
     }
+}
+
+fn is_there(folder: &Path) -> Failure {
+    Failure::Mistake(anyhow!(
+        "the folder {} is there already; choose another name or remove it",
+        folder.display()
+    ))
 }
 
 fn write(path: &Path, file: &templates::File) -> std::io::Result<()> {

@@ -1,5 +1,6 @@
 //! Tells a job's events on standard error: as lines, and as a bar with rate and time left on a terminal.
 
+use super::text;
 use crate::job::{Event, Events};
 use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
 use std::io::IsTerminal;
@@ -35,7 +36,7 @@ async fn tell(mut events: UnboundedReceiver<Event>, quiet: bool) {
         if bar.is_hidden() {
             say!("{line}");
         } else {
-            bar.println(line);
+            bar.println(text::one_line(&line));
         }
     };
     while let Some(event) = events.recv().await {

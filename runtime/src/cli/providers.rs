@@ -1,8 +1,9 @@
 //! `fleecebox provider list`.
 
-use super::{Failure, Session, installed, target};
+use super::{Failure, Session, Status, installed, target};
 use crate::channel::Wasi;
 use crate::sandbox::{self, Program};
+use anyhow::anyhow;
 use clap::Args;
 use serde_json::json;
 
@@ -19,6 +20,7 @@ impl Providers {
         names.dedup();
         let cache = target::cache(session)?;
         let mut rows = Vec::new();
+        let mut bad = 0;
         for name in names {
             let configured = session.config.provider.contains_key(&name);
             let (_, provider) = installed::provider(session, &name)?;
@@ -36,6 +38,7 @@ impl Providers {
                     sandbox::world_of(&compiled.interface, &Wasi::ALL.into())
                         .map_err(|refusal| refusal.to_string())
                 });
+            bad += usize::from(world.is_err());
             let sha256 = looked_at.as_ref().ok().map(|it| hex::encode(it.sha256));
             let size = looked_at.as_ref().ok().map(|it| it.size);
             let from = if configured {
@@ -62,6 +65,12 @@ impl Providers {
         if session.json {
             show!("{:#}", json!(rows));
         }
-        Ok(())
+        match bad {
+            0 => Ok(()),
+            bad => Err(Failure::Told(
+                Status::Incomplete,
+                anyhow!("{bad} providers cannot be used"),
+            )),
+        }
     }
 }

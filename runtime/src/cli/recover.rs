@@ -2,9 +2,9 @@
 
 use super::progress::Progress;
 use super::vm::{check_name, monitor_of};
-use super::{Failure, Session, Status, target};
+use super::{Failure, Session, Status, target, text};
 use crate::config::Vm;
-use crate::job::recover::{self, Patient};
+use crate::job::recover::{self, Patient, Recovered};
 use crate::sandbox;
 use anyhow::anyhow;
 use clap::Args;
@@ -49,11 +49,15 @@ impl Recover {
         vm.fleecing = self.fleecing.or(vm.fleecing);
         vm.nbd = self.nbd.or(vm.nbd);
         vm.archive = self.archive.or(vm.archive);
-        let found = one(session, name, vm).await?;
-        tell(session, &[(name.clone(), Ok(found))]);
-        Ok(())
+        let recovered = one(session, name, vm).await?;
+        let results = [(name.clone(), Ok(recovered))];
+        tell(session, &results);
+        unsettled(&results)
     }
 }
+
+/// A VM's name, and what came of it.
+type Outcome = (String, Result<Recovered, Failure>);
 
 /// One that fails does not keep the others from being cleaned up.
 async fn all(session: &Session) -> Result<(), Failure> {
@@ -73,7 +77,7 @@ async fn all(session: &Session) -> Result<(), Failure> {
         .filter_map(|(_, result)| result.as_ref().err());
     let failed: Vec<Status> = failures.map(Failure::status).collect();
     let Some(first) = failed.first().copied() else {
-        return Ok(());
+        return unsettled(&results);
     };
     let status = if failed.len() < results.len() {
         Status::Incomplete
@@ -92,8 +96,22 @@ async fn all(session: &Session) -> Result<(), Failure> {
     ))
 }
 
-/// Returns whether there was anything.
-async fn one(session: &Session, name: &str, vm: Vm) -> Result<bool, Failure> {
+/// What could not be looked into has been told of.
+fn unsettled(results: &[Outcome]) -> Result<(), Failure> {
+    let each = results
+        .iter()
+        .filter_map(|(_, result)| result.as_ref().ok());
+    let unsettled: usize = each.map(|recovered| recovered.unsettled.len()).sum();
+    match unsettled {
+        0 => Ok(()),
+        _ => Err(Failure::Told(
+            Status::Incomplete,
+            anyhow!("{unsettled} namespaces could not be looked into"),
+        )),
+    }
+}
+
+async fn one(session: &Session, name: &str, vm: Vm) -> Result<Recovered, Failure> {
     check_name(name)?;
     let qmp = monitor_of(name, &vm)?;
     let state = target::vm_state(session, name)?;
@@ -124,11 +142,14 @@ async fn one(session: &Session, name: &str, vm: Vm) -> Result<bool, Failure> {
     found.map_err(Failure::of)
 }
 
-fn tell(session: &Session, results: &[(String, Result<bool, Failure>)]) {
+fn tell(session: &Session, results: &[Outcome]) {
     let mut rows = Vec::new();
     for (vm, result) in results {
         match result {
-            Ok(found) => {
+            Ok(Recovered { found, unsettled }) => {
+                for unsettled in unsettled {
+                    say!("warning: {vm}: {}", text::one_line(unsettled));
+                }
                 if !session.quiet {
                     let what = if *found {
                         "cleaned up"
@@ -137,7 +158,7 @@ fn tell(session: &Session, results: &[(String, Result<bool, Failure>)]) {
                     };
                     say!("{vm}: {what}");
                 }
-                rows.push(json!({ "vm": vm, "found": found }));
+                rows.push(json!({ "vm": vm, "found": found, "unsettled": unsettled }));
             }
             Err(failure) => {
                 let error = failure.line();

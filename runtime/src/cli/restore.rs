@@ -1,26 +1,26 @@
 //! `fleecebox restore`.
 
+mod destination;
+mod in_use;
+mod place;
+mod qemu_img;
+mod temporary;
+
 use super::progress::Progress;
 use super::reading::Reading;
+use super::stored::Stored;
 use super::{AllowWasi, Failure, Sandboxes, Session, Status, target, text};
 use crate::archive::{Manifest, Namespace, VolumeRecord};
 use crate::job::Event;
 use crate::job::audit::Job;
-use crate::job::replay::{self, Order};
-use anyhow::{Context, anyhow};
+use crate::job::replay::{self, Order, ReplayError};
+use anyhow::anyhow;
 use clap::{Args, ValueEnum};
-use rustix::fs::{FallocateFlags, RenameFlags, fallocate};
+use destination::{Destination, Insistence, explained};
 use serde_json::json;
-use std::ffi::OsString;
-use std::fs::{File, OpenOptions};
-use std::io::{self, Seek, SeekFrom};
-use std::os::unix::fs::{FileTypeExt, OpenOptionsExt};
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Instant;
-
-/// Bytes zeroed at once on a block device, so that a cancel does not wait for all of a large one.
-const ZERO_PIECE: u64 = 1 << 30;
 
 /// Write a backup's volumes to files or block devices.
 #[derive(Debug, Args)]
@@ -30,13 +30,12 @@ Examples:
   fleecebox restore 20261123T020000Z-0123456789abcdef --volume scsi0 --to disk.qcow2 --format qcow2
   fleecebox restore 20261123T020000Z-0123456789abcdef --volume scsi0 --to /dev/vg/web --force
 
-Each block is compared with its digest before it is written. A file appears under its name only once it is complete.")]
+Each block is compared with its digest before it is written. A file appears under its name only once it is complete, and is \
+its owner's alone; where --force replaces one, it has that one's owner and mode. What is in use is not overwritten, and \
+a symbolic link is followed only where root or the caller made it.")]
 pub(super) struct Restore {
-    /// The backup's id
-    backup: String,
-    /// The archive, by name or folder
-    #[arg(long, value_name = "NAME|FOLDER")]
-    archive: Option<String>,
+    #[command(flatten)]
+    stored: Stored,
     /// A file or block device for one volume, or an existing folder for any number
     #[arg(long, value_name = "PATH")]
     to: PathBuf,
@@ -49,6 +48,9 @@ pub(super) struct Restore {
     /// Replace an existing file, or overwrite a block device
     #[arg(long)]
     force: bool,
+    /// With --force: even one that a running VM, another process or the kernel has open
+    #[arg(long, requires = "force")]
+    even_if_in_use: bool,
     #[command(flatten)]
     wasi: AllowWasi,
     #[command(flatten)]
@@ -72,8 +74,7 @@ impl Format {
 
 impl Restore {
     pub(super) async fn run(self, session: &Session) -> Result<(), Failure> {
-        let archive = target::archive(session, self.archive.as_deref(), false)?;
-        let (namespace, manifest) = target::backup(&archive, &self.backup)?;
+        let (namespace, manifest) = self.stored.find(session)?;
         let allowed = self.wasi.parts(session)?;
         let mut reading = Reading::begin(session, Job::Restore, &manifest, allowed);
         let ended = self
@@ -97,6 +98,10 @@ impl Restore {
         let started = Instant::now();
         reading.begun()?;
         let (events, progress) = Progress::start(session.quiet);
+        let insistence = Insistence {
+            force: self.force,
+            even_if_in_use: self.even_if_in_use,
+        };
         let mut written = Vec::new();
         let mut ended = Ok(());
         for (volume, path) in volumes.iter().zip(places) {
@@ -104,7 +109,9 @@ impl Restore {
                 bytes: volume.root.size(),
             });
             let outcome = async {
-                let output = Output::open(&path, volume, self.format, self.force)?;
+                let size = volume.root.size();
+                let output =
+                    Destination::open(&path, size, self.format, insistence, session).await?;
                 let order = Order {
                     namespace,
                     manifest,
@@ -118,7 +125,15 @@ impl Restore {
                     cancel: &session.cancel,
                     all_findings: false,
                 };
-                let findings = replay::replay(order).await.map_err(target::failed)?;
+                let findings = replay::replay(order).await.map_err(|error| match error {
+                    ReplayError::Output(error) => {
+                        let error = anyhow::Error::from(explained(error));
+                        Failure::Failed(
+                            error.context(format!("{} cannot be written", path.display())),
+                        )
+                    }
+                    error => Failure::of(error),
+                })?;
                 if let Some(finding) = findings.first() {
                     let said = anyhow!("volume {}: {finding}", volume.name);
                     return Err(match Status::of_finding(finding) {
@@ -126,7 +141,7 @@ impl Restore {
                         _ => Failure::Unusable(said),
                     });
                 }
-                output.complete(self.format, self.force).await
+                output.complete(self.format, session).await
             };
             match outcome.await {
                 Ok(()) => written.push((volume.name.clone(), path)),
@@ -207,168 +222,4 @@ impl Restore {
             ))),
         }
     }
-}
-
-/// A file that appears once it is complete, or a block device.
-struct Output {
-    file: Arc<File>,
-    path: PathBuf,
-    /// The file under construction; nothing for a device. Removed when this is dropped.
-    partial: Option<Partial>,
-}
-
-struct Partial(PathBuf);
-
-impl Drop for Partial {
-    fn drop(&mut self) {
-        let _ = std::fs::remove_file(&self.0);
-    }
-}
-
-impl Output {
-    fn open(
-        path: &Path,
-        volume: &VolumeRecord,
-        format: Format,
-        force: bool,
-    ) -> Result<Self, Failure> {
-        let existing = std::fs::metadata(path).ok();
-        if existing.is_some() && !force {
-            return Err(Failure::Mistake(anyhow!(
-                "{} exists; --force overwrites it",
-                path.display()
-            )));
-        }
-        let shown = || format!("{} cannot be written", path.display());
-        if existing.is_some_and(|meta| meta.file_type().is_block_device()) {
-            if format != Format::Raw {
-                return Err(Failure::Mistake(anyhow!(
-                    "{} is a block device, which takes the raw format only",
-                    path.display()
-                )));
-            }
-            // O_EXCL: a device that is mounted or otherwise in use is refused (open(2)).
-            let file = OpenOptions::new()
-                .write(true)
-                .custom_flags(rustix::fs::OFlags::EXCL.bits().cast_signed())
-                .open(path)
-                .with_context(shown)
-                .map_err(Failure::Mistake)?;
-            prepare_device(&file, path, volume.root.size())?;
-            return Ok(Self {
-                file: Arc::new(file),
-                path: path.to_owned(),
-                partial: None,
-            });
-        }
-        let partial = with_suffix(path, ".partial");
-        if force && partial.exists() {
-            // What a restore that was killed left.
-            std::fs::remove_file(&partial)
-                .with_context(shown)
-                .map_err(Failure::Mistake)?;
-        }
-        let file = OpenOptions::new()
-            .write(true)
-            .create_new(true)
-            .mode(0o600)
-            .open(&partial)
-            .with_context(|| {
-                format!(
-                    "{} cannot be made (--force removes what a killed restore left)",
-                    partial.display()
-                )
-            })
-            .map_err(Failure::Mistake)?;
-        let partial = Partial(partial);
-        file.set_len(volume.root.size())
-            .with_context(shown)
-            .map_err(Failure::Failed)?;
-        Ok(Self {
-            file: Arc::new(file),
-            path: path.to_owned(),
-            partial: Some(partial),
-        })
-    }
-
-    async fn complete(self, format: Format, force: bool) -> Result<(), Failure> {
-        let shown = || format!("{} cannot be completed", self.path.display());
-        self.file
-            .sync_all()
-            .with_context(shown)
-            .map_err(Failure::Failed)?;
-        let Some(raw) = self.partial else {
-            return Ok(());
-        };
-        let done = match format {
-            Format::Raw => raw,
-            Format::Qcow2 => convert(&raw.0, &self.path).await?,
-        };
-        let flags = if force {
-            RenameFlags::empty()
-        } else {
-            RenameFlags::NOREPLACE
-        };
-        rustix::fs::renameat_with(rustix::fs::CWD, &done.0, rustix::fs::CWD, &self.path, flags)
-            .with_context(shown)
-            .map_err(Failure::Failed)
-    }
-}
-
-/// QEMU's own tool writes QEMU's own format.
-async fn convert(raw: &Path, path: &Path) -> Result<Partial, Failure> {
-    let converted = Partial(with_suffix(path, ".partial-qcow2"));
-    let output = tokio::process::Command::new("qemu-img")
-        .args(["convert", "-f", "raw", "-O", "qcow2"])
-        .args([raw, &converted.0])
-        .kill_on_drop(true)
-        .output()
-        .await
-        .context("qemu-img, which writes qcow2, cannot be run (Debian: qemu-utils)")
-        .map_err(Failure::Failed)?;
-    if !output.status.success() {
-        let said = text::one_line(&String::from_utf8_lossy(&output.stderr));
-        return Err(Failure::Failed(anyhow!(
-            "qemu-img could not write qcow2: {said}"
-        )));
-    }
-    Ok(converted)
-}
-
-/// A device holds something else wherever the backup is zero.
-fn prepare_device(device: &File, path: &Path, size: u64) -> Result<(), Failure> {
-    let mut seek = device;
-    let available = seek
-        .seek(SeekFrom::End(0))
-        .with_context(|| format!("{}", path.display()))
-        .map_err(Failure::Failed)?;
-    if available < size {
-        return Err(Failure::Mistake(anyhow!(
-            "{} has {available} bytes, the volume {size}",
-            path.display()
-        )));
-    }
-    let zero = || -> io::Result<()> {
-        let mut at = 0;
-        while at < size {
-            let length = ZERO_PIECE.min(size - at);
-            fallocate(
-                device,
-                FallocateFlags::ZERO_RANGE | FallocateFlags::KEEP_SIZE,
-                at,
-                length,
-            )?;
-            at += length;
-        }
-        Ok(())
-    };
-    zero()
-        .with_context(|| format!("{} cannot be zeroed", path.display()))
-        .map_err(Failure::Failed)
-}
-
-fn with_suffix(path: &Path, suffix: &str) -> PathBuf {
-    let mut name: OsString = path.as_os_str().to_owned();
-    name.push(suffix);
-    PathBuf::from(name)
 }

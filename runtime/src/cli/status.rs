@@ -218,6 +218,7 @@ fn of_archive(error: &archive::Error) -> Status {
         | Error::NotEmpty
         | Error::Io { .. }
         | Error::NotFound { .. }
+        | Error::HalfMade { .. }
         | Error::Damaged { .. } => Status::Unusable,
         _ => Status::Failed,
     }

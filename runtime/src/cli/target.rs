@@ -2,7 +2,7 @@
 //! and nowhere below.
 
 use super::{Failure, Session, Status};
-use crate::archive::{self, Archive, BackupId, Manifest, Namespace};
+use crate::archive::{self, Archive};
 use crate::config::{self, Vm};
 use crate::job::audit::{Audit, Outcome, Record};
 use crate::job::slots::{self, Slot};
@@ -14,7 +14,6 @@ use cap_std::fs::{Dir, DirBuilder, DirBuilderExt};
 use std::fs::File;
 use std::io::{self, Read};
 use std::path::{Path, PathBuf};
-use std::sync::Arc;
 
 /// Opens the archive `name`, which may be left out where the configuration has only one.
 pub(super) fn archive(
@@ -121,34 +120,6 @@ fn only<'a>(
     }
 }
 
-/// A committed backup and the part of the archive that holds it.
-pub(super) fn backup(
-    archive: &Archive,
-    id: &str,
-) -> Result<(Arc<Namespace>, Arc<Manifest>), Failure> {
-    let parsed: BackupId = id.parse().map_err(|_| {
-        Failure::Mistake(anyhow!(
-            "'{}' is no backup id; `fleecebox list` shows them",
-            id.escape_debug()
-        ))
-    })?;
-    for name in archive.namespaces().map_err(failed)? {
-        let namespace = archive.namespace(&name).map_err(failed)?;
-        match namespace.manifest(parsed) {
-            Ok(manifest) => return Ok((Arc::new(namespace), Arc::new(manifest))),
-            Err(archive::Error::NotFound { .. }) => {}
-            Err(error) => {
-                return Err(Failure::of(
-                    anyhow::Error::from(error).context(format!("backup {parsed}")),
-                ));
-            }
-        }
-    }
-    Err(Failure::Mistake(anyhow!(
-        "the archive holds no backup {parsed}; `fleecebox list` shows what it holds"
-    )))
-}
-
 /// The VM `name` of the configuration, or an empty one to be filled from the command line.
 pub(super) fn vm(session: &Session, name: &str, on_command_line: bool) -> Result<Vm, Failure> {
     match session.config.vm.get(name) {
@@ -184,6 +155,30 @@ fn make_private(path: &Path) -> io::Result<()> {
         .recursive(true)
         .mode(0o700)
         .create(path)
+}
+
+/// Whoever can write to the state folder decides what is run and what is cleaned up. One that is not there yet is made
+/// for its owner alone.
+pub(super) fn check_state(path: &Path) -> Result<(), Failure> {
+    use std::os::unix::fs::MetadataExt;
+    let Ok(found) = std::fs::metadata(path) else {
+        return Ok(());
+    };
+    let (own, whose) = (rustix::process::geteuid().as_raw(), found.uid());
+    let wrong = if whose != own && whose != 0 {
+        format!("belongs to user {whose}, and this is user {own}")
+    } else if found.mode() & 0o022 != 0 {
+        format!(
+            "can be written to by others (its mode is {:04o})",
+            found.mode() & 0o7777
+        )
+    } else {
+        return Ok(());
+    };
+    Err(Failure::Mistake(anyhow!(
+        "the state folder {} {wrong}: make it yours alone (chown, chmod 0700), or name another with --state",
+        path.display()
+    )))
 }
 
 /// The folder of one VM's journal and lock, named after the VM.

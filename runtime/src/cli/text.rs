@@ -1,24 +1,12 @@
-//! Text for people: sizes, durations, and strings from outside made harmless.
+//! Text for people: sizes, durations, and errors in one line.
 
+pub(super) use crate::terminal::one_line;
 use std::num::NonZeroU64;
 use std::time::Duration;
 
 /// The sum of sizes, which a forged manifest may make as large as it likes.
 pub(super) fn total(sizes: impl Iterator<Item = u64>) -> u64 {
     sizes.fold(0, u64::saturating_add)
-}
-
-/// `text` on one line, with control characters escaped: it may hold what a guest or a provider said.
-pub(super) fn one_line(text: &str) -> String {
-    text.chars()
-        .flat_map(|c| {
-            if c.is_control() {
-                c.escape_default().collect::<Vec<_>>()
-            } else {
-                vec![c]
-            }
-        })
-        .collect()
 }
 
 /// An error with its causes on one line. Most errors name their cause in their own words; it is not said twice.

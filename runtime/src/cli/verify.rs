@@ -2,6 +2,7 @@
 
 use super::progress::Progress;
 use super::reading::Reading;
+use super::stored::Stored;
 use super::{AllowWasi, Failure, Sandboxes, Session, Status, target, text};
 use crate::archive::{Manifest, Namespace};
 use crate::job::audit::Job;
@@ -19,11 +20,8 @@ use std::time::Instant;
     after_help = "Example:\n  fleecebox verify 20261123T020000Z-0123456789abcdef --archive /srv/backups"
 )]
 pub(super) struct Verify {
-    /// The backup's id
-    backup: String,
-    /// The archive, by name or folder
-    #[arg(long, value_name = "NAME|FOLDER")]
-    archive: Option<String>,
+    #[command(flatten)]
+    stored: Stored,
     #[command(flatten)]
     wasi: AllowWasi,
     #[command(flatten)]
@@ -40,8 +38,7 @@ struct Found {
 
 impl Verify {
     pub(super) async fn run(self, session: &Session) -> Result<(), Failure> {
-        let archive = target::archive(session, self.archive.as_deref(), false)?;
-        let (namespace, manifest) = target::backup(&archive, &self.backup)?;
+        let (namespace, manifest) = self.stored.find(session)?;
         let allowed = self.wasi.parts(session)?;
         let mut reading = Reading::begin(session, Job::Verify, &manifest, allowed);
         let ended = self

@@ -17,6 +17,7 @@ use rustix::fs::{FlockOperation, flock};
 use serde::Serialize;
 use serde_json::{Value, json};
 use std::collections::BTreeSet;
+use std::ffi::OsStr;
 use std::io::{self, Read, Write};
 use std::time::Instant;
 use time::OffsetDateTime;
@@ -198,7 +199,8 @@ impl Audit {
 
     /// Writes down that a job begins, before it does anything, and that others have died since.
     pub fn begin(&mut self, state: &Dir, record: &mut Record) -> io::Result<()> {
-        self.find_dead(state)?;
+        // What cannot be said of others must not keep this one from being done.
+        let _ = self.find_dead(state);
         let folder = running(state)?;
         record.end(Outcome::Begun, None);
         let mut file = TempFile::new(&folder)?;
@@ -222,40 +224,45 @@ impl Audit {
         }
     }
 
-    /// Writes down which jobs have died.
+    /// Writes down which jobs have died. One that cannot be looked at does not hide the others.
     pub fn find_dead(&mut self, state: &Dir) -> io::Result<()> {
         let folder = running(state)?;
+        let mut looked = Ok(());
         for entry in folder.entries()? {
             let name = entry?.file_name();
-            if !name.to_string_lossy().ends_with(".json") {
-                continue;
+            if name.to_string_lossy().ends_with(".json") {
+                looked = looked.and(self.look(&folder, &name).map_err(|error| {
+                    io::Error::new(error.kind(), format!("{}: {error}", name.display()))
+                }));
             }
-            let file = match folder.open(&name) {
-                Ok(file) => file.into_std(),
-                // It has ended meanwhile.
-                Err(error) if error.kind() == io::ErrorKind::NotFound => continue,
-                Err(error) => return Err(error),
-            };
-            if flock(&file, FlockOperation::NonBlockingLockExclusive).is_err() {
-                continue;
-            }
-            // Another process may have been faster.
-            if std::os::unix::fs::MetadataExt::nlink(&file.metadata()?) == 0 {
-                continue;
-            }
-            let mut text = Vec::new();
-            (&file).take(MAX_RECORD).read_to_end(&mut text)?;
-            let mut record: Value = serde_json::from_slice(&text).unwrap_or_default();
-            if record.is_object() {
-                record["outcome"] = json!(Outcome::Died);
-                record["time"] = json!(now());
-                record["error"] =
-                    json!("its process ended without a word, as one does that is killed");
-                self.append(&record)?;
-            }
-            folder.remove_file(&name)?;
         }
-        Ok(())
+        looked
+    }
+
+    fn look(&mut self, folder: &Dir, name: &OsStr) -> io::Result<()> {
+        let file = match folder.open(name) {
+            Ok(file) => file.into_std(),
+            // It has ended meanwhile.
+            Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(()),
+            Err(error) => return Err(error),
+        };
+        if flock(&file, FlockOperation::NonBlockingLockExclusive).is_err() {
+            return Ok(());
+        }
+        // Another process may have been faster.
+        if std::os::unix::fs::MetadataExt::nlink(&file.metadata()?) == 0 {
+            return Ok(());
+        }
+        let mut text = Vec::new();
+        (&file).take(MAX_RECORD).read_to_end(&mut text)?;
+        let mut record: Value = serde_json::from_slice(&text).unwrap_or_default();
+        if record.is_object() {
+            record["outcome"] = json!(Outcome::Died);
+            record["time"] = json!(now());
+            record["error"] = json!("its process ended without a word, as one does that is killed");
+            self.append(&record)?;
+        }
+        folder.remove_file(name)
     }
 
     /// Appends one record, durably.

@@ -174,7 +174,7 @@ pub async fn dry_run(order: Order<'_>) -> Result<Forecast, PointError> {
         .archive
         .map(|archive| archive.namespace(order.namespace));
     let namespace = match namespace {
-        None | Some(Err(archive::Error::NotFound { .. })) => None,
+        None | Some(Err(archive::Error::NotFound { .. } | archive::Error::HalfMade { .. })) => None,
         Some(opened) => Some(Arc::new(opened.map_err(RecoverError::Archive)?)),
     };
     let mut disks: Vec<_> = match (order.archive, namespace) {

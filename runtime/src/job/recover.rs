@@ -152,7 +152,16 @@ pub struct Patient<'a> {
     pub archives: &'a [&'a Archive],
 }
 
-/// `fleecebox recover`: returns whether there was anything of a dead run.
+/// What [`recover_vm`] found.
+#[derive(Debug)]
+pub struct Recovered {
+    /// Whether there was anything of a dead run.
+    pub found: bool,
+    /// Namespaces that cannot be looked into, each with why: bitmaps of theirs stay as they are.
+    pub unsettled: Vec<String>,
+}
+
+/// `fleecebox recover`.
 ///
 /// # Errors
 /// Any [`RecoverError`]; what is not cleaned up then is left to the next try.
@@ -160,7 +169,7 @@ pub async fn recover_vm(
     patient: Patient<'_>,
     events: &Events,
     signals: &Signals,
-) -> Result<bool, RecoverError> {
+) -> Result<Recovered, RecoverError> {
     let Patient {
         vm,
         qmp,
@@ -187,7 +196,10 @@ pub async fn recover_vm(
                 // The journal stays until the disks' bitmaps can be seen.
                 events.note("the VM does not run; its next backup settles its bitmaps");
             }
-            return Ok(dead.is_some());
+            return Ok(Recovered {
+                found: dead.is_some(),
+                unsettled: Vec::new(),
+            });
         }
         reached => reached?,
     };
@@ -199,18 +211,21 @@ pub async fn recover_vm(
         nbd,
         signals,
     };
-    let found = qemu.settle(archives, vm, dead.as_ref(), events).await;
+    let settled = qemu.settle(archives, vm, dead.as_ref(), events).await;
     if let Some(claim) = claim {
         claim.release(monitor).await;
     }
-    let found = found?;
+    let Recovered { found, unsettled } = settled?;
     if let Some(dead) = &dead {
         discard_backup(archives, dead, events)?;
         journal.clear()?;
     }
     let put_back = reached.put_back(&journal, events).await;
     put_back.map_err(RecoverError::StillRuns)?;
-    Ok(found || dead.is_some())
+    Ok(Recovered {
+        found: found || dead.is_some(),
+        unsettled,
+    })
 }
 
 fn owner(archive: &Archive, namespace: NamespaceName, vm: &str) -> Owner {
@@ -254,16 +269,24 @@ impl InQemu<'_> {
         vm: &str,
         dead: Option<&Record>,
         events: &Events,
-    ) -> Result<bool, RecoverError> {
+    ) -> Result<Recovered, RecoverError> {
         let found = self.remove(dead, events).await?;
+        let mut unsettled = Vec::new();
         for archive in archives {
             for name in archive.namespaces()? {
-                let namespace = Arc::new(archive.namespace(&name)?);
+                // One that is bad must not keep the others' bitmaps from being settled.
+                let namespace = match archive.namespace(&name) {
+                    Ok(namespace) => Arc::new(namespace),
+                    Err(error) => {
+                        unsettled.push(format!("namespace {name}: {error}"));
+                        continue;
+                    }
+                };
                 let owner = owner(archive, name, vm);
                 settle_bitmaps(self.monitor, &namespace, &owner, dead, events).await?;
             }
         }
-        Ok(found)
+        Ok(Recovered { found, unsettled })
     }
 
     /// Removes what the dead run and others left. Returns whether QEMU showed anything.
@@ -397,7 +420,7 @@ fn discard_backup(
         return Ok(());
     };
     let namespace = match archive.namespace(&name) {
-        Err(archive::Error::NotFound { .. }) => return Ok(()),
+        Err(archive::Error::NotFound { .. } | archive::Error::HalfMade { .. }) => return Ok(()),
         namespace => namespace?,
     };
     match recorded(&namespace, id)? {

@@ -5,7 +5,7 @@
 
 use super::machine::{self, Bitmap, Disk};
 use super::monitor::{Monitor, MonitorError};
-use super::open_files::{self, Identity};
+use super::identity::{self, Identity};
 use super::present::{self, Graph, Node};
 use std::collections::BTreeMap;
 
@@ -84,7 +84,7 @@ pub async fn describe(monitor: &Monitor, disks: &mut [Disk]) -> Result<(), Monit
     let chains = Chains {
         graph: &graph,
         nodes: &nodes,
-        files: &open_files::identities(monitor, names).await,
+        files: &identity::identities(monitor, names).await,
     };
     let devices = present::devices(monitor).await?;
     for disk in disks {

@@ -1,5 +1,8 @@
 //! Where a restored volume can go.
 
+mod in_use;
+mod targets;
+
 use std::fs::{self, File};
 use std::io::{Read, Seek, SeekFrom, Write};
 use std::os::unix::fs::MetadataExt;
@@ -160,12 +163,17 @@ struct LoopDevice {
 
 impl LoopDevice {
     fn attach(file: &Path) -> Result<Option<Self>> {
+        Self::attach_with(&[], file)
+    }
+
+    fn attach_with(options: &[&str], file: &Path) -> Result<Option<Self>> {
         if !rustix::process::geteuid().is_root() {
             fleecebox_tests::not_shown("a block device of the host (losetup needs root)");
             return Ok(None);
         }
         let mut losetup = Command::new("/usr/sbin/losetup");
-        let output = losetup.args(["--find", "--show"]).arg(file).output()?;
+        losetup.args(["--find", "--show"]).args(options);
+        let output = losetup.arg(file).output()?;
         let said = String::from_utf8_lossy(&output.stderr);
         ensure!(
             output.status.success(),

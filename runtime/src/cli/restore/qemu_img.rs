@@ -1,0 +1,47 @@
+//! QEMU's own tool writes QEMU's own format.
+
+use super::super::Failure;
+use anyhow::{Context, anyhow};
+use rustix::process::Signal;
+use std::fs::File;
+use std::os::unix::process::ExitStatusExt;
+use std::process::Stdio;
+use tokio::process::Command;
+
+/// The child's standard input and output. It opens no path: both files may have no name, in a folder where a name could
+/// be anybody's.
+const INPUT: &str = "/proc/self/fd/0";
+const OUTPUT: &str = "/proc/self/fd/1";
+
+/// Writes what `raw` holds to `qcow2`.
+pub(super) async fn convert(raw: &File, qcow2: &File) -> Result<(), Failure> {
+    let handed = |file: &File| file.try_clone().map(Stdio::from);
+    let (input, output) = handed(raw)
+        .and_then(|input| Ok((input, handed(qcow2)?)))
+        .map_err(|error| Failure::Failed(error.into()))?;
+    let ended = Command::new("qemu-img")
+        .args(["convert", "-f", "raw", "-O", "qcow2", INPUT, OUTPUT])
+        .stdin(input)
+        .stdout(output)
+        .stderr(Stdio::piped())
+        .kill_on_drop(true)
+        .spawn()
+        .context("qemu-img, which writes qcow2, cannot be run (Debian: qemu-utils)")
+        .map_err(Failure::Failed)?
+        .wait_with_output()
+        .await
+        .map_err(|error| Failure::Failed(error.into()))?;
+    if ended.status.success() {
+        return Ok(());
+    }
+    let said = match ended.status.signal() {
+        Some(signal) if signal == Signal::XFSZ.as_raw() => {
+            "a limit on the size of files (`ulimit -f`) ended it".into()
+        }
+        Some(signal) => format!("signal {signal} ended it"),
+        None => String::from_utf8_lossy(&ended.stderr).trim().to_owned(),
+    };
+    Err(Failure::Failed(anyhow!(
+        "qemu-img could not write qcow2: {said}"
+    )))
+}
