@@ -98,7 +98,7 @@ fn of_cause(cause: &(dyn Error + 'static)) -> Option<Status> {
 
 fn of_backup(error: &BackupError) -> Status {
     match error {
-        BackupError::Cancelled => Status::Cancelled,
+        BackupError::Cancelled { .. } => Status::Cancelled,
         BackupError::Point(error) => of_point(error),
         BackupError::Archive(error)
         | BackupError::Volume {

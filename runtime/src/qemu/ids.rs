@@ -97,7 +97,7 @@ pub enum Role {
 }
 
 impl Role {
-    const ALL: [Self; 10] = [
+    const ALL: [Self; 11] = [
         Self::Fleecing,
         Self::Filter,
         Self::Access,

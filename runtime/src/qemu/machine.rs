@@ -5,7 +5,7 @@
 
 use super::image::{Image, Layer};
 use super::monitor::{Monitor, MonitorError};
-use super::present::{DirtyInfo, Node};
+use super::present::{self, DirtyInfo, Node};
 use serde_json::json;
 use std::collections::{BTreeMap, BTreeSet};
 use std::fmt;
