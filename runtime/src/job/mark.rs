@@ -21,16 +21,21 @@ pub(super) enum MarkError {
     Random(#[from] getrandom::Error),
 }
 
-/// Makes a block dirty in `bitmap`, and says where it begins. It is drawn at random, lest the guest writes it often.
+/// Makes a block dirty in `bitmap`, and says where it begins. It is the base's, so that a backup that fails and is poured
+/// back into the base's bitmap adds nothing to that; else it is drawn at random, lest the guest writes it often.
 pub(super) async fn set(
     monitor: &Monitor,
     point: &PointInTime,
     index: u16,
     disk: &Disk,
     bitmap: &BitmapName,
+    base: Option<u64>,
 ) -> Result<u64, MarkError> {
     let block = u64::from(BLOCK_SIZE);
-    let start = getrandom::u64()? % disk.size.div_ceil(block).max(1) * block;
+    let start = match base {
+        Some(start) => start,
+        None => getrandom::u64()? % disk.size.div_ceil(block).max(1) * block,
+    };
     let export = point.prepare_mark(monitor, index, disk, BLOCK_SIZE).await?;
     if let Some(mark) = Extent::between(start, (start + block).min(disk.size)) {
         let connection = reader::connect(&point.socket, &export, None).await?;

@@ -376,7 +376,9 @@ impl<'a> Prepared<'a> {
             let Some(bitmap) = choice.bitmap.new_bitmap() else {
                 continue;
             };
-            match mark::set(self.monitor, point, index, disk, bitmap).await {
+            let base = choice.base.as_ref();
+            let base = base.and_then(|base| base.volume.disk.mark);
+            match mark::set(self.monitor, point, index, disk, bitmap, base).await {
                 Ok(mark) => choice.mark = Some(mark),
                 Err(error) => self.subject.events.warn(format!(
                     "{}: its bitmap cannot be marked, so the next backup does not see whether somebody clears it: {error}",
