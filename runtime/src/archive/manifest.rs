@@ -185,6 +185,9 @@ pub struct LayerRecord {
     pub size: u64,
     /// What tells its file from any other.
     pub file: FileRecord,
+    /// The same of the file that holds its bytes, where that is another one, and its name.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub data: Option<(String, FileRecord)>,
 }
 
 /// What tells a file from any other.

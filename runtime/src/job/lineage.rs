@@ -28,22 +28,30 @@ fn layer(image: &Image) -> LayerRecord {
         format: image.format.clone(),
         name: image.name.clone(),
         size: image.size,
-        file: match &image.identity {
-            &Identity::File {
-                inode,
-                born,
-                length,
-                modified,
-            } => FileRecord::File {
-                inode,
-                born,
-                length,
-                modified,
-            },
-            Identity::Device { id } => FileRecord::Device { id: id.clone() },
-            Identity::Unseen => FileRecord::Named,
-            Identity::Unknown => FileRecord::Unknown,
+        file: file(&image.identity),
+        data: image
+            .data_file
+            .as_ref()
+            .map(|data| (data.name.clone(), file(&data.identity))),
+    }
+}
+
+fn file(identity: &Identity) -> FileRecord {
+    match identity {
+        &Identity::File {
+            inode,
+            born,
+            length,
+            modified,
+        } => FileRecord::File {
+            inode,
+            born,
+            length,
+            modified,
         },
+        Identity::Device { id } => FileRecord::Device { id: id.clone() },
+        Identity::Unseen => FileRecord::Named,
+        Identity::Unknown => FileRecord::Unknown,
     }
 }
 
@@ -54,9 +62,11 @@ pub fn written_unseen(disk: &Disk) -> Option<String> {
             "its device shares it with other writers (share-rw), whose writes no bitmap of this VM knows".into(),
         );
     }
-    let outside = images(disk).find_map(|image| image.data_file.as_deref())?;
+    let outside =
+        images(disk).find_map(|image| image.data_file.as_ref().filter(|data| data.raw))?;
     Some(format!(
-        "its data is in a file of its own ({outside}), which can be written or put back without the image's bitmaps"
+        "its data is in a raw file of its own ({}), which can be written or put back without the image's bitmaps",
+        outside.name
     ))
 }
 
@@ -118,28 +128,37 @@ fn not_carried(layer: &Layer, name: &str) -> String {
 }
 
 fn is_same(now: &LayerRecord, was: &LayerRecord) -> bool {
-    let named = now.name == was.name;
-    now.format == was.format
-        && match (&now.file, &was.file) {
-            (
-                FileRecord::File { inode, born, .. },
-                FileRecord::File {
-                    inode: was_inode,
-                    born: was_born,
-                    ..
-                },
-            ) => (inode, born) == (was_inode, was_born) && (born.is_some() || named),
-            (FileRecord::Device { id }, FileRecord::Device { id: was_id }) => {
-                id == was_id && (id.is_some() || named)
-            }
-            (FileRecord::Named, FileRecord::Named) => named,
-            _ => false,
+    let data = match (&now.data, &was.data) {
+        (None, None) => true,
+        (Some((name, file)), Some((was_name, was_file))) => {
+            is_same_file(file, was_file, name == was_name)
         }
+        _ => false,
+    };
+    data && now.format == was.format && is_same_file(&now.file, &was.file, now.name == was.name)
+}
+
+fn is_same_file(now: &FileRecord, was: &FileRecord, named: bool) -> bool {
+    match (now, was) {
+        (
+            FileRecord::File { inode, born, .. },
+            FileRecord::File {
+                inode: was_inode,
+                born: was_born,
+                ..
+            },
+        ) => (inode, born) == (was_inode, was_born) && (born.is_some() || named),
+        (FileRecord::Device { id }, FileRecord::Device { id: was_id }) => {
+            id == was_id && (id.is_some() || named)
+        }
+        (FileRecord::Named, FileRecord::Named) => named,
+        _ => false,
+    }
 }
 
 /// Of an image that nothing should write to.
 fn is_changed(now: &LayerRecord, was: &LayerRecord) -> bool {
-    now.size != was.size || now.file != was.file
+    now.size != was.size || now.file != was.file || now.data != was.data
 }
 
 #[cfg(test)]

@@ -7,6 +7,10 @@ use crate::nbd;
 use crate::qemu::{BitmapName, Disk, Monitor, MonitorError, PointInTime};
 use crate::volume::reader;
 
+/// The last one of so many parts of a disk has the mark: guests write there least, and a block that the guest wrote says
+/// nothing of a bitmap that was cleared before.
+const QUIET: u64 = 16;
+
 /// Why a bitmap has no mark.
 #[derive(Debug, thiserror::Error)]
 pub(super) enum MarkError {
@@ -22,7 +26,7 @@ pub(super) enum MarkError {
 }
 
 /// Makes a block dirty in `bitmap`, and says where it begins. It is the base's, so that a backup that fails and is poured
-/// back into the base's bitmap adds nothing to that; else it is drawn at random, lest the guest writes it often.
+/// back into the base's bitmap adds nothing to that; else it is drawn at random from the end of the disk.
 pub(super) async fn set(
     monitor: &Monitor,
     point: &PointInTime,
@@ -34,7 +38,11 @@ pub(super) async fn set(
     let block = u64::from(BLOCK_SIZE);
     let start = match base {
         Some(start) => start,
-        None => getrandom::u64()? % disk.size.div_ceil(block).max(1) * block,
+        None => {
+            let blocks = disk.size.div_ceil(block).max(1);
+            let last = blocks.div_ceil(QUIET);
+            (blocks - 1 - getrandom::u64()? % last) * block
+        }
     };
     let export = point.prepare_mark(monitor, index, disk, BLOCK_SIZE).await?;
     if let Some(mark) = Extent::between(start, (start + block).min(disk.size)) {

@@ -297,28 +297,31 @@ async fn distrusted(
     frozen: &mut Frozen,
 ) -> Result<Option<String>, VolumeError> {
     let (root, id) = (base.volume.root, base.manifest.backup);
+    if let Some(block) = missed_change(namespace, root, frozen).await? {
+        return Ok(Some(format!(
+            "the block at {block} differs from the base {id} although no bitmap says so"
+        )));
+    }
     let mark = base.volume.disk.mark.and_then(|start| {
         let end = start.saturating_add(root.block_size().into());
         Extent::between(start, end.min(root.size()))
     });
-    if let Some(mark) = mark {
-        if !frozen.plan.dirty().contains(mark) {
-            return Ok(Some(format!(
-                "its bitmap since the base {id} was cleared, or another took its name"
-            )));
-        }
-        let now = Digest::of(&frozen.reader.read(mark).await?);
-        if first_other(namespace, root, vec![(mark, now)])
-            .await?
-            .is_none()
-        {
-            frozen.plan.leave(mark);
-        }
+    let Some(mark) = mark else {
+        return Ok(None);
+    };
+    if !frozen.plan.dirty().contains(mark) {
+        return Ok(Some(format!(
+            "its bitmap since the base {id} was cleared, or another took its name, or the disk was made smaller meanwhile"
+        )));
     }
-    let missed = missed_change(namespace, root, frozen).await?;
-    Ok(missed.map(|block| {
-        format!("the block at {block} differs from the base {id} although no bitmap says so")
-    }))
+    let now = Digest::of(&frozen.reader.read(mark).await?);
+    if first_other(namespace, root, vec![(mark, now)])
+        .await?
+        .is_none()
+    {
+        frozen.plan.leave(mark);
+    }
+    Ok(None)
 }
 
 /// The first clean block, of a sample and the last one that is not zero in the base, that is not what the base holds.

@@ -37,7 +37,18 @@ pub struct Image {
     /// Its file.
     pub identity: Identity,
     /// Where its bytes are, if they are not in its own file.
-    pub data_file: Option<String>,
+    pub data_file: Option<DataFile>,
+}
+
+/// A file that holds an image's bytes beside it.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct DataFile {
+    /// As QEMU names it.
+    pub name: String,
+    /// The file.
+    pub identity: Identity,
+    /// Whether it is the disk itself, byte for byte, as who writes it by other means than QEMU sees it.
+    pub raw: bool,
 }
 
 impl Image {
@@ -164,19 +175,30 @@ impl<'a> Chains<'a> {
     fn image(&self, node: &Node) -> Image {
         let file = self.protocol(node);
         let data_file = self.graph.child(&node.name, "data-file");
+        let data_file = data_file.and_then(|child| self.node(child)).map(|child| {
+            let data = self.protocol(child);
+            DataFile {
+                name: data.filename.clone(),
+                identity: self.identity(data),
+                raw: node.image.format_specific["data"]["data-file-raw"] == true,
+            }
+        });
         Image {
             name: file.filename.clone(),
-            identity: match is_file(file) {
-                true => self
-                    .files
-                    .get(&file.filename)
-                    .cloned()
-                    .unwrap_or(Identity::Unknown),
-                false => Identity::Unseen,
-            },
-            data_file: data_file
-                .map(|child| self.node(child).map_or(child, |data| &data.filename).into()),
+            identity: self.identity(file),
+            data_file,
             ..Image::of(node)
+        }
+    }
+
+    fn identity(&self, file: &Node) -> Identity {
+        match is_file(file) {
+            true => self
+                .files
+                .get(&file.filename)
+                .cloned()
+                .unwrap_or(Identity::Unknown),
+            false => Identity::Unseen,
         }
     }
 

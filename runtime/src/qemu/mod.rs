@@ -53,7 +53,7 @@ pub use agent::{Agent, AgentError};
 pub use bitmap::{BitmapName, BitmapPlan};
 pub use identity::Identity;
 pub use ids::JobId;
-pub use image::{Image, Layer};
+pub use image::{DataFile, Image, Layer};
 pub use machine::{Choice, Disk, MachineError};
 pub use monitor::{Monitor, MonitorError};
 pub use open_files::open_files;

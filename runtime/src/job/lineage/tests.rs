@@ -1,4 +1,5 @@
 use super::*;
+use crate::qemu::DataFile;
 use crate::qemu::machine::Bitmap;
 use proptest::prelude::*;
 
@@ -174,8 +175,18 @@ fn what_others_may_write_to_is_known_by_no_bitmap() {
     shared.shared = true;
     assert!(written_unseen(&shared).unwrap().contains("share-rw"));
     let mut outside = plain(&[1, 2]);
-    outside.below[0].image.data_file = Some("/images/data".into());
+    let data = |raw| {
+        Some(DataFile {
+            name: "/images/data".into(),
+            identity: Identity::Unseen,
+            raw,
+        })
+    };
+    outside.below[0].image.data_file = data(true);
     assert!(written_unseen(&outside).unwrap().contains("/images/data"));
+    outside.below[0].image.data_file = data(false);
+    assert_eq!(written_unseen(&outside), None);
+    refused(&plain(&[1, 2]), &outside, "or on another file there");
 }
 
 proptest! {
