@@ -69,10 +69,10 @@ impl Status {
     /// What a damaged or withheld part of a backup means.
     pub(super) fn of_finding(finding: &Finding) -> Self {
         match finding {
-            Finding::NoProvider {
-                source: ProviderError::Denied(denied),
-                ..
-            } => of_denied(denied),
+            Finding::NoProvider { source, .. } => match &**source {
+                ProviderError::Denied(denied) => of_denied(denied),
+                _ => Self::Unusable,
+            },
             _ => Self::Unusable,
         }
     }

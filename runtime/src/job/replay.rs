@@ -109,7 +109,7 @@ pub enum Finding {
         /// Where ranges were claimed.
         backup: BackupId,
         /// Why.
-        source: ProviderError,
+        source: Box<ProviderError>,
     },
     /// The backup that is named as the one that claimed it does not know it.
     #[error("{extent}: backup {backup}, in which it is said to be claimed, has no claim of it")]
@@ -312,6 +312,7 @@ impl Replay<'_> {
             let claims = match self.claims(backup).await {
                 Ok(claims) => claims,
                 Err(source) => {
+                    let source = Box::new(source);
                     self.findings.push(Finding::NoProvider { backup, source });
                     continue;
                 }
@@ -536,7 +537,7 @@ impl Ask {
         let mut asking = match self.unless_cancelled(self.claims.ask(self.segment)).await? {
             Ok(asking) => asking,
             Err(source) => {
-                let source = source.into();
+                let source = Box::new(source.into());
                 return Ok(vec![Finding::NoProvider { backup, source }]);
             }
         };

@@ -154,7 +154,7 @@ impl Recorded {
     fn begin(mut order: Order) -> Result<Self, String> {
         let (limits, sizes) = match &mut order {
             Order::Compile { .. } | Order::Fit(_) => {
-                return Err("a recording holds only what runs a provider".into());
+                return Err("a recording holds no compiling".into());
             }
             Order::Run(run) => (&mut run.limits, [run.max_read, run.max_write]),
             Order::OpenImage(open) => (&mut open.limits, [open.max_read, 0]),

@@ -1,17 +1,21 @@
-//! Counts its objects in memory, as if all volumes were backed up by one instance.
+//! Counts its objects in memory, as if all volumes were backed up by one instance. It may see the bytes, so that all
+//! volumes share the names of objects, although it has the host place them.
 
 use std::sync::atomic::{AtomicU32, Ordering};
 
-use fleecebox_guest::{Archive, BlindProvider, BlindVolume, Context, Encoding, Error};
+use fleecebox_guest::{Archive, Context, Encoding, Error, Provider, Volume};
+use hostile::Copied;
 
 static OBJECTS: AtomicU32 = AtomicU32::new(0);
 
 struct NamesObjectsByACounter;
 
-impl BlindProvider for NamesObjectsByACounter {
+impl Provider for NamesObjectsByACounter {
+    type Image = Copied;
+
     fn run(
         _job: Context,
-        volume: BlindVolume,
+        volume: Volume,
         archive: Archive,
         _base: Option<Vec<u8>>,
     ) -> Result<Vec<u8>, Error> {
@@ -25,4 +29,4 @@ impl BlindProvider for NamesObjectsByACounter {
     }
 }
 
-fleecebox_guest::export_blind!(NamesObjectsByACounter);
+fleecebox_guest::export!(NamesObjectsByACounter);

@@ -37,7 +37,7 @@ limits! {
     objects_are_counted_over_all_volumes:
         "image", "read = true\nlimits = { objects = 1 }", "quota-exceeded(objects)";
     a_receipt_has_an_end:
-        "claims-without-bytes", "limits = { receipt-bytes = 1 }",
+        "claims-without-bytes", "read = true\nlimits = { receipt-bytes = 1 }",
         "receipt has 2 bytes, more than its limit of 1 (receipt-bytes)";
     memory_has_an_end:
         "grows-memory", "limits = { memory = 33554432 }", "it needs more memory than its limit allows";

@@ -284,11 +284,7 @@ pub(super) fn cases() -> Vec<Case> {
             status: 2,
             ..run("wrong-world", "it cannot be used as a provider")
         },
-        refused(
-            "of-other-types",
-            raw::of_other_types,
-            "it cannot be used as a provider: it does not fit its world",
-        ),
+        made("of-other-types", raw::of_other_types, "it trapped"),
         refused(
             "garbage",
             files::garbage,
