@@ -5,7 +5,7 @@ use super::checks::Author;
 use super::directory;
 use super::encoding::Compressors;
 use super::error::Error;
-use super::frame::{FRAME_LIMIT, Frame};
+use super::frame::{FRAME_LIMIT, Frame, ObjectRef};
 use super::index::Index;
 use super::lock;
 use super::manifest::{BackupRecord, MANIFEST_FORMAT, Manifest, RULES, Stats};
@@ -246,8 +246,9 @@ impl BackupWriter {
         let objects = self.objects.all()?;
         self.durable()?;
         let roots = record.volumes.iter().map(|volume| volume.root);
+        let names: BTreeSet<_> = objects.iter().map(|object| &object.name).collect();
         let needs = roots
-            .map(|root| self.needs(root))
+            .map(|root| self.needs(root, &names))
             .collect::<Result<_, _>>()?;
         let manifest = Manifest {
             format: MANIFEST_FORMAT,
@@ -272,8 +273,8 @@ impl BackupWriter {
         Ok(manifest)
     }
 
-    /// All that a table needs, seen to be there with its length.
-    fn needs(&self, root: TableRoot) -> Result<Needs, Error> {
+    /// All that a table needs, seen to be there with its length. `objects` are the finished ones of this backup.
+    fn needs(&self, root: TableRoot, objects: &BTreeSet<&ObjectName>) -> Result<Needs, Error> {
         let mut needs = Needs::default();
         let mut made_here = false;
         for table in lock(&self.finished)
@@ -282,7 +283,13 @@ impl BackupWriter {
         {
             made_here = true;
             needs.merge(&self.inherited(table.base)?);
-            needs.add(&self.store, &table.reached)?;
+            let mut reached = table.reached.clone();
+            // What was given up unfinished is gone, and what lay there for a while has been set anew.
+            reached.objects.retain(|object| match object {
+                ObjectRef::Object { backup, name } if *backup == self.id => objects.contains(name),
+                _ => true,
+            });
+            needs.add(&self.store, &reached)?;
         }
         if !made_here {
             needs.merge(&self.inherited(root)?);
