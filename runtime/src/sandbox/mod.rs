@@ -19,6 +19,7 @@
 //! - `stubs`, the contract's functions as calls over the socket; `wasi`, the few others, with the time and the chance of
 //!   their `surroundings`
 //! - `limits`, memory and CPU time
+//! - `exports`, the types of what a component exports
 //! - `orders`, what each order does
 //!
 //! [`Order`]: crate::channel::Order
@@ -39,6 +40,7 @@ mod bindings;
 mod compiled;
 mod confine;
 mod engine;
+mod exports;
 mod limits;
 mod orders;
 mod stubs;

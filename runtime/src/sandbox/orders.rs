@@ -5,6 +5,7 @@ use super::bindings::provider::Provider;
 use super::bindings::{blind, provider};
 use super::compiled;
 use super::confine::Confined;
+use super::exports;
 use super::limits::{Limits, OutOfTime};
 use super::stubs::{Host, Lost};
 use super::surroundings::Surroundings;
@@ -73,8 +74,10 @@ pub(super) fn fit(
 ) -> Result<(), Lost> {
     let linked = load(engine, confined, 0, file)?.and_then(|component| {
         let linked = match order.world {
-            World::Provider => provider_pre(engine, &component, &order.wasi).map(drop),
-            World::BlindProvider => blind_pre(engine, &component, &order.wasi).map(drop),
+            World::Provider => provider_pre(engine, &component, &order.wasi)
+                .and_then(|pre| exports::of_a_provider(&component, pre.instance_pre())),
+            World::BlindProvider => blind_pre(engine, &component, &order.wasi)
+                .and_then(|pre| exports::of_a_blind_one(&component, pre.instance_pre())),
         };
         linked.map_err(|error| Failure::CannotLink(reason(&error)))
     });

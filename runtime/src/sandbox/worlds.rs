@@ -44,9 +44,9 @@ const WASI: &[(&str, &[Wasi])] = &[
     ("wasi:io/poll", &[Wasi::Output, Wasi::Clocks]),
 ];
 
-const BACKUP: &str = "fleecebox:provider/backup@0.1.0";
-const RESTORE: &str = "fleecebox:provider/restore@0.1.0";
-const BLIND_BACKUP: &str = "fleecebox:provider/blind-backup@0.1.0";
+pub(super) const BACKUP: &str = "fleecebox:provider/backup@0.1.0";
+pub(super) const RESTORE: &str = "fleecebox:provider/restore@0.1.0";
+pub(super) const BLIND_BACKUP: &str = "fleecebox:provider/blind-backup@0.1.0";
 
 /// Why a component is not run.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]

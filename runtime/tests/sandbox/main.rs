@@ -520,6 +520,7 @@ async fn whether_a_component_fits_its_world_is_known_before_it_runs() {
     let spins = blind_provider_with_more(OK_EMPTY, "(func $on (loop $l (br $l))) (start $on)");
     assert!(fits(spins, blind, &[]).await.is_ok());
     for (component, world) in [
+        (of_other_types(), blind),
         (blind_provider(OK_EMPTY), seeing),
         (provider_with_a_socket(), blind),
     ] {

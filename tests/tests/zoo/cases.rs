@@ -284,7 +284,11 @@ pub(super) fn cases() -> Vec<Case> {
             status: 2,
             ..run("wrong-world", "it cannot be used as a provider")
         },
-        made("of-other-types", raw::of_other_types, "it trapped"),
+        refused(
+            "of-other-types",
+            raw::of_other_types,
+            "it cannot be used as a provider: it does not fit its world",
+        ),
         refused(
             "garbage",
             files::garbage,
