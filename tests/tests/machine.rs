@@ -359,6 +359,7 @@ fn efi_variables_and_tpm_state_join_and_empty_and_read_only_drives_are_skipped()
     let outcome = running.finish()?.assert_success();
     let warned = "tpm was written to by another process";
     ensure!(outcome.stderr.contains(warned), "{}", outcome.stderr);
+    ensure!(outcome.document()?["moment"] == "one-for-each");
 
     proxy.references()?;
 

@@ -89,7 +89,7 @@ pub enum Moment {
     /// All of one moment.
     #[default]
     One,
-    /// Each of its own: what was written in one order may be there in another.
+    /// Not all: what was written in one order may be there in another.
     OneForEach,
 }
 

@@ -12,7 +12,7 @@ use super::event::Events;
 use super::extra::Extra;
 use super::fleecing::Bounds;
 use super::journal::{Journal, JournalError, Step};
-use super::point_in_time::{self, PointError, Prepared};
+use super::point_in_time::{PointError, Prepared};
 use super::prove::ProofError;
 use super::recover::{self, RecoverError};
 use super::selection::Selection;
@@ -319,13 +319,13 @@ impl Backup<'_> {
                 return Err(error.into());
             }
         };
-        self.transfer.moment = point_in_time::moment(&point);
         let since = Instant::now();
         self.prepared.mark(&point).await;
         let read = AssertUnwindSafe(self.read_all(&point)).catch_unwind().await;
         let read = read.unwrap_or_else(|panic| Err(panicked(&*panic)));
         let fleecing_peak = self.prepared.fleecing_peak();
         let mut left = self.prepared.release(&point).await;
+        self.transfer.moment = self.prepared.moment(&point);
         let snapshot = since.elapsed();
         self.request.account.snapshot(snapshot, fleecing_peak);
         let committed = match read {

@@ -15,7 +15,7 @@ use super::extra::Extra;
 use super::fleecing::{Bounds, VirtualFile};
 use super::journal::{Journal, JournalError, Step};
 use super::lineage;
-use super::point_in_time::{self, BLOCK_SIZE, PointError, Prepared};
+use super::point_in_time::{BLOCK_SIZE, PointError, Prepared};
 use super::recover;
 use super::selection::Selection;
 use super::signals::Signals;
@@ -338,7 +338,8 @@ impl Export<'_> {
                 return Err(error.into());
             }
         };
-        let held = AssertUnwindSafe(self.hold(&mut prepared, &point, id, left_out, ready)).catch_unwind();
+        let held =
+            AssertUnwindSafe(self.hold(&mut prepared, &point, id, left_out, ready)).catch_unwind();
         let (verdict, by_signal, failure) = held.await.unwrap_or_else(|panic| {
             let panicked = ExportError::Panicked(panic_text(&*panic));
             (Verdict::Failure, false, Some(panicked))
@@ -454,7 +455,7 @@ impl Export<'_> {
             tracking: self.request.tracking.clone(),
             socket: point.socket.clone(),
             volumes,
-            moment: point_in_time::moment(point),
+            moment: prepared.moment(point),
             left_out: Vec::new(),
         })
     }

@@ -146,16 +146,20 @@ pub async fn detach_files(monitor: &Monitor, job: JobId, extras: &[Extra]) -> Ve
     extra::detach(monitor, job, files.map(|(index, _)| index)).await
 }
 
-/// Warns of files that somebody wrote to since they were attached: such a volume may be torn.
-pub fn warn_of_changes(attached: &[Attached<'_>], events: &Events) {
+/// Warns of files that somebody wrote to since they were attached: such a volume may be torn. Returns whether there are
+/// any.
+pub fn warn_of_changes(attached: &[Attached<'_>], events: &Events) -> bool {
+    let mut any = false;
     for Attached { name, file, before } in attached {
         let same = |now: &Metadata| {
             now.len() == before.len() && now.modified().ok() == before.modified().ok()
         };
         if !file.metadata().is_ok_and(|now| same(&now)) {
+            any = true;
             events.warn(format!(
                 "{name} was written to by another process during the backup, so it may be from two moments; back it up while the VM is stopped to be sure"
             ));
         }
     }
+    any
 }

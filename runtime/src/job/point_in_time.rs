@@ -157,6 +157,8 @@ pub struct Prepared<'a> {
     /// Whether the guest ran at the beginning.
     standing: Standing,
     attached: Vec<Attached<'a>>,
+    /// Whether another process wrote to one of these meanwhile.
+    torn: bool,
     fleecing: Fleecing,
     job: JobId,
     disks: Vec<(qemu::Disk, Choice)>,
@@ -222,6 +224,7 @@ impl<'a> Prepared<'a> {
             journal,
             standing,
             attached,
+            torn: false,
             fleecing,
             job,
             disks,
@@ -235,6 +238,14 @@ impl<'a> Prepared<'a> {
     pub async fn give_up(self) {
         let fleecing = Some(&self.fleecing);
         unprepare(self.subject, self.monitor, self.job, fleecing, self.journal).await;
+    }
+
+    /// As a manifest says it; once it is released, for good.
+    pub fn moment(&self, point: &PointInTime) -> Moment {
+        match point.one_moment && !self.torn {
+            true => Moment::One,
+            false => Moment::OneForEach,
+        }
     }
 
     /// The disks, each with what it builds on.
@@ -452,7 +463,7 @@ impl<'a> Prepared<'a> {
             self.fleecing.remove_images();
             left.extend(self.resume().await);
         }
-        extra::warn_of_changes(&self.attached, self.subject.events);
+        self.torn = extra::warn_of_changes(&self.attached, self.subject.events);
         left
     }
 
@@ -596,14 +607,6 @@ pub(super) async fn room(monitor: &Monitor, disks: &[(qemu::Disk, Choice)]) -> u
         room = room.saturating_add(super::fleecing::room(disk.size, held));
     }
     room
-}
-
-/// As a manifest says it.
-pub fn moment(point: &PointInTime) -> Moment {
-    match point.one_moment {
-        true => Moment::One,
-        false => Moment::OneForEach,
-    }
 }
 
 async fn accept(monitor: &Monitor, node: &str, choice: &Choice) -> Result<Tracking, MonitorError> {
