@@ -290,7 +290,7 @@ fn recover_removes_the_files_of_a_vm_that_is_gone() -> Result<()> {
 fn recover_without_a_name_goes_through_the_configuration() -> Result<()> {
     let site = Site::new(Server::Shared)?;
     let outcome = site.fleecebox(&["recover"]).run()?;
-    assert_eq!(outcome.code(), Some(1), "{outcome:?}");
+    assert_eq!(outcome.code(), Some(2), "{outcome:?}");
     let rows = result(&outcome)?;
     let error = rows[0]["error"].as_str().context("no error")?;
     ensure!(error.contains("VM 'box' has no monitor"), "{rows}");

@@ -43,6 +43,9 @@ impl Place {
             let found = match statat(&folder, &name, AtFlags::SYMLINK_NOFOLLOW) {
                 Ok(found) => found,
                 Err(Errno::NOENT) if names.is_empty() => {
+                    if path.as_os_str().as_bytes().ends_with(b"/") {
+                        return Err(anyhow!("there is no such folder"));
+                    }
                     return Ok(Self {
                         path: path.to_owned(),
                         folder,
