@@ -39,6 +39,7 @@ help:
 	@echo "make providers  build the providers into $(COMPONENTS)"
 	@echo "make languages  build those that are not in Rust"
 	@echo "make setup      only see to the Debian packages that the tests need"
+	@echo "tests/setup/fresh.sh  run one of these in a fresh Debian 12: tests/setup/fresh.sh nothing make demo"
 	@echo "make clean      remove what was built, and the cache in .cache"
 	@echo
 	@echo "Each of them first sees to what it needs, and says so."
