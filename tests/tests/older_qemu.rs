@@ -4,7 +4,7 @@
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 
-use anyhow::{Context, Result, ensure};
+use anyhow::{Result, ensure};
 use fleecebox_tests::{Disk, MIB, NbdClient, QemuState, Site, StorageDaemon, compare};
 
 /// Where the programs of that release's QEMU are; nothing where its packages cannot be had.

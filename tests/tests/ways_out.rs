@@ -536,9 +536,9 @@ fn a_vm_can_be_reverted_to_an_internal_snapshot_once_its_tracking_is_dropped() -
         .command(&["tracking", "drop", "web", "--all"])
         .arg("--qmp")
         .arg(&vm.monitors().control);
-    dead.run()?.assert_refused(1, "another job is running");
+    dead.run()?.assert_refused(11, "another job is running");
     running.kill()?;
-    dead.run()?.assert_refused(1, "fleecebox recover");
+    dead.run()?.assert_refused(2, "fleecebox recover");
     let recover = site.command(&["recover", "web", "--archive", "main", "--qmp"]);
     recover
         .arg(&qmp)

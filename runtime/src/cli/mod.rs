@@ -396,7 +396,7 @@ fn cancel_on_signals(cancel: CancellationToken, at_once: CancellationToken) {
         say!(
             "fleecebox: ended at once by a second signal; what the job has left in the VM is removed by its watchdog as soon as that can be done without stopping the VM, or by `fleecebox recover`"
         );
-        std::process::exit(1);
+        std::process::exit(Status::Cancelled.code().into());
     });
 }
 

@@ -14,6 +14,7 @@ use crate::job::prove::ProofError;
 use crate::job::recover::RecoverError;
 use crate::job::replay::{Finding, ProviderError, ReplayError};
 use crate::job::slots::SlotError;
+use crate::job::tracking::TrackingError;
 use crate::job::volume_run::VolumeError;
 use crate::policy::Denied;
 use crate::qemu::MonitorError;
@@ -89,6 +90,7 @@ fn of_cause(cause: &(dyn Error + 'static)) -> Option<Status> {
         .or_else(|| on(cause, of_export))
         .or_else(|| on(cause, of_point))
         .or_else(|| on(cause, of_recover))
+        .or_else(|| on(cause, of_tracking))
         .or_else(|| on(cause, of_replay))
         .or_else(|| on(cause, of_kit))
         .or_else(|| on(cause, of_slot))
@@ -155,7 +157,17 @@ fn of_recover(error: &RecoverError) -> Status {
         RecoverError::Power(error) => of_power(error),
         RecoverError::Claim(error) => of_claim(error),
         RecoverError::Archive(error) => of_archive(error),
+        RecoverError::Hangs { .. } => Status::Busy,
         error => mistake_if(error.is_mistake()),
+    }
+}
+
+fn of_tracking(error: &TrackingError) -> Status {
+    match error {
+        TrackingError::Monitor(error) => of_monitor(error),
+        TrackingError::Journal(error) => of_journal(error),
+        TrackingError::Dead { .. } => Status::Mistake,
+        TrackingError::Busy { .. } => Status::Busy,
     }
 }
 
@@ -175,9 +187,7 @@ fn of_monitor(error: &MonitorError) -> Status {
             reason: NotQmp::Silent { .. },
             ..
         } => Status::Busy,
-        MonitorError::Connect { source, .. } if source.kind() == std::io::ErrorKind::WouldBlock => {
-            Status::Busy
-        }
+        MonitorError::Held { .. } => Status::Busy,
         _ => Status::Failed,
     }
 }

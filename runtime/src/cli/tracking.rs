@@ -6,7 +6,6 @@ use crate::job::journal::Journal;
 use crate::job::tracking::{self, TrackingError};
 use crate::qemu::bitmap::Own;
 use crate::qemu::{Monitor, MonitorError};
-use anyhow::anyhow;
 use clap::Args;
 use serde_json::{Value, json};
 use std::collections::BTreeMap;
@@ -224,6 +223,6 @@ fn failed(error: MonitorError) -> Failure {
 fn failed_to_drop(error: TrackingError) -> Failure {
     match error {
         TrackingError::Monitor(error) => failed(error),
-        error => Failure::Failed(anyhow!(error)),
+        error => Failure::Failed(error.into()),
     }
 }

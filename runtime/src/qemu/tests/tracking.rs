@@ -32,7 +32,7 @@ async fn first_backup(daemon: &Daemon, monitor: &Monitor) {
             .iter()
             .all(|volume| volume.dirty_context.is_none())
     );
-    assert!(point.teardown(monitor).await.is_empty());
+    assert!(super::end(&point, monitor).await.is_empty());
     for disk in ["raw0", "qcow0"] {
         bitmap::accept(monitor, disk, &plan).await.unwrap();
     }
@@ -74,7 +74,7 @@ async fn success_keeps_the_new_bitmap_with_what_came_after_the_point_in_time() {
         let dirty = dirty_blocks(&volume.export, &point.socket, &b1);
         assert_eq!(dirty, [0, 5, 6]);
     }
-    assert!(point.teardown(&monitor).await.is_empty());
+    assert!(super::end(&point, &monitor).await.is_empty());
     for disk in ["raw0", "qcow0"] {
         bitmap::accept(&monitor, disk, &second()).await.unwrap();
         bitmap::accept(&monitor, disk, &second()).await.unwrap();
@@ -102,7 +102,7 @@ async fn failure_leaves_one_bitmap_with_all_changes_since_the_base() {
         let busy = bitmap::back_out(&monitor, disk, &second()).await;
         assert!(busy.is_err(), "an exported bitmap cannot be changed");
     }
-    assert!(point.teardown(&monitor).await.is_empty());
+    assert!(super::end(&point, &monitor).await.is_empty());
     for disk in ["raw0", "qcow0"] {
         for _ in 0..2 {
             let tracking = bitmap::back_out(&monitor, disk, &second()).await.unwrap();
@@ -126,7 +126,7 @@ async fn a_failed_first_backup_leaves_no_bitmap() {
     let request = daemon.request(&monitor, daemon.shared(), &plan).await;
     let point = daemon.take(&monitor, request).await.unwrap();
     assert_eq!(bitmap::find(&monitor).await.unwrap().len(), 2);
-    assert!(point.teardown(&monitor).await.is_empty());
+    assert!(super::end(&point, &monitor).await.is_empty());
     for disk in ["raw0", "qcow0"] {
         assert_eq!(
             bitmap::back_out(&monitor, disk, &plan).await.unwrap(),
