@@ -27,6 +27,19 @@ pub fn same_disk(left: &Path, right: &Path) -> Result<()> {
     .map(drop)
 }
 
+/// The same content as a disk that QEMU has open, and has written out.
+///
+/// # Errors
+/// As [`same_disk`].
+pub fn same_as_live(image: &Path, live: &Path) -> Result<()> {
+    let mut compare = tool("qemu-img");
+    run(
+        "qemu-utils",
+        compare.args(["compare", "-U"]).arg(image).arg(live),
+    )
+    .map(drop)
+}
+
 /// A qcow2 file whose own structures are without a fault, by `qemu-img check`.
 ///
 /// # Errors

@@ -1,6 +1,7 @@
 //! A real Linux guest, emulated without KVM: a Debian kernel, ext4 on a virtio and on a SCSI
 //! disk, the guest agent, and processes that write all the while.
 
+use std::ffi::OsString;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
@@ -317,10 +318,14 @@ fn read(serial: &Path) -> String {
         .collect()
 }
 
+/// Where things go that are slow to make.
+pub(crate) fn cache() -> OsString {
+    std::env::var_os("FLEECEBOX_CACHE").unwrap_or_else(|| DEFAULT_CACHE.into())
+}
+
 /// The folder with the guest's kernel and initramfs.
 fn image() -> Result<PathBuf> {
-    let cache = std::env::var_os("FLEECEBOX_CACHE").unwrap_or_else(|| DEFAULT_CACHE.into());
-    let built = run("dash", tool("sh").arg(BUILD_SCRIPT).arg(cache))
+    let built = run("dash", tool("sh").arg(BUILD_SCRIPT).arg(cache()))
         .context("building the guest's image from Debian packages")?;
     Ok(String::from_utf8(built.stdout)?.trim_end().into())
 }

@@ -1,0 +1,173 @@
+//! What is done between two backups: each case begins with a backup, and ends with those that follow.
+
+use super::scene::Scene;
+use anyhow::{Context, Result, ensure};
+use fleecebox_tests::eventually;
+use std::time::Duration;
+
+type Case = fn(&mut Scene) -> Result<()>;
+
+pub(super) const ALL: [(&str, Case); 8] = [
+    ("restart", restart),
+    ("commit", commit),
+    ("copy", copy),
+    ("internal-snapshot", internal_snapshot),
+    ("internal-revert", internal_revert),
+    ("checkpoint", checkpoint),
+    ("push-backup", push_backup),
+    ("everything", everything),
+];
+
+const LIMIT: Duration = Duration::from_secs(60);
+const DISKS: [&str; 2] = ["sda", "vdb"];
+
+/// An ordinary restart loses nothing, and costs nothing.
+fn restart(scene: &mut Scene) -> Result<()> {
+    scene.write()?;
+    scene.virsh(&["destroy"])?;
+    scene.virsh(&["start", "--paused"])?;
+    scene.write()?;
+    scene.goes_on()?;
+    ensure!(
+        !scene.told().ends_with("full+full, incr+incr"),
+        "{}",
+        scene.told()
+    );
+    Ok(())
+}
+
+fn make_snapshot(scene: &Scene, name: &str) -> Result<()> {
+    let command = ["snapshot-create-as", name, "--disk-only", "--atomic"];
+    scene.virsh(&command).map(drop)
+}
+
+fn commit_all(scene: &Scene) -> Result<()> {
+    for disk in DISKS {
+        scene.virsh(&["blockcommit", disk, "--active", "--pivot", "--wait"])?;
+    }
+    Ok(())
+}
+
+/// A snapshot that is made and committed again within one increment.
+fn commit(scene: &mut Scene) -> Result<()> {
+    scene.write()?;
+    make_snapshot(scene, "s1")?;
+    scene.write()?;
+    commit_all(scene)?;
+    scene.write()?;
+    scene.goes_on()
+}
+
+fn copy(scene: &mut Scene) -> Result<()> {
+    scene.write()?;
+    for disk in DISKS {
+        let to = scene.domain.path(&format!("{disk}.copy"));
+        let to = to.to_str().context("a path in UTF-8")?;
+        let mut command = vec![
+            "blockcopy",
+            disk,
+            to,
+            "--format",
+            "qcow2",
+            "--wait",
+            "--pivot",
+        ];
+        command.push("--transient-job");
+        scene.virsh(&command)?;
+    }
+    scene.write()?;
+    scene.goes_on()
+}
+
+/// Made and deleted; QEMU does that beside bitmaps.
+fn internal_snapshot(scene: &mut Scene) -> Result<()> {
+    scene.write()?;
+    scene.virsh(&["snapshot-create-as", "i1"])?;
+    scene.write()?;
+    scene.back_up()?;
+    scene.write()?;
+    scene.virsh(&["snapshot-delete", "i1"])?;
+    scene.write()?;
+    scene.goes_on()
+}
+
+/// QEMU takes no image back that a bitmap records; without bitmaps it does, and then nothing is known of what changed.
+fn internal_revert(scene: &mut Scene) -> Result<()> {
+    scene.write()?;
+    scene.virsh(&["snapshot-create-as", "i1"])?;
+    scene.write()?;
+    scene.back_up()?;
+    let revert = ["snapshot-revert", "i1", "--paused"];
+    let refused = scene
+        .virsh(&revert)
+        .err()
+        .context("reverted beside a bitmap")?;
+    ensure!(
+        format!("{refused:#}").contains("active dirty bitmaps"),
+        "{refused:#}"
+    );
+    // So much does libvirt make of it.
+    scene.virsh(&["start", "--paused"])?;
+    scene.back_up()?;
+    scene.write()?;
+    scene.drop_bitmaps()?;
+    scene.virsh(&revert)?;
+    scene.goes_on()
+}
+
+fn checkpoint(scene: &mut Scene) -> Result<()> {
+    scene.write()?;
+    scene.virsh(&["checkpoint-create-as", "c1"])?;
+    scene.write()?;
+    scene.back_up()?;
+    scene.write()?;
+    scene.virsh(&["checkpoint-delete", "c1"])?;
+    scene.write()?;
+    scene.goes_on()
+}
+
+fn push(scene: &Scene, name: &str) -> Result<()> {
+    let disks = DISKS.map(|disk| {
+        let target = scene.domain.path(&format!("{disk}.{name}"));
+        format!(
+            "<disk name='{disk}' type='file'><target file='{}'/><driver type='qcow2'/></disk>",
+            target.display()
+        )
+    });
+    let xml = scene.domain.path(name);
+    let disks = disks.concat();
+    std::fs::write(
+        &xml,
+        format!("<domainbackup mode='push'><disks>{disks}</disks></domainbackup>"),
+    )?;
+    scene.virsh(&["backup-begin", xml.to_str().context("a path in UTF-8")?])?;
+    eventually("libvirt's own backup", LIMIT, || {
+        let told = scene.virsh(&["domjobinfo"])?;
+        Ok(told.contains("None").then_some(()))
+    })
+}
+
+fn push_backup(scene: &mut Scene) -> Result<()> {
+    scene.write()?;
+    push(scene, "pushed")?;
+    scene.write()?;
+    scene.goes_on()
+}
+
+/// One after the other, with a backup only at the end.
+fn everything(scene: &mut Scene) -> Result<()> {
+    scene.write()?;
+    make_snapshot(scene, "s1")?;
+    scene.write()?;
+    push(scene, "pushed")?;
+    make_snapshot(scene, "s2")?;
+    scene.write()?;
+    scene.virsh(&["checkpoint-create-as", "c1"])?;
+    scene.virsh(&["checkpoint-delete", "c1"])?;
+    commit_all(scene)?;
+    scene.write()?;
+    scene.virsh(&["destroy"])?;
+    scene.virsh(&["start", "--paused"])?;
+    scene.write()?;
+    scene.goes_on()
+}

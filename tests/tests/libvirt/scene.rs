@@ -1,0 +1,129 @@
+//! A domain and the backups of it, each of which must be what its disks held.
+
+use anyhow::{Context, Result, ensure};
+use fleecebox_tests::{Backup, Domain, Libvirt, MIB, Order, QemuState, Site, compare};
+
+/// Of each disk, in bytes.
+const SIZE: u64 = 64 * MIB;
+
+/// Of data on each disk from the beginning: what changes is one block of so many that the sample of clean blocks that
+/// each incremental compares, 16 of them, would hardly ever find a change that tracking has missed.
+const FILLED: u64 = 48 * MIB;
+
+/// The disks of a domain: libvirt's name, and the device's.
+const DISKS: [(&str, &str); 2] = [("sda", "scsi0-0-0-0"), ("vdb", "virtio-disk1")];
+
+/// Of a bitmap and of the product.
+const BLOCK: u64 = 65536;
+
+pub(super) struct Scene<'a> {
+    pub(super) domain: Domain<'a>,
+    site: Site,
+    order: Order,
+    backups: Vec<Backup>,
+    written: u8,
+}
+
+impl<'a> Scene<'a> {
+    /// A domain whose disks have been written to and backed up once.
+    pub(super) fn new(libvirt: &'a Libvirt, name: &str) -> Result<Self> {
+        let domain = libvirt.domain(name, SIZE)?;
+        let site = Site::new()?;
+        let order = site.order_for(&domain.monitors().product, "chunked")?;
+        let mut scene = Self {
+            domain,
+            site,
+            order,
+            backups: Vec::new(),
+            written: 0,
+        };
+        for (_, device) in DISKS {
+            scene.domain.write(device, 0xee, 0, FILLED)?;
+        }
+        scene.back_up()?;
+        Ok(scene)
+    }
+
+    pub(super) fn virsh(&self, command: &[&str]) -> Result<String> {
+        self.domain.virsh(command)
+    }
+
+    /// Writes what was never written to either disk, in part of a block of its own, and of the block that was written
+    /// last.
+    pub(super) fn write(&mut self) -> Result<()> {
+        self.written += 1;
+        for (_, device) in DISKS {
+            let at = u64::from(self.written) * 3 * BLOCK;
+            self.domain.write(device, self.written, at + 1000, 20_000)?;
+            let last = at - 3 * BLOCK;
+            self.domain
+                .write(device, 0x80 | self.written, last + 30_000, 3000)?;
+        }
+        Ok(())
+    }
+
+    /// Makes a backup, restores it and holds it against the disks, which nobody writes to meanwhile.
+    pub(super) fn back_up(&mut self) -> Result<()> {
+        let before = QemuState::read(self.domain.monitors())?;
+        let outcome = self.site.backup_command(&self.order).run()?;
+        ensure!(
+            outcome.code() == Some(0),
+            "the backup ended with {:?}: {}",
+            outcome.code(),
+            outcome.stderr
+        );
+        let backup = Backup::told_by(&outcome)?;
+        self.site.check_no_fleecing_images()?;
+        let left = QemuState::read(self.domain.monitors())?.differences(&before, |_| true);
+        ensure!(left.is_empty(), "left behind: {left:?}");
+        let restored = self.site.restore(&self.site.archive(), &backup.id)?;
+        for (disk, device) in DISKS {
+            let image = restored.join(format!("{device}.raw"));
+            compare::same_as_live(&image, &self.domain.source(disk)?)
+                .with_context(|| format!("{disk} of backup {}: {}", backup.id, backup.said))?;
+        }
+        self.backups.push(backup);
+        Ok(())
+    }
+
+    /// How each backup was read: `full` or `incr` for each disk.
+    pub(super) fn told(&self) -> String {
+        let of = |backup: &Backup| {
+            let read = DISKS.map(
+                |(_, device)| match backup.volume(device)["base"].is_null() {
+                    true => "full",
+                    false => "incr",
+                },
+            );
+            read.join("+")
+        };
+        self.backups.iter().map(of).collect::<Vec<_>>().join(", ")
+    }
+
+    /// Two more backups after what happened, with and without writes before; the last must build on the one before, so
+    /// that tracking goes on. All that were made are still intact.
+    pub(super) fn goes_on(&mut self) -> Result<()> {
+        self.back_up()?;
+        self.write()?;
+        self.back_up()?;
+        let told = self.told();
+        ensure!(told.ends_with("incr+incr"), "read in full again: {told}");
+        for backup in &self.backups {
+            self.site.verify(&self.site.archive(), &backup.id)?;
+        }
+        Ok(())
+    }
+
+    /// Removes the product's bitmaps from all nodes of the domain.
+    pub(super) fn drop_bitmaps(&self) -> Result<()> {
+        use fleecebox_tests::Qmp;
+        use serde_json::json;
+        let state = QemuState::read(self.domain.monitors())?;
+        let mut qmp = Qmp::connect(&self.domain.monitors().control)?;
+        for bitmap in state.bitmaps() {
+            let arguments = json!({"node": bitmap.node, "name": bitmap.name});
+            qmp.execute("block-dirty-bitmap-remove", arguments)?;
+        }
+        Ok(())
+    }
+}
