@@ -7,10 +7,17 @@ use std::time::Duration;
 
 type Case = fn(&mut Scene) -> Result<()>;
 
-pub(super) const ALL: [(&str, Case); 8] = [
+pub(super) const ALL: [(&str, Case); 15] = [
     ("restart", restart),
+    ("snapshot", snapshot),
+    ("snapshots", snapshots),
+    ("snapshot-of-one-disk", snapshot_of_one_disk),
     ("commit", commit),
+    ("commit-between-backups", commit_between_backups),
+    ("pull", pull),
     ("copy", copy),
+    ("snapshot-delete", snapshot_delete),
+    ("snapshot-revert", snapshot_revert),
     ("internal-snapshot", internal_snapshot),
     ("internal-revert", internal_revert),
     ("checkpoint", checkpoint),
@@ -41,6 +48,39 @@ fn make_snapshot(scene: &Scene, name: &str) -> Result<()> {
     scene.virsh(&command).map(drop)
 }
 
+fn snapshot(scene: &mut Scene) -> Result<()> {
+    scene.write()?;
+    make_snapshot(scene, "s1")?;
+    scene.write()?;
+    scene.goes_on()
+}
+
+/// Two in a row, with writes before, between and after.
+fn snapshots(scene: &mut Scene) -> Result<()> {
+    scene.write()?;
+    make_snapshot(scene, "s1")?;
+    scene.write()?;
+    make_snapshot(scene, "s2")?;
+    scene.write()?;
+    scene.goes_on()
+}
+
+fn snapshot_of_one_disk(scene: &mut Scene) -> Result<()> {
+    scene.write()?;
+    let only = [
+        "--disk-only",
+        "--diskspec",
+        "sda,snapshot=external",
+        "--diskspec",
+        "vdb,snapshot=no",
+    ];
+    let mut command = vec!["snapshot-create-as", "s1"];
+    command.extend(only);
+    scene.virsh(&command)?;
+    scene.write()?;
+    scene.goes_on()
+}
+
 fn commit_all(scene: &Scene) -> Result<()> {
     for disk in DISKS {
         scene.virsh(&["blockcommit", disk, "--active", "--pivot", "--wait"])?;
@@ -54,6 +94,30 @@ fn commit(scene: &mut Scene) -> Result<()> {
     make_snapshot(scene, "s1")?;
     scene.write()?;
     commit_all(scene)?;
+    scene.write()?;
+    scene.goes_on()
+}
+
+fn commit_between_backups(scene: &mut Scene) -> Result<()> {
+    scene.write()?;
+    make_snapshot(scene, "s1")?;
+    scene.write()?;
+    scene.back_up()?;
+    scene.write()?;
+    commit_all(scene)?;
+    scene.write()?;
+    scene.goes_on()
+}
+
+fn pull(scene: &mut Scene) -> Result<()> {
+    scene.write()?;
+    make_snapshot(scene, "s1")?;
+    scene.write()?;
+    scene.back_up()?;
+    scene.write()?;
+    for disk in DISKS {
+        scene.virsh(&["blockpull", disk, "--wait"])?;
+    }
     scene.write()?;
     scene.goes_on()
 }
@@ -76,6 +140,27 @@ fn copy(scene: &mut Scene) -> Result<()> {
         scene.virsh(&command)?;
     }
     scene.write()?;
+    scene.goes_on()
+}
+
+fn snapshot_delete(scene: &mut Scene) -> Result<()> {
+    scene.write()?;
+    make_snapshot(scene, "s1")?;
+    scene.write()?;
+    scene.back_up()?;
+    scene.write()?;
+    scene.virsh(&["snapshot-delete", "s1"])?;
+    scene.write()?;
+    scene.goes_on()
+}
+
+fn snapshot_revert(scene: &mut Scene) -> Result<()> {
+    scene.write()?;
+    make_snapshot(scene, "s1")?;
+    scene.write()?;
+    scene.back_up()?;
+    scene.write()?;
+    scene.virsh(&["snapshot-revert", "s1", "--paused"])?;
     scene.goes_on()
 }
 
