@@ -1,17 +1,21 @@
 //! A soak: for a given time, whatever can happen to a VM and its backups happens in a random order.
 //!
 //! The guest writes, zeroes and discards all the while. Backups go to two archives by two providers, in part or in full;
-//! jobs and sandboxes are killed, cancelled, cut from their monitor; QEMU is restarted in good order and killed. Each
-//! backup that is committed, whatever became of its job, is verified, restored, and held against what QEMU itself copied
+//! jobs and sandboxes are killed, cancelled, cut from their monitor; QEMU is restarted in good order and killed. The
+//! images beneath are snapshotted, committed, pulled, moved, thrown away, replaced by older copies; bits of the archives
+//! rot. Each backup that is committed, whatever became of its job, is verified, restored, and held against what QEMU itself copied
 //! at its point in time; some are kept and restored once more, much later.
 //!
 //! `make soak SECONDS=3600 SEED=7`. The seed decides what is done and written; how far each thing gets before the next
 //! one disturbs it is the machine's affair, so a seed alone does not always bring a failure back.
 
+mod graph;
+mod harm;
 mod world;
 
 use anyhow::{Context, Result};
 use fleecebox_tests::Random;
+use graph::Change;
 use std::collections::BTreeMap;
 use std::fmt;
 use std::process::ExitCode;
@@ -38,10 +42,13 @@ enum Step {
     RestoreAnother,
     RestartQemu,
     KillQemu,
+    Images(Change),
+    Damage,
+    RestoreAmongLinks,
 }
 
 /// How often each comes, relative to the others.
-const STEP_WEIGHTS: [(Step, u64); 11] = [
+const STEP_WEIGHTS: [(Step, u64); 20] = [
     (Step::Backup, 8),
     (Step::FullBackup, 1),
     (Step::KillAtCommand, 4),
@@ -53,6 +60,15 @@ const STEP_WEIGHTS: [(Step, u64); 11] = [
     (Step::RestoreAnother, 3),
     (Step::RestartQemu, 1),
     (Step::KillQemu, 1),
+    (Step::Images(Change::Snapshot), 2),
+    (Step::Images(Change::Commit), 1),
+    (Step::Images(Change::Pull), 1),
+    (Step::Images(Change::Mirror), 1),
+    (Step::Images(Change::Revert), 1),
+    (Step::Images(Change::PutBack), 1),
+    (Step::Images(Change::Clear), 1),
+    (Step::Damage, 1),
+    (Step::RestoreAmongLinks, 1),
 ];
 
 impl Step {
@@ -82,6 +98,15 @@ impl fmt::Display for Step {
             Self::RestoreAnother => "older backup restored",
             Self::RestartQemu => "QEMU restarted",
             Self::KillQemu => "QEMU killed",
+            Self::Images(Change::Snapshot) => "external snapshot",
+            Self::Images(Change::Commit) => "overlay committed",
+            Self::Images(Change::Pull) => "backing images pulled",
+            Self::Images(Change::Mirror) => "disk moved",
+            Self::Images(Change::Revert) => "overlay thrown away",
+            Self::Images(Change::PutBack) => "older copy put back",
+            Self::Images(Change::Clear) => "bitmap cleared",
+            Self::Damage => "a bit of an archive rotten",
+            Self::RestoreAmongLinks => "restored among links",
         })
     }
 }
@@ -203,6 +228,9 @@ fn take(step: Step, world: &mut World) -> Result<()> {
         Step::RestoreAnother => world.restore_another(),
         Step::RestartQemu => world.restart_qemu(),
         Step::KillQemu => world.kill_qemu(),
+        Step::Images(change) => world.change_images(change),
+        Step::Damage => world.damage(),
+        Step::RestoreAmongLinks => world.restore_among_links(),
     }
 }
 

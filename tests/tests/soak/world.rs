@@ -1,18 +1,24 @@
 //! A storage daemon with disks that are written all the while, two archives, and all backups that are known to be
 //! committed.
 
+use crate::graph::Images;
 use anyhow::{Context, Result, bail, ensure};
 use fleecebox_tests::{
     At, Disk, Fault, Fleecebox, Load, MIB, Order, Outcome, Proxy, QemuState, Random,
     ReferenceImage, Running, Site, Stage, StorageDaemon, What, Writer, compare, eventually,
 };
 use std::collections::BTreeSet;
+use std::fmt::Write as _;
 use std::fs;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::time::Duration;
 
-/// A provider, and the archive where its backups go.
-const TRACKS: [(&str, &str); 2] = [("chunked", "archive"), ("image", "second")];
+/// A provider, and the archive where its backups go: two tenants of one archive, and an archive of its own.
+pub(crate) const TRACKS: [(&str, &str); 3] = [
+    ("chunked", "archive"),
+    ("image", "archive"),
+    ("image", "second"),
+];
 
 /// Few enough that most blocks are clean in an incremental: a change that was forgotten then shows.
 const WRITES_PER_SECOND: u32 = 60;
@@ -53,11 +59,9 @@ struct Known {
 }
 
 /// The namespace of an order's provider, which is part of its bitmaps' names.
-fn track(order: &Order) -> &str {
-    let name = |(provider, archive): &(&'static str, &str)| {
-        order.archive.ends_with(archive).then_some(*provider)
-    };
-    TRACKS.iter().find_map(name).unwrap_or_default()
+fn namespace(order: &Order) -> &str {
+    let file = order.provider.rsplit('/').next().unwrap_or_default();
+    file.strip_suffix(".wasm").unwrap_or(file)
 }
 
 pub(crate) struct World {
@@ -66,6 +70,10 @@ pub(crate) struct World {
     proxy: Proxy,
     before: QemuState,
     writers: Vec<Writer>,
+    /// Of the disks whose images change.
+    images: Vec<Images>,
+    /// Numbers the files of new images.
+    files: u32,
     kept: Vec<Known>,
     /// All ids of all archives.
     ids: BTreeSet<String>,
@@ -99,6 +107,8 @@ impl World {
             site,
             daemon,
             writers: Vec::new(),
+            images: vec![Images::new("db", 1), Images::new("dc", 2)],
+            files: 0,
             kept: Vec::new(),
             ids: BTreeSet::new(),
             counts: Counts::default(),
@@ -148,11 +158,112 @@ impl World {
 
     fn order_to(&mut self, (provider, archive): (&str, &str)) -> Result<Order> {
         self.proxy = Proxy::start(self.daemon.monitors())?;
-        let order = self.site.order(&self.daemon, provider)?;
+        let mut order = self.site.order(&self.daemon, provider)?;
+        // Without a device, a disk has its node's name; where another node is active now, the configuration keeps it.
+        let moved = |disk: &&Images| disk.active() != disk.disk;
+        let mut configuration = String::from("[vm.web.extra]\n");
+        for disk in self.images.iter().filter(moved) {
+            order.disks.retain(|name| *name != disk.disk);
+            writeln!(configuration, "{} = {:?}", disk.disk, disk.active())?;
+        }
+        self.site.configure(&configuration)?;
         Ok(Order {
             archive: self.site.path(archive),
             ..order.through(&self.proxy)
         })
+    }
+
+    /// The disks of an order as pairs of their names and their nodes, in the order in which they are taken.
+    fn nodes(&self, order: &Order) -> Vec<(String, String)> {
+        let plain = order.disks.iter().map(|disk| (disk.clone(), disk.clone()));
+        let moved = self
+            .images
+            .iter()
+            .filter(|disk| !order.disks.contains(&disk.disk));
+        let moved = moved.map(|disk| (disk.disk.clone(), disk.active().to_owned()));
+        plain.chain(moved).collect()
+    }
+
+    pub(crate) fn daemon(&self) -> &StorageDaemon {
+        &self.daemon
+    }
+
+    pub(crate) fn site(&self) -> &Site {
+        &self.site
+    }
+
+    /// Backups of a damaged archive need not restore any more.
+    pub(crate) fn forget_kept(&mut self, archive: &Path) -> Result<()> {
+        for known in self.kept.extract_if(.., |known| known.archive == archive) {
+            fs::remove_dir_all(self.site.path("kept").join(known.id))?;
+        }
+        Ok(())
+    }
+
+    /// The archive and the id of one that is kept.
+    pub(crate) fn random_kept(&mut self) -> Option<(PathBuf, String)> {
+        let some = self.kept.len().max(1) as u64;
+        let known = self.kept.get(self.random.below(some) as usize)?;
+        Some((known.archive.clone(), known.id.clone()))
+    }
+
+    pub(crate) fn random(&mut self) -> &mut Random {
+        &mut self.random
+    }
+
+    pub(crate) fn images(&self) -> &[Images] {
+        &self.images
+    }
+
+    pub(crate) fn images_mut(&mut self, number: usize) -> &mut Images {
+        &mut self.images[number]
+    }
+
+    pub(crate) fn random_images(&mut self) -> usize {
+        self.random.below(self.images.len() as u64) as usize
+    }
+
+    /// The file that a disk's users read and write.
+    pub(crate) fn active_file(&self, number: usize) -> PathBuf {
+        self.daemon.disks()[self.images[number].daemon_disk()]
+            .path
+            .clone()
+    }
+
+    /// What QEMU is started with from now on.
+    pub(crate) fn set_active_file(&mut self, number: usize, file: PathBuf) {
+        let disk = self.images[number].daemon_disk();
+        self.daemon.disks_mut()[disk].path = file;
+    }
+
+    /// A node's name and a file for a new image.
+    pub(crate) fn new_image(&mut self, number: usize) -> (String, PathBuf) {
+        self.files += 1;
+        let node = format!("{}-{}", self.images[number].disk, self.files);
+        let file = self.daemon.folder().join(format!("{node}.qcow2"));
+        (node, file)
+    }
+
+    /// What a dead job left would be in the way of whoever changes images.
+    pub(crate) fn settle_litter(&mut self) -> Result<()> {
+        match self.litter()?.is_empty() {
+            true => Ok(()),
+            false => self.recover(),
+        }
+    }
+
+    /// What is in QEMU now is how it has to be after a job.
+    pub(crate) fn look_again(&mut self) -> Result<()> {
+        self.before = QemuState::read(self.daemon.monitors())?;
+        Ok(())
+    }
+
+    /// Ends QEMU in good order, lets `change` change its images, and starts it again.
+    pub(crate) fn while_off(&mut self, change: impl FnOnce(&mut Self) -> Result<()>) -> Result<()> {
+        self.writers.clear();
+        self.daemon.quit()?;
+        change(self)?;
+        self.go_on()
     }
 
     /// A backup that nobody disturbs must go through.
@@ -161,7 +272,7 @@ impl World {
         self.back_up_to(track, full)
     }
 
-    fn back_up_to(&mut self, track: (&str, &str), full: bool) -> Result<()> {
+    pub(crate) fn back_up_to(&mut self, track: (&str, &str), full: bool) -> Result<()> {
         let order = Order {
             full,
             ..self.order_to(track)?
@@ -287,20 +398,18 @@ impl World {
         if self.littered {
             self.recover()?;
         }
-        self.writers.clear();
-        self.daemon.quit()?;
-        self.go_on()
+        self.while_off(|_| Ok(()))
     }
 
     pub(crate) fn kill_qemu(&mut self) -> Result<()> {
         self.writers.clear();
         self.daemon.kill()?;
-        self.daemon.start_again()?;
         self.go_on()
     }
 
     fn go_on(&mut self) -> Result<()> {
         self.daemon.start_again()?;
+        self.images.iter_mut().for_each(Images::restarted);
         self.before = QemuState::read(self.daemon.monitors())?;
         self.start_writers()
     }
@@ -347,18 +456,19 @@ impl World {
 
     /// Copies the references: they go with the proxy.
     fn keep(&self, order: &Order, id: &str, references: Vec<ReferenceImage>) -> Result<Known> {
+        let nodes = self.nodes(order);
         let devices: Vec<_> = references.iter().map(|image| &image.device).collect();
         ensure!(
-            devices == order.disks.iter().collect::<Vec<_>>(),
+            devices == nodes.iter().map(|(_, node)| node).collect::<Vec<_>>(),
             "{id} is committed, and QEMU's own copies are of {devices:?}"
         );
         let folder = self.site.path("kept").join(id);
         fs::create_dir(&folder)?;
         let mut volumes = Vec::new();
-        for reference in references {
-            let copy = folder.join(&reference.device);
+        for (reference, (volume, _)) in references.into_iter().zip(nodes) {
+            let copy = folder.join(&volume);
             fs::copy(&reference.path, &copy)?;
-            volumes.push((reference.device, copy));
+            volumes.push((volume, copy));
         }
         Ok(Known {
             archive: order.archive.clone(),
@@ -416,11 +526,14 @@ impl World {
     /// only a run that sees their archive can settle them.
     fn check_tracking(&self, id: &str, order: &Order) -> Result<()> {
         let state = self.check_clean()?;
-        let namespace = format!(":{}:", track(order));
-        for disk in &order.disks {
+        let archive = fs::read_to_string(order.archive.join("fleecebox-archive.json"))?;
+        let archive: serde_json::Value = serde_json::from_str(&archive)?;
+        let archive = archive["id"].as_str().context("an archive without an id")?;
+        let names = format!("fleecebox:{archive}:{}:", namespace(order));
+        for (_, disk) in self.nodes(order) {
             let ours: Vec<_> = state
                 .bitmaps()
-                .filter(|bitmap| bitmap.node == *disk && bitmap.name.contains(&namespace))
+                .filter(|bitmap| bitmap.node == disk && bitmap.name.starts_with(&names))
                 .collect();
             let [bitmap] = ours[..] else {
                 bail!("not one bitmap on {disk}: {ours:#?}");
