@@ -115,11 +115,11 @@ impl Scene {
                 "-blockdev",
                 &near.to_string(),
                 "-device",
-                "virtio-blk-pci,id=dnear,drive=near,share-rw=on",
+                "virtio-blk-pci,id=dnear,drive=near",
                 "-blockdev",
                 &far(&server).to_string(),
                 "-device",
-                "virtio-blk-pci,id=dfar,drive=far,share-rw=on",
+                "virtio-blk-pci,id=dfar,drive=far",
             ];
             Ok(words.map(Into::into).to_vec())
         })?;
@@ -128,7 +128,7 @@ impl Scene {
         let address = json!({"type": "unix", "data": {"path": users}});
         qmp.execute("nbd-server-start", json!({"addr": address}))?;
         for node in ["near", "far"] {
-            qmp.execute("block-export-add", json!({"type": "nbd", "id": format!("writer-{node}"), "node-name": node, "name": node, "writable": true}))?;
+            qmp.execute("block-export-add", json!({"type": "nbd", "id": format!("writer-{node}"), "node-name": node, "name": node, "writable": false}))?;
         }
         drop(qmp);
         let site = Site::new()?;
@@ -162,7 +162,7 @@ impl Scene {
     fn lives(&self) -> Result<()> {
         let mut qmp = self.control()?;
         qmp.execute("query-block-exports", json!({}))?;
-        NbdClient::connect(&self.users, "near")?.write(0, &[7; BLOCK])?;
+        NbdClient::connect(&self.users, "near")?.read(0, &mut [0; BLOCK])?;
         qmp.execute("query-named-block-nodes", json!({}))?;
         Ok(())
     }
@@ -171,7 +171,7 @@ impl Scene {
     fn hang(&self) -> Result<JoinHandle<Result<()>>> {
         self.server.send(Signal::STOP)?;
         let mut user = NbdClient::connect(&self.users, "far")?;
-        let waits = std::thread::spawn(move || Ok(user.write(MIB, &[9; BLOCK])?));
+        let waits = std::thread::spawn(move || Ok(user.read(MIB, &mut [0; BLOCK])?));
         // Time to send it; QEMU has taken it when it answers what comes later.
         std::thread::sleep(Duration::from_millis(200));
         self.lives()?;

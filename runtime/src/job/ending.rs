@@ -9,6 +9,7 @@ use super::journal::{self, Lock};
 use super::recover::{self, InQemu, RecoverError};
 use super::signals::Signals;
 use super::storage::Storage;
+use crate::qemu::claim::{Claim, ClaimError};
 use crate::qemu::watchdog::{self, say};
 use crate::qemu::{JobId, Monitor, leftovers};
 use cap_std::ambient_authority;
@@ -126,12 +127,13 @@ async fn attempt(ending: &Ending) -> Result<(), Trouble> {
         // A later job cleaned up before it began.
         return Ok(());
     }
+    let Ok(job) = ending.job.parse::<JobId>() else {
+        return Ok(());
+    };
     let fleecing = open(&ending.fleecing).map_err(files)?;
     let monitor = match Monitor::connect(&ending.qmp).await {
         Err(error) if error.is_nobody() => {
-            if let Ok(job) = ending.job.parse::<JobId>() {
-                super::fleecing::remove_folder(&fleecing, &job.folder()).map_err(files)?;
-            }
+            super::fleecing::remove_folder(&fleecing, &job.folder()).map_err(files)?;
             return Ok(());
         }
         monitor => monitor?,
@@ -141,15 +143,25 @@ async fn attempt(ending: &Ending) -> Result<(), Trouble> {
         fleecing: &fleecing,
         nbd: ending.nbd.as_deref(),
         signals: &Signals::default(),
+        only: Some(job),
     };
-    for (job, leftover) in leftovers::find(&monitor).await? {
+    if let Some(leftover) = leftovers::find(&monitor).await?.remove(&job) {
         let storage = recover::storage(&fleecing, ending.nbd.as_deref(), job, leftover.probes);
         if storage.answers(sleep(PAUSE)).await.is_err() {
             return Err(Trouble::Hangs(storage));
         }
     }
+    let claim = match Claim::make(&monitor, &ending.fleecing).await {
+        // It cleans up before it begins.
+        Err(ClaimError::Busy { .. }) => return Err(Trouble::Busy),
+        claim => claim?,
+    };
     let (events, _) = Events::channel();
-    qemu.remove(record.as_ref(), &events).await?;
+    let removed = qemu.remove(record.as_ref(), &events).await;
+    if let Some(claim) = claim {
+        claim.release(&monitor).await;
+    }
+    removed?;
     say(&format!(
         "its watchdog ended the snapshot of job {}; the next run settles its bitmaps",
         ending.job

@@ -115,6 +115,7 @@ pub async fn clean_up(
         fleecing: traces.fleecing,
         nbd: traces.nbd,
         signals: traces.signals,
+        only: None,
     };
     qemu.remove(dead.as_ref(), events).await?;
     settle_bitmaps(
@@ -210,6 +211,7 @@ pub async fn recover_vm(
         fleecing,
         nbd,
         signals,
+        only: None,
     };
     let settled = qemu.settle(archives, vm, dead.as_ref(), events).await;
     if let Some(claim) = claim {
@@ -259,6 +261,8 @@ pub(super) struct InQemu<'a> {
     pub(super) fleecing: &'a Dir,
     pub(super) nbd: Option<&'a Path>,
     pub(super) signals: &'a Signals,
+    /// What others left, or hold, is not touched.
+    pub(super) only: Option<JobId>,
 }
 
 impl InQemu<'_> {
@@ -298,7 +302,8 @@ impl InQemu<'_> {
         let mut folders: BTreeSet<String> = dead.iter().map(|dead| dead.fleecing.clone()).collect();
         // Without nodes and exports the server may still be there: it is what a job stops last.
         let mut server_started = dead.is_some_and(|dead| dead.nbd_server);
-        let found = leftovers::find(self.monitor).await?;
+        let mut found = leftovers::find(self.monitor).await?;
+        found.retain(|job, _| self.only.is_none_or(|only| only == *job));
         let any = !found.is_empty();
         // A fleecing image that nobody watched any more may have filled up and failed the guest's writes.
         let stopped = any

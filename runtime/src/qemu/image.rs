@@ -3,9 +3,9 @@
 //! A bitmap knows what was written through its own node. What a guest reads comes from the whole chain, so whoever
 //! believes a bitmap has to know which images are in it, and whether they are still those of the last backup.
 
+use super::identity::{self, Identity};
 use super::machine::{self, Bitmap, Disk};
 use super::monitor::{Monitor, MonitorError};
-use super::identity::{self, Identity};
 use super::present::{self, Graph, Node};
 use std::collections::BTreeMap;
 
