@@ -146,7 +146,7 @@ fn lines_of_log_are_counted_over_all_volumes_and_dropped() -> Result<()> {
 #[test]
 fn a_component_has_an_end() -> Result<()> {
     let scene = Scene::new("chunked", "limits = { component-bytes = 1000 }")?;
-    scene.denies(
+    scene.finds_mistaken(
         &scene.order("limited")?,
         "more than its limit of 1000 (component-bytes)",
     )
