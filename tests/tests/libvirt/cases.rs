@@ -3,19 +3,24 @@
 use super::scene::Scene;
 use anyhow::{Context, Result, ensure};
 use fleecebox_tests::eventually;
+use std::path::Path;
 use std::time::Duration;
 
 type Case = fn(&mut Scene) -> Result<()>;
 
-pub(super) const ALL: [(&str, Case); 15] = [
+pub(super) const ALL: [(&str, Case); 19] = [
     ("restart", restart),
     ("snapshot", snapshot),
     ("snapshots", snapshots),
     ("snapshot-of-one-disk", snapshot_of_one_disk),
     ("commit", commit),
     ("commit-between-backups", commit_between_backups),
+    ("commit-below", commit_below),
     ("pull", pull),
+    ("pull-in-part", pull_in_part),
     ("copy", copy),
+    ("shallow-copy", shallow_copy),
+    ("snapshot-while-off", snapshot_while_off),
     ("snapshot-delete", snapshot_delete),
     ("snapshot-revert", snapshot_revert),
     ("internal-snapshot", internal_snapshot),
@@ -109,6 +114,54 @@ fn commit_between_backups(scene: &mut Scene) -> Result<()> {
     scene.goes_on()
 }
 
+/// The layer in the middle into the one below, under the one that is written to.
+fn commit_below(scene: &mut Scene) -> Result<()> {
+    scene.write()?;
+    let base = DISKS.map(|disk| scene.domain.source(disk));
+    make_snapshot(scene, "s1")?;
+    scene.write()?;
+    scene.back_up()?;
+    let middle = DISKS.map(|disk| scene.domain.source(disk));
+    make_snapshot(scene, "s2")?;
+    scene.write()?;
+    for ((disk, base), middle) in DISKS.into_iter().zip(base).zip(middle) {
+        let (base, middle) = (base?, middle?);
+        let (base, middle) = (utf8(&base)?, utf8(&middle)?);
+        scene.virsh(&[
+            "blockcommit",
+            disk,
+            "--base",
+            base,
+            "--top",
+            middle,
+            "--wait",
+        ])?;
+    }
+    scene.write()?;
+    scene.goes_on()
+}
+
+fn utf8(path: &Path) -> Result<&str> {
+    path.to_str().context("a path in UTF-8")
+}
+
+/// All but the lowest layer into the one that is written to.
+fn pull_in_part(scene: &mut Scene) -> Result<()> {
+    scene.write()?;
+    let base = DISKS.map(|disk| scene.domain.source(disk));
+    make_snapshot(scene, "s1")?;
+    scene.write()?;
+    make_snapshot(scene, "s2")?;
+    scene.write()?;
+    scene.back_up()?;
+    scene.write()?;
+    for (disk, base) in DISKS.into_iter().zip(base) {
+        scene.virsh(&["blockpull", disk, "--base", utf8(&base?)?, "--wait"])?;
+    }
+    scene.write()?;
+    scene.goes_on()
+}
+
 fn pull(scene: &mut Scene) -> Result<()> {
     scene.write()?;
     make_snapshot(scene, "s1")?;
@@ -126,11 +179,10 @@ fn copy(scene: &mut Scene) -> Result<()> {
     scene.write()?;
     for disk in DISKS {
         let to = scene.domain.path(&format!("{disk}.copy"));
-        let to = to.to_str().context("a path in UTF-8")?;
         let mut command = vec![
             "blockcopy",
             disk,
-            to,
+            utf8(&to)?,
             "--format",
             "qcow2",
             "--wait",
@@ -139,6 +191,33 @@ fn copy(scene: &mut Scene) -> Result<()> {
         command.push("--transient-job");
         scene.virsh(&command)?;
     }
+    scene.write()?;
+    scene.goes_on()
+}
+
+/// Of the layer that is written to alone, over the same one below.
+fn shallow_copy(scene: &mut Scene) -> Result<()> {
+    scene.write()?;
+    make_snapshot(scene, "s1")?;
+    scene.write()?;
+    scene.back_up()?;
+    scene.write()?;
+    for disk in DISKS {
+        let to = scene.domain.path(&format!("{disk}.copy"));
+        let mut command = vec!["blockcopy", disk, utf8(&to)?, "--shallow"];
+        command.extend(["--format", "qcow2", "--wait", "--pivot", "--transient-job"]);
+        scene.virsh(&command)?;
+    }
+    scene.write()?;
+    scene.goes_on()
+}
+
+/// libvirt makes the overlays by qemu-img, and knows of no bitmap.
+fn snapshot_while_off(scene: &mut Scene) -> Result<()> {
+    scene.write()?;
+    scene.virsh(&["destroy"])?;
+    scene.virsh(&["snapshot-create-as", "s1", "--disk-only"])?;
+    scene.virsh(&["start", "--paused"])?;
     scene.write()?;
     scene.goes_on()
 }
@@ -225,7 +304,7 @@ fn push(scene: &Scene, name: &str) -> Result<()> {
         &xml,
         format!("<domainbackup mode='push'><disks>{disks}</disks></domainbackup>"),
     )?;
-    scene.virsh(&["backup-begin", xml.to_str().context("a path in UTF-8")?])?;
+    scene.virsh(&["backup-begin", utf8(&xml)?])?;
     eventually("libvirt's own backup", LIMIT, || {
         let told = scene.virsh(&["domjobinfo"])?;
         Ok(told.contains("None").then_some(()))
