@@ -21,6 +21,15 @@ fn site() -> Result<Site> {
         fs::create_dir_all(to.parent().context("no folder")?)?;
         fs::copy(kept("archive").join(&file), to)?;
     }
+    // Empty folders are not kept.
+    for namespace in ["chunked", "image"] {
+        let packs = site
+            .archive()
+            .join("namespaces")
+            .join(namespace)
+            .join("packs");
+        fs::create_dir_all(packs)?;
+    }
     Ok(site)
 }
 
