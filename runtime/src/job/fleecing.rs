@@ -289,6 +289,11 @@ impl Fleecing {
         }
     }
 
+    /// Whether the guest's next writes may need the last room.
+    pub fn is_nearly_full(&self) -> bool {
+        available(&self.parent).is_ok_and(|available| available < RESERVE)
+    }
+
     /// Fails where the storage below lost what QEMU wrote there.
     pub fn sync(&self) -> io::Result<()> {
         self.images

@@ -486,6 +486,11 @@ impl<'a> Prepared<'a> {
             events, signals, ..
         } = *self.subject;
         let storage = Storage::new(&point.socket, point.probes());
+        let storage = match self.fleecing.is_nearly_full() {
+            // All that the guest wrote is not to be waited for while its writes fill up what is left.
+            true => storage.in_haste(),
+            false => storage,
+        };
         storage.wait(events, signals).await
     }
 

@@ -56,6 +56,7 @@ pub struct Storage {
     /// Of the NBD server.
     socket: PathBuf,
     probes: Vec<Probe>,
+    flush: bool,
 }
 
 impl Storage {
@@ -64,6 +65,15 @@ impl Storage {
         Self {
             socket: socket.into(),
             probes,
+            flush: true,
+        }
+    }
+
+    /// Asked by reads alone, which a host's cache may answer: for who has no time for a flush.
+    pub fn in_haste(self) -> Self {
+        Self {
+            flush: false,
+            ..self
         }
     }
 
@@ -108,7 +118,7 @@ impl Storage {
     /// [`Unanswered`].
     pub async fn answers(&self, end: impl Future<Output = ()>) -> Result<(), Unanswered> {
         let asked = self.probes.iter().map(|probe| async move {
-            answer(&self.socket, &probe.export).await;
+            answer(&self.socket, &probe.export, self.flush).await;
             &probe.disk
         });
         let mut asked: FuturesUnordered<_> = asked.collect();
@@ -129,17 +139,20 @@ impl Storage {
 }
 
 /// Returns when the storage below `export` answered, be it with an error, or when there is nobody to ask any more.
-async fn answer(socket: &Path, export: &str) {
+async fn answer(socket: &Path, export: &str, flush: bool) {
     // A server that does not even greet has a main loop that waits already.
-    while let Err(nbd::Error::HandshakeTimeout(_)) = ask(socket, export).await {
+    while let Err(nbd::Error::HandshakeTimeout(_)) = ask(socket, export, flush).await {
         sleep(PAUSE).await;
     }
 }
 
-async fn ask(socket: &Path, export: &str) -> Result<(), nbd::Error> {
+async fn ask(socket: &Path, export: &str, flush: bool) -> Result<(), nbd::Error> {
     let stream = UnixStream::connect(socket).await?;
     let connection = Connection::connect(stream, export, None).await?;
-    let flushed = connection.flush().await;
+    let flushed = match flush {
+        true => connection.flush().await,
+        false => Ok(()),
+    };
     let info = *connection.info();
     let random = getrandom::u64().unwrap_or_default();
     for part in 0..READS {
