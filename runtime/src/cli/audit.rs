@@ -2,7 +2,7 @@
 
 use super::{Failure, Session, Status, target, text};
 use crate::job::audit::FILE;
-use crate::job::doubts::{self, Suspect};
+use crate::job::doubts::{self, Looked, Suspect};
 use anyhow::{Context, anyhow};
 use clap::Args;
 use serde_json::{Value, json};
@@ -112,7 +112,10 @@ fn suspects(session: &Session, archive: &str) -> Result<(), Failure> {
             .namespace(&name)
             .and_then(|namespace| doubts::in_namespace(&namespace));
         match in_it {
-            Ok((suspects, unreadable)) => {
+            Ok(Looked {
+                suspects,
+                unreadable,
+            }) => {
                 found.extend(suspects);
                 bad += unreadable.len();
                 for (id, error) in unreadable {

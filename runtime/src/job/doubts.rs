@@ -65,10 +65,17 @@ pub struct Suspect {
     pub doubts: Vec<Doubt>,
 }
 
-/// All suspects of a namespace in the order of their ids, and which backups cannot be read.
-pub fn in_namespace(
-    namespace: &Namespace,
-) -> Result<(Vec<Suspect>, Vec<(BackupId, archive::Error)>), archive::Error> {
+/// What a look through a namespace came to, in the order of the backups' ids.
+#[derive(Debug)]
+pub struct Looked {
+    /// Backups with doubts.
+    pub suspects: Vec<Suspect>,
+    /// Those that cannot be read.
+    pub unreadable: Vec<(BackupId, archive::Error)>,
+}
+
+/// Looks through all backups of a namespace.
+pub fn in_namespace(namespace: &Namespace) -> Result<Looked, archive::Error> {
     let mut suspects = Vec::new();
     let mut unreadable = Vec::new();
     // A base is older than what builds on it, but for a clock that went back: that one's own doubts are still told.
@@ -93,7 +100,10 @@ pub fn in_namespace(
             suspects.push(Suspect { manifest, doubts });
         }
     }
-    Ok((suspects, unreadable))
+    Ok(Looked {
+        suspects,
+        unreadable,
+    })
 }
 
 #[cfg(test)]
@@ -187,7 +197,10 @@ mod tests {
         )
         .unwrap();
         let upon = commit(3, Some(increment.backup));
-        let (suspects, unreadable) = in_namespace(&namespace).unwrap();
+        let Looked {
+            suspects,
+            unreadable,
+        } = in_namespace(&namespace).unwrap();
         assert!(unreadable.is_empty(), "{unreadable:?}");
         let named: Vec<_> = suspects
             .iter()

@@ -393,7 +393,7 @@ impl Replay<'_> {
             };
             let bytes = match placed.read(&namespace, &frame) {
                 Ok(bytes) => bytes,
-                Err(finding) => match placed.from_copies(&namespace, &frame) {
+                Err(finding) => match placed.of_a_copy(&namespace, &frame) {
                     Some(bytes) => {
                         copied.fetch_add(1, Ordering::Relaxed);
                         bytes
@@ -513,7 +513,7 @@ impl Placed {
     }
 
     /// From where a later backup stored the same chunk anew.
-    fn from_copies(&self, namespace: &Namespace, frame: &Frame) -> Option<Vec<u8>> {
+    fn of_a_copy(&self, namespace: &Namespace, frame: &Frame) -> Option<Vec<u8>> {
         let copies = namespace.copies(frame);
         copies
             .iter()
