@@ -10,8 +10,9 @@ use super::recover::{self, InQemu, RecoverError};
 use super::signals::Signals;
 use super::storage::Storage;
 use crate::qemu::claim::{Claim, ClaimError};
+use crate::qemu::monitor::NotQmp;
 use crate::qemu::watchdog::{self, say};
-use crate::qemu::{JobId, Monitor, leftovers};
+use crate::qemu::{JobId, Monitor, MonitorError, leftovers};
 use cap_std::ambient_authority;
 use cap_std::fs::Dir;
 use serde::{Deserialize, Serialize};
@@ -48,6 +49,8 @@ enum Trouble {
     Hangs(Storage),
     /// Another job has the VM, and cleans up itself.
     Busy,
+    /// Something takes the connection to the monitor and lets go of it at once, as no QEMU that lives does twice.
+    NoQemu,
     /// Anything else.
     Other(RecoverError),
 }
@@ -79,9 +82,16 @@ async fn end(ending: &Ending) -> bool {
             told = text;
         }
     };
+    let mut refused = false;
     while Instant::now() < deadline {
-        match attempt(ending).await {
+        let tried = attempt(ending).await;
+        if refused && matches!(tried, Err(Trouble::NoQemu)) {
+            return true;
+        }
+        refused = matches!(tried, Err(Trouble::NoQemu));
+        match tried {
             Ok(()) => return true,
+            Err(Trouble::NoQemu) => {}
             Err(Trouble::Hangs(storage)) => {
                 tell(format!(
                     "the watchdog of job {} ends its snapshot as soon as the storage of the VM's disks answers",
@@ -136,6 +146,10 @@ async fn attempt(ending: &Ending) -> Result<(), Trouble> {
             super::fleecing::remove_folder(&fleecing, &job.folder()).map_err(files)?;
             return Ok(());
         }
+        Err(MonitorError::NotQmp {
+            reason: NotQmp::Closed,
+            ..
+        }) => return Err(Trouble::NoQemu),
         monitor => monitor?,
     };
     let qemu = InQemu {
@@ -161,10 +175,11 @@ async fn attempt(ending: &Ending) -> Result<(), Trouble> {
     if let Some(claim) = claim {
         claim.release(&monitor).await;
     }
-    removed?;
-    say(&format!(
-        "its watchdog ended the snapshot of job {}; the next run settles its bitmaps",
-        ending.job
-    ));
+    if removed? {
+        say(&format!(
+            "its watchdog ended the snapshot of job {}; the next run settles its bitmaps",
+            ending.job
+        ));
+    }
     Ok(())
 }
