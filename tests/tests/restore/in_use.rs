@@ -22,7 +22,8 @@ struct Live {
 impl Live {
     fn new() -> Result<Self> {
         let scene = Scene::new()?;
-        let daemon = StorageDaemon::start(&[Disk::raw("live", SIZE)])?;
+        // Exported for writing, as a device would have it: QEMU locks what is used.
+        let daemon = StorageDaemon::start_with_writer_exports(&[Disk::raw("live", SIZE)])?;
         Ok(Self { scene, daemon })
     }
 

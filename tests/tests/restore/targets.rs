@@ -192,8 +192,11 @@ fn a_device_of_4096_byte_sectors_takes_a_volume_with_a_short_end() -> Result<()>
     Ok(())
 }
 
-/// A file system in a file, by a program that serves it through FUSE.
-struct Fuse(PathBuf);
+/// A file system by a program that serves it through FUSE.
+struct Fuse {
+    at: PathBuf,
+    device: Option<LoopDevice>,
+}
 
 impl Fuse {
     /// exFAT: no hard links, no rename that replaces nothing, no unnamed files, no owners.
@@ -204,17 +207,28 @@ impl Fuse {
             let outcome = Command::new(program).args(arguments).output();
             outcome.is_ok_and(|outcome| outcome.status.success())
         };
-        if !run("mkfs.exfat", &[image]) || !run("mount.exfat-fuse", &[image, at]) {
-            not_shown("exFAT (mkfs.exfat of exfatprogs, mount.exfat-fuse of exfat-fuse)");
+        if !run("mkfs.exfat", &[image]) {
+            not_shown("exFAT (mkfs.exfat of exfatprogs)");
             return Ok(None);
         }
-        Ok(Some(Self(at.to_owned())))
+        let Some(device) = LoopDevice::attach(image)? else {
+            return Ok(None);
+        };
+        if !run("mount.exfat-fuse", &[&device.path, at]) {
+            not_shown("exFAT (mount.exfat-fuse of exfat-fuse, and /dev/fuse)");
+            return Ok(None);
+        }
+        Ok(Some(Self {
+            at: at.to_owned(),
+            device: Some(device),
+        }))
     }
 }
 
 impl Drop for Fuse {
     fn drop(&mut self) {
-        let _ = Command::new("umount").arg(&self.0).status();
+        let _ = Command::new("umount").arg(&self.at).status();
+        drop(self.device.take());
     }
 }
 

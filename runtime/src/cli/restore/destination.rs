@@ -326,15 +326,16 @@ fn write_zeroes(device: &File, at: u64, length: u64) -> io::Result<()> {
     Ok(())
 }
 
+/// Why, and so what may be done.
+pub(super) const TOO_LARGE: &str =
+    "a limit on the size of files (`ulimit -f`) or the file system does not allow it";
+
 /// An error of a write, with what may be done.
 pub(super) fn explained(error: io::Error) -> io::Error {
     match error.kind() {
-        io::ErrorKind::FileTooLarge => io::Error::new(
-            error.kind(),
-            format!(
-                "{error}: a limit on the size of files (`ulimit -f`) or the file system does not allow it"
-            ),
-        ),
+        io::ErrorKind::FileTooLarge => {
+            io::Error::new(error.kind(), format!("{error}: {TOO_LARGE}"))
+        }
         _ => error,
     }
 }

@@ -1,7 +1,9 @@
 //! QEMU's own tool writes QEMU's own format.
 
 use super::super::Failure;
+use super::destination::TOO_LARGE;
 use anyhow::{Context, anyhow};
+use rustix::io::Errno;
 use rustix::process::Signal;
 use std::fs::File;
 use std::os::unix::process::ExitStatusExt;
@@ -34,14 +36,26 @@ pub(super) async fn convert(raw: &File, qcow2: &File) -> Result<(), Failure> {
     if ended.status.success() {
         return Ok(());
     }
-    let said = match ended.status.signal() {
+    let said: String = match ended.status.signal() {
         Some(signal) if signal == Signal::XFSZ.as_raw() => {
-            "a limit on the size of files (`ulimit -f`) ended it".into()
+            format!("it was ended: {TOO_LARGE}")
         }
         Some(signal) => format!("signal {signal} ended it"),
-        None => String::from_utf8_lossy(&ended.stderr).trim().to_owned(),
+        None => explained_words(String::from_utf8_lossy(&ended.stderr).trim()),
     };
     Err(Failure::Failed(anyhow!(
         "qemu-img could not write qcow2: {said}"
     )))
+}
+
+/// As for a write of this process.
+fn explained_words(said: &str) -> String {
+    let too_large = std::io::Error::from_raw_os_error(Errno::FBIG.raw_os_error());
+    let words = too_large.to_string();
+    // Without its number, as QEMU says it.
+    let bare = words.split(" (").next().unwrap_or_default();
+    match said.contains(bare) {
+        true => format!("{said}: {TOO_LARGE}"),
+        false => said.to_owned(),
+    }
 }
