@@ -31,7 +31,7 @@ main() {
     case "${1:-}" in
     demo) wanted="$always" ;;
     demo-vm) wanted="$always qemu-system-x86" ;;
-    test) wanted="$always qemu-system-x86 mount libnbd-bin zstd docker-registry skopeo $languages" ;;
+    test) wanted="$always qemu-system-x86 mount libnbd-bin zstd exfatprogs exfat-fuse docker-registry skopeo $languages" ;;
     bench) wanted="$always libnbd-bin zstd $languages" ;;
     *) fail "usage: $0 demo|demo-vm|test|bench" ;;
     esac
@@ -62,6 +62,8 @@ has() {
     e2fsprogs) command -v mkfs.ext4 && command -v e2fsck && command -v debugfs ;;
     libnbd-bin) command -v nbdcopy && command -v nbdinfo ;;
     zstd) command -v zstd ;;
+    exfatprogs) command -v mkfs.exfat ;;
+    exfat-fuse) command -v mount.exfat-fuse ;;
     docker-registry) command -v docker-registry ;;
     skopeo) command -v skopeo ;;
     clang-19) command -v clang-19 ;;
