@@ -52,7 +52,7 @@ fn an_older_versions_increments_are_named_by_verify_and_audit() -> Result<()> {
         }
     }
     ensure!(suspects.len() == 2, "{suspects:?}");
-    let command = site.command(&["audit", "--json", "--archive"]);
+    let command = site.command(&["audit", "--json"]).arg("--archive");
     let audit = command.arg(site.archive()).run()?.assert_success();
     let document = audit.document()?;
     let rows = document.as_array().context("no rows")?;
