@@ -156,8 +156,11 @@ fn rename_new(dir: &Dir, temporary: &str, name: &str) -> io::Result<()> {
         Err(Errno::INVAL | Errno::NOSYS | Errno::OPNOTSUPP) => {}
         renamed => return Ok(renamed?),
     }
-    // Nor that: of several processes of this host the first wins by the lock.
-    let file = dir.open(".")?;
+    // Nor that: of several processes of this host the first wins by a lock, of a file of its own, as a directory that is
+    // being filled is locked itself. It stays, since whoever removed it would leave others with a lock that none shares.
+    let lock = format!(".{name}.lock{TEMPORARY}");
+    let mut options = OpenOptions::new();
+    let file = dir.open_with(lock, options.create(true).write(true).mode(0o600))?;
     let _ = flock(&file, FlockOperation::LockExclusive);
     match dir.symlink_metadata(name) {
         Err(error) if error.kind() == io::ErrorKind::NotFound => dir.rename(temporary, dir, name),
