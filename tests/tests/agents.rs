@@ -353,7 +353,8 @@ fn a_guest_that_need_not_be_frozen_is_backed_up_without_its_agent_and_it_is_said
         .order_for(&scene.vm.monitors().product, "chunked")?;
     let command = scene.site.backup_command(&order).arg("--agent");
     let nobody = command.arg(scene.site.path("nobody.sock"));
-    nobody.run()?.assert_refused(2, "nobody.sock");
+    let quiet = nobody.clone().arg("--quiet");
+    quiet.run()?.assert_refused(2, "nobody.sock");
     let nobody = nobody
         .arg("--freeze")
         .arg("if-available")

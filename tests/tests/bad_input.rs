@@ -198,7 +198,7 @@ fn an_archive_that_is_not_there_or_is_none() -> Result<()> {
             ..scene.order.clone()
         };
         scene.refuses_with(UNUSABLE, scene.site.backup_command(&order), name)?;
-        let list = scene.site.command(&["list", "--json", "--archive"]);
+        let list = scene.site.command(&["list", "--json"]).arg("--archive");
         scene.refuses_with(UNUSABLE, list.arg(&archive), name)
     };
     let missing = scene.site.path("missing-archive");
