@@ -22,7 +22,8 @@ typedef struct fleecebox_provider_types_extent_t {
   uint64_t   length;
 } fleecebox_provider_types_extent_t;
 
-// A limit that the host's policy sets.
+// A limit that the host's policy sets. Where the provider may not see the bytes, each volume of a backup has a part
+// of it that is its own.
 typedef uint8_t fleecebox_provider_types_quota_t;
 
 // Objects that one backup may hold. What is `put` does not count: the host packs it.
@@ -401,7 +402,8 @@ extern bool fleecebox_provider_content_method_reader_read(fleecebox_provider_con
 // Fails with `out-of-range`; with `too-large` above 1 MiB; with `not-dirty`, `discarded`,
 // `quota-exceeded` or `io`.
 extern bool fleecebox_provider_archive_method_writer_put(fleecebox_provider_archive_borrow_writer_t self, fleecebox_provider_archive_borrow_snapshot_t source, fleecebox_provider_archive_extent_t *range, fleecebox_provider_archive_encoding_t encoding, fleecebox_provider_archive_error_code_t *err);
-// Starts an object with a name of the provider's choice, unique within this backup.
+// Starts an object with a name of the provider's choice, unique within this backup; within this volume's part
+// of it where the provider may not see the bytes.
 // 
 // A plain name has 1 to 128 bytes, each an ASCII letter, a digit, `-`, `_` or `.`, and does not begin with
 // `.`. Fails with `invalid-name` for any other; with `exists`, also while the other object is unfinished;
@@ -424,7 +426,8 @@ extern bool fleecebox_provider_archive_method_output_stream_splice(fleecebox_pro
 // Fails for a provider that does not export `restore`.
 // 
 // Fails with `out-of-range`, `not-dirty`, `quota-exceeded(read-bytes)` where the host has to read what the
-// provider did not, or `io`; with `other` where `restore` is not exported.
+// provider did not, or `io`; with `other` where `restore` is not exported, and for any range where `reader`
+// is not granted: what it answered would tell of bytes that the provider may not see.
 extern bool fleecebox_provider_archive_method_output_stream_claim(fleecebox_provider_archive_borrow_output_stream_t self, fleecebox_provider_archive_borrow_snapshot_t source, fleecebox_provider_archive_extent_t *range, fleecebox_provider_archive_error_code_t *err);
 // Makes the object durable; returns its size before encoding, in bytes. After a failure, which is `io` or
 // one that an earlier call left behind, the object is gone, and all that it covered.
