@@ -45,7 +45,7 @@ pub(crate) fn tell(kind: Kind, components: &Path, folder: &Path) -> Result<Scree
     story.killed_half_way()?;
     story.backup(
         "The next backup, after all that",
-        "It finds what the killed job left, cleans up, and reads what changed since the last backup that was proven: \
+        "It settles the bitmaps that the killed job left, and reads what changed since the last backup that was proven: \
          nothing that the failed ones touched may be missing.",
     )?;
     story.end(components)
