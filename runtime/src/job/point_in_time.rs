@@ -521,6 +521,12 @@ impl<'a> Prepared<'a> {
         Some(format!("the VM is stopped by an I/O error: {error}"))
     }
 
+    /// Whether there is no QEMU any more that could have anything of the job's.
+    async fn has_ended(&self) -> bool {
+        self.monitor.is_lost()
+            && matches!(Monitor::connect(self.subject.qmp).await, Err(error) if error.is_nobody())
+    }
+
     fn remove_fleecing(&self) -> Option<String> {
         let error = self.fleecing.remove().err()?;
         Some(format!(
@@ -569,6 +575,9 @@ impl<'a> Prepared<'a> {
     pub async fn finish(&mut self, point: &PointInTime) -> Vec<String> {
         let mut left = Vec::new();
         if self.kept {
+            if self.has_ended().await {
+                left.extend(self.remove_fleecing());
+            }
             return left;
         }
         if let Err(unanswered) = self.wait_for_storage(point).await {
