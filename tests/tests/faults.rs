@@ -231,7 +231,12 @@ fn a_qemu_that_is_killed_leaves_its_disks_to_be_read_in_full() -> Result<()> {
     site.write_some()?;
     let next = site.backup().run()?.assert_success();
     let references = site.proxy.references()?;
-    assert!(next.stderr.contains("died at step"), "{}", next.stderr);
+    assert!(
+        next.stderr
+            .contains("could not take back all that it had made"),
+        "{}",
+        next.stderr
+    );
     // The bitmap of the qcow2 disk is spoilt, which is said; the raw disk has none any more.
     assert!(
         next.stderr.contains("QEMU ended without storing it"),

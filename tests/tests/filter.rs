@@ -127,8 +127,14 @@ fn a_vm_whose_job_is_killed_while_it_is_stopped_is_continued_and_cleaned_up() ->
 #[test]
 fn a_disk_that_somebody_else_moved_meanwhile_is_not_moved_again() -> Result<()> {
     let scene = Scene::new()?;
+    scene.proxy.forget_commands();
+    scene.check(&scene.site.backup(&scene.order)?, 1)?;
+    let commands = scene.proxy.commands();
+    let before = commands.split(|command| command == "qom-set").next();
+    let looks = before.context("no command")?.iter();
+    let looks = looks.filter(|command| *command == "query-block").count();
     // The look right before the device is given its filter: what it shows is changed under the held command.
-    scene.hold("query-block", 3, Stage::BeforeQemu);
+    scene.hold("query-block", looks, Stage::BeforeQemu);
     let running = scene.site.backup_command(&scene.order).start()?;
     let held = scene.proxy.wait_held(LIMIT)?;
     let mut qmp = scene.vm.control()?;

@@ -333,8 +333,13 @@ fn a_bitmap_that_was_cleared_or_put_in_the_place_of_another_is_not_believed() ->
         scene.write(21)?;
         let again = scene.right()?;
         again.assert_base(DISK, None);
+        // Unless the sample of clean blocks has the one that was written.
+        let reasons = [
+            "was cleared, or another took its name",
+            "differs from the base",
+        ];
         ensure!(
-            again.said.contains("was cleared, or another took its name"),
+            reasons.iter().any(|reason| again.said.contains(reason)),
             "{}",
             again.said
         );
