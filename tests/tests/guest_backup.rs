@@ -185,9 +185,10 @@ fn a_guest_whose_job_is_killed_or_stopped_while_it_is_frozen_is_thawed() -> Resu
             "{stage:?}, {signal:?}: writes again {:?} after it",
             killed.elapsed()
         );
+        // The watchdog needs the monitor for the rest, and ends when that is done.
+        held.cut();
         let outcome = running.finish()?;
         assert_eq!(outcome.signal(), Some(9));
-        held.cut();
         ensure!(!guest.is_frozen()?, "{stage:?}: the guest is frozen");
         // Of a backup that never was.
         for reference in setting.proxy.references()? {
