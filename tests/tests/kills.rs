@@ -226,7 +226,10 @@ fn recover_does_what_the_next_backup_would_do_first() -> Result<()> {
             std::fs::remove_file(site.path("state/vms/box/journal.json"))?;
         }
         let outcome = recover(&site).run()?.assert_success();
-        assert_eq!(result(&outcome)?, json!([{"vm": "box", "found": true}]));
+        assert_eq!(
+            result(&outcome)?,
+            json!([{"vm": "box", "found": true, "unsettled": []}])
+        );
         let job = journal["job"].as_str().context("no job")?;
         ensure!(outcome.stderr.contains(job), "{}", outcome.stderr);
         if !journal_stays {
@@ -240,7 +243,10 @@ fn recover_does_what_the_next_backup_would_do_first() -> Result<()> {
             site.base = journal["backup"].as_str().context("no backup")?.into();
         }
         let again = recover(&site).run()?.assert_success();
-        assert_eq!(result(&again)?, json!([{"vm": "box", "found": false}]));
+        assert_eq!(
+            result(&again)?,
+            json!([{"vm": "box", "found": false, "unsettled": []}])
+        );
         let next = site.backup().run()?.assert_success();
         ensure!(!next.stderr.contains("died"), "{}", next.stderr);
         let base = std::mem::take(&mut site.base);

@@ -31,7 +31,8 @@ fn the_objects_of_qcow2_are_disk_images_that_qemu_opens_on_top_of_each_other() -
             let stored = object(
                 &order.archive,
                 &backup.id,
-                &format!("{}.qcow2", reference.device),
+                // A blind provider's objects go by the number of their volume as well.
+                &format!("{index}-{}.qcow2", reference.device),
             )?;
             let image = site.path(&format!("{}-{round}.qcow2", reference.device));
             std::fs::copy(&stored, &image)?;

@@ -521,10 +521,10 @@ impl<'a> Prepared<'a> {
         Some(format!("the VM is stopped by an I/O error: {error}"))
     }
 
-    /// Whether there is no QEMU any more that could have anything of the job's.
+    /// Whether no QEMU answers any more that could have anything of the job's. What answers again is cleaned up by whoever
+    /// sees that.
     async fn has_ended(&self) -> bool {
-        self.monitor.is_lost()
-            && matches!(Monitor::connect(self.subject.qmp).await, Err(error) if error.is_nobody())
+        self.monitor.is_lost() && Monitor::connect(self.subject.qmp).await.is_err()
     }
 
     fn remove_fleecing(&self) -> Option<String> {
