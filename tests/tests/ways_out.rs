@@ -494,6 +494,8 @@ fn a_vm_can_be_reverted_to_an_internal_snapshot_once_its_tracking_is_dropped() -
         hmp("loadvm before")?.contains("bitmap"),
         "QEMU reverts in spite of bitmaps"
     );
+    // What refused it leaves the machine stopped.
+    assert_eq!(hmp("cont")?, "");
 
     let listed = tracking(&["tracking", "list", "web"])
         .run()?

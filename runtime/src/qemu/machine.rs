@@ -405,7 +405,7 @@ impl RunState {
             "finish-migrate" => "its migration is being finished; try again once it is over",
             "colo" => "its disks are replicated by COLO; back up the other side's",
             "save-vm" | "restore-vm" => {
-                "a snapshot of the whole VM is being saved or loaded; try again once it is over"
+                "a snapshot of the whole VM is being saved or loaded; try again once it is over, or, where that failed, once the VM was continued"
             }
             _ if self.running => return Ok(Standing::Runs),
             _ => return Ok(Standing::Still),
