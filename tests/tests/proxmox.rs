@@ -182,19 +182,19 @@ fn a_set_up_that_is_not_what_was_asked_for_is_taken_back() -> Result<()> {
 fn what_a_set_up_that_fails_half_way_leaves_is_named() -> Result<()> {
     let mut scene = Scene::new(&["--fail", "no such luck"])?;
     let order = scene.order("chunked")?;
-    let outcome = scene.site.backup_command(&order).run()?;
-    assert_eq!(outcome.code(), Some(1), "{}", outcome.stderr);
+    let mut running = scene.site.backup_command(&order).start()?;
+    // Its watchdog would go on trying for a while.
+    let code = running.wait_for_the_job()?;
+    let said = running.said();
+    running.kill()?;
+    assert_eq!(code, Some(1), "{said}");
     for words in [
         "no such luck",
         "QEMU left of it ",
         "snapshot-access-0",
         "the form `job` leaves nothing",
     ] {
-        ensure!(
-            outcome.stderr.contains(words),
-            "{words}: {}",
-            outcome.stderr
-        );
+        ensure!(said.contains(words), "{words}: {said}");
     }
     ensure!(scene.site.list(&order.archive)?.is_empty());
     // The guest goes on, and no bitmap of the failed one is left.

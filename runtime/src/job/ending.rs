@@ -25,6 +25,9 @@ use tokio::time::{Instant, sleep};
 /// How long it is tried: storage that hangs for longer is for an operator, and no process may stay for ever.
 const LIMIT: Duration = Duration::from_secs(24 * 3600);
 
+/// How often it is tried where QEMU or a file system refuses, which waiting seldom changes.
+const TRIES: u32 = 10;
+
 /// Between two tries.
 const PAUSE: Duration = Duration::from_secs(1);
 
@@ -83,7 +86,8 @@ async fn end(ending: &Ending) -> bool {
         }
     };
     let mut refused = false;
-    while Instant::now() < deadline {
+    let mut failed = 0;
+    while Instant::now() < deadline && failed < TRIES {
         let tried = attempt(ending).await;
         if refused && matches!(tried, Err(Trouble::NoQemu)) {
             return true;
@@ -102,6 +106,7 @@ async fn end(ending: &Ending) -> bool {
             }
             Err(Trouble::Busy) => {}
             Err(Trouble::Other(error)) => {
+                failed += 1;
                 tell(format!(
                     "cannot end the snapshot of job {} yet: {error}",
                     ending.job

@@ -136,8 +136,9 @@ pub struct Lock(cap_std::fs::File);
 impl Lock {
     /// The lock in `folder`, unless somebody has it.
     pub fn try_take(folder: &Dir) -> io::Result<Option<Self>> {
+        use cap_std::fs::OpenOptionsExt as _;
         let mut options = cap_std::fs::OpenOptions::new();
-        options.read(true).write(true).create(true);
+        options.read(true).write(true).create(true).mode(0o600);
         let lock = folder.open_with(LOCK, &options)?;
         match rustix::fs::flock(&lock, rustix::fs::FlockOperation::NonBlockingLockExclusive) {
             Ok(()) => {

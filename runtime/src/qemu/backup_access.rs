@@ -394,7 +394,20 @@ impl Held {
             let node = nodes.iter().find(|node| node.name == name);
             node.is_some_and(|node| node.driver == ACCESS)
         };
+        let devices = present::devices(monitor).await?;
         for disk in &self.disks {
+            let name = disk.fleecing.strip_suffix(FLEECING);
+            let name = name.unwrap_or(&disk.fleecing);
+            // By its drive, or by the node of that name in what the device has now.
+            let has = |device: &present::Device| {
+                let inserted = device.inserted.as_ref().map(|node| &*node.name);
+                device.drive == name
+                    || inserted == Some(name)
+                    || inserted.is_some_and(|top| graph.is_below(name, top))
+            };
+            if !devices.iter().any(has) {
+                return Ok(Some(name));
+            }
             let Some(filter) = graph.users(&disk.fleecing, Some("target")).first().copied() else {
                 continue;
             };
@@ -408,8 +421,7 @@ impl Held {
                 .as_ref()
                 .is_some_and(|parts| !parts.is_subset(&below));
             if !plugged || moved {
-                let device = disk.fleecing.strip_suffix(FLEECING);
-                return Ok(device.or(Some(&disk.fleecing)));
+                return Ok(Some(name));
             }
         }
         Ok(None)
