@@ -328,13 +328,24 @@ impl Running {
     /// # Panics
     /// As [`Running::finish`].
     pub fn kill(mut self) -> Result<Outcome> {
-        for process in family(&self.mark)? {
-            if process.is_watchdog() {
-                process.kill()?;
-            }
-        }
+        self.kill_watchdogs()?;
         self.child.kill()?;
+        // One may have been on its way.
+        eventually("no watchdog", FAMILY_LIMIT, || {
+            Ok((self.kill_watchdogs()? == 0).then_some(()))
+        })?;
         self.outcome()
+    }
+
+    /// Returns how many there were.
+    fn kill_watchdogs(&self) -> Result<usize> {
+        let family = family(&self.mark)?.into_iter();
+        let watchdogs: Vec<_> = family.filter(Process::is_watchdog).collect();
+        for watchdog in &watchdogs {
+            // Gone already is what we want.
+            let _ = watchdog.kill();
+        }
+        Ok(watchdogs.len())
     }
 
     /// Kills the job process, and it alone, with SIGKILL, and waits for its other processes as [`Running::kill`].

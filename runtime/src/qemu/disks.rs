@@ -267,6 +267,12 @@ pub async fn extra(monitor: &Monitor, name: &str, chosen: &str) -> Result<Disk, 
     })
 }
 
+/// Whether the node `name` is below the node `top`.
+async fn is_part(monitor: &Monitor, name: &str, top: &str) -> Result<bool, MonitorError> {
+    let graph = graph_if_told(monitor).await?;
+    Ok(graph.is_some_and(|graph| graph.is_below(name, top)))
+}
+
 /// Policy grants volumes by name: one that is added must not go by the name of a disk that the VM has.
 async fn refuse_name_of_another(
     monitor: &Monitor,
@@ -281,6 +287,8 @@ async fn refuse_name_of_another(
         Meant::Beside(beside) => format!("the device {} ({})", beside.name, beside.driver),
         meant => match meant.node() {
             Some(other) if other.name == node.name => return Ok(()),
+            // What an overlay was put on is a part of the disk.
+            Some(other) if is_part(monitor, &other.name, &node.name).await? => return Ok(()),
             Some(other) => format!("the disk of that name (block node {})", other.name),
             None => return Ok(()),
         },
