@@ -90,8 +90,9 @@ fn the_fleecing_image_fills(scene: &mut Scene) -> Result<Option<Row>> {
     Ok(Some(row))
 }
 
-/// QEMU's NBD server stops answering in the middle of a read: the run ends when its time is up, and QEMU, whose monitor
-/// still answers, is cleaned up at once.
+/// QEMU's NBD server stops answering in the middle of a read: the run ends when its time is up. By that server the job
+/// asks whether the disks' storage answers before it takes anything from QEMU, so it waits for it as for storage that
+/// hangs: for five minutes at most.
 fn a_server_stalls(scene: &mut Scene) -> Result<Option<Row>> {
     let relay = Relay::start(
         &scene.daemon.nbd_socket(),
@@ -114,7 +115,7 @@ fn a_server_stalls(scene: &mut Scene) -> Result<Option<Row>> {
         1,
         "it ran for longer than its limit of 2 s (wall-seconds)",
     )?;
-    ensure!(took < Duration::from_secs(20), "it took {took:?}");
+    ensure!(took < Duration::from_secs(360), "it took {took:?}");
     drop(relay);
     scene
         .back_up_honestly()
