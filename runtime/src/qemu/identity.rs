@@ -97,7 +97,7 @@ impl OpenFiles {
     fn of_process(process: PathBuf) -> Option<Self> {
         let program = fs::read_link(process.join("exe")).ok()?;
         let program = program.file_name()?.to_str()?;
-        if !["qemu", "kvm"].iter().any(|name| program.starts_with(name)) {
+        if !program.starts_with("qemu-") && program != "kvm" {
             return None;
         }
         let descriptors = fs::read_dir(process.join("fd")).ok()?;

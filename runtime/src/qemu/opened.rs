@@ -90,7 +90,7 @@ impl Identity {
 /// Behind a relay it is the relay, whose descriptors say nothing.
 fn is_qemu(process: &Path) -> bool {
     let name = std::fs::read_to_string(process.join("comm")).unwrap_or_default();
-    name.contains("qemu") || name.trim_end() == "kvm"
+    name.starts_with("qemu-") || name.trim_end() == "kvm"
 }
 
 fn read_table(folder: &Path) -> Option<Table> {
