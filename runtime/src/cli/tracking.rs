@@ -223,6 +223,6 @@ fn failed(error: MonitorError) -> Failure {
 fn failed_to_drop(error: TrackingError) -> Failure {
     match error {
         TrackingError::Monitor(error) => failed(error),
-        error => Failure::Failed(error.into()),
+        error => Failure::of(error),
     }
 }
