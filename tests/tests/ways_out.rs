@@ -541,8 +541,9 @@ fn a_vm_can_be_reverted_to_an_internal_snapshot_once_its_tracking_is_dropped() -
     dead.run()?.assert_refused(11, "another job is running");
     running.kill()?;
     dead.run()?.assert_refused(2, "fleecebox recover");
-    let recover = site.command(&["recover", "web", "--archive", "main", "--qmp"]);
+    let recover = site.command(&["recover", "web", "--archive", "main"]);
     recover
+        .arg("--qmp")
         .arg(&qmp)
         .arg("--fleecing")
         .arg(site.path("fleecing"))
