@@ -146,7 +146,7 @@ fn no_backup_after_damage_is_lost_with_it(provider: &str, kinds: &[&str]) -> Res
 
 #[test]
 fn what_verify_found_wrong_is_stored_anew_and_older_backups_find_it_there() -> Result<()> {
-    let mut scene = Scene::new("chunked")?;
+    let scene = Scene::new("chunked")?;
     let first = scene.site.backup(&scene.order)?;
     let before = scene.keep("before.raw")?;
     // The check of this one is recorded, and believed by the next ones.
