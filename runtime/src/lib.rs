@@ -35,14 +35,15 @@
 
 #![deny(missing_docs)]
 
+pub use fleecebox_contract as contract;
+pub(crate) use fleecebox_contract::{buffer, terminal};
+pub use fleecebox_contract::{digest, extent};
+
 pub mod archive;
-pub mod buffer;
 pub mod channel;
 pub mod cli;
 pub mod config;
 pub mod conformance;
-pub mod digest;
-pub mod extent;
 pub mod grants;
 pub mod job;
 pub mod nbd;
@@ -59,5 +60,4 @@ mod report;
 pub mod sandbox;
 pub mod simulator;
 pub mod templates;
-mod terminal;
 pub mod volume;

@@ -17,7 +17,7 @@ use super::pack::ChunkId;
 use super::pack_writer::PackWriter;
 use super::store::{MANIFEST, OBJECTS, Store};
 use super::stored::StoredObjects;
-use crate::channel::Encoding;
+use crate::contract::Encoding;
 use crate::digest::Digest;
 use cap_std::fs::Dir;
 use std::collections::BTreeSet;

@@ -4,7 +4,7 @@ use super::error::Damage;
 use super::frame::{FRAME_LIMIT, STORED_LIMIT};
 use super::lock;
 use crate::buffer::Buffer;
-use crate::channel::Encoding;
+use crate::contract::Encoding;
 use std::io;
 use std::sync::Mutex;
 use zstd::bulk::{Compressor, Decompressor};

@@ -1,7 +1,8 @@
 //! Where stored bytes lie.
 
 use super::name::{BackupId, ObjectName, PackName};
-use crate::channel::Encoding;
+use crate::buffer;
+use crate::contract::Encoding;
 use crate::extent::Extent;
 use serde::{Deserialize, Serialize};
 use std::fmt;
@@ -12,6 +13,7 @@ pub const FRAME_LIMIT: u32 = 1 << 20;
 
 /// Most bytes of one frame as stored: what zstd may make of [`FRAME_LIMIT`] bytes that do not compress.
 pub const STORED_LIMIT: u32 = FRAME_LIMIT + FRAME_LIMIT / 256;
+const _: () = assert!(STORED_LIMIT as usize == buffer::ROOM);
 
 /// A file of the archive that holds frames.
 #[derive(Clone, PartialEq, Eq, Hash, Debug, PartialOrd, Ord, Serialize, Deserialize)]

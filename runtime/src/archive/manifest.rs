@@ -5,7 +5,7 @@ use super::error::{Damage, Error};
 use super::name::{ArchiveId, BackupId, ComponentId, NamespaceName, ObjectName};
 use super::needs::Needs;
 use super::object::ObjectInfo;
-use crate::channel::{BitmapMode, GuestLimits, World};
+use crate::contract::{BitmapMode, GuestLimits, World};
 use crate::digest::Digest;
 use serde::{Deserialize, Serialize};
 use serde_json::Value;

@@ -9,7 +9,7 @@ use super::name::{BackupId, ObjectName};
 use super::seek_table::{self, Lengths};
 use super::store::{Store, object_path};
 use crate::buffer::Buffer;
-use crate::channel::Encoding;
+use crate::contract::Encoding;
 use crate::digest::Digest;
 use crate::extent::Extent;
 use serde::{Deserialize, Serialize};

@@ -10,7 +10,7 @@
 use super::error::{Damage, Error};
 use super::frame::{Frame, ObjectRef};
 use super::name::PackName;
-use crate::channel::Encoding;
+use crate::contract::Encoding;
 use crate::digest::Digest;
 use std::fs::File;
 use std::os::unix::fs::FileExt;

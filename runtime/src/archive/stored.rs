@@ -7,7 +7,7 @@ use super::name::{BackupId, ObjectName};
 use super::object::ObjectInfo;
 use super::seek_table::{self, FOOTER, Lengths};
 use super::store::{self, Store};
-use crate::channel::Encoding;
+use crate::contract::Encoding;
 use crate::digest::Digest;
 use crate::extent::Extent;
 use std::collections::BTreeMap;

@@ -2,7 +2,7 @@
 
 use super::manifest::tests::record;
 use super::*;
-use crate::channel::{BitmapMode, Encoding};
+use crate::contract::{BitmapMode, Encoding};
 use cap_std::ambient_authority;
 use proptest::prelude::*;
 use std::collections::{BTreeMap, BTreeSet};

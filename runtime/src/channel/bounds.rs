@@ -3,7 +3,8 @@
 //! The sandbox's own stubs keep to the same bounds. A call that passes them therefore does not come from a provider:
 //! it comes from a sandbox that somebody has broken, and ends it.
 
-use super::{Call, MAX_NAME, MAX_RECEIPT, MAX_REGIONS, MAX_TEXT, Order, Outcome, Payload, World};
+use super::{Call, Order, Outcome, Payload};
+use crate::contract::{MAX_NAME, MAX_RECEIPT, MAX_REGIONS, MAX_TEXT, World};
 
 /// What the sandbox of one order may say.
 #[derive(Debug, Clone, Copy)]
@@ -170,7 +171,8 @@ fn name(call: &Call) -> &'static str {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::channel::{BitmapMode, Context, GuestLimits, OpenImage, RawRange, Run, VolumeInfo};
+    use crate::channel::{OpenImage, Run};
+    use crate::contract::{BitmapMode, Context, GuestLimits, RawRange, VolumeInfo};
 
     fn context() -> Context {
         Context {
@@ -243,7 +245,7 @@ mod tests {
             image()
                 .check(&Call::Create {
                     name: "x".into(),
-                    encoding: crate::channel::Encoding::Zstd
+                    encoding: crate::contract::Encoding::Zstd
                 })
                 .is_err()
         );
@@ -273,7 +275,7 @@ mod tests {
         assert!(
             compile
                 .check(&Call::Log {
-                    level: crate::channel::LogLevel::Info,
+                    level: crate::contract::LogLevel::Info,
                     message: String::new()
                 })
                 .is_err()

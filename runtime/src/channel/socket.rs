@@ -7,9 +7,9 @@ use std::os::fd::{AsFd, BorrowedFd};
 use std::os::unix::net::UnixStream;
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 
-/// Most bytes in one message. The longest is an order to run, with a receipt of [`super::MAX_RECEIPT`] as its base
+/// Most bytes in one message. The longest is an order to run, with a receipt of [`crate::contract::MAX_RECEIPT`] as its base
 /// and the operator's settings beside it.
-pub const MAX_MESSAGE: usize = super::MAX_RECEIPT + (512 << 10);
+pub const MAX_MESSAGE: usize = crate::contract::MAX_RECEIPT + (512 << 10);
 
 /// Bytes of a frame before its message.
 const HEADER: usize = 4;
@@ -206,7 +206,8 @@ impl Inbox {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::channel::{Answer, Call, Order, RawRange};
+    use crate::channel::{Answer, Call, Order};
+    use crate::contract::RawRange;
     use proptest::prelude::*;
 
     fn inbox(bytes: &[u8]) -> Inbox {
@@ -306,7 +307,7 @@ mod tests {
     #[test]
     fn a_receipt_of_the_greatest_length_fits_and_a_longer_message_does_not() {
         let receipt = |length| Call::Done(crate::channel::Outcome::Receipt(vec![1; length]));
-        assert!(frame(&receipt(crate::channel::MAX_RECEIPT)).is_ok());
+        assert!(frame(&receipt(crate::contract::MAX_RECEIPT)).is_ok());
         assert!(matches!(
             frame(&receipt(MAX_MESSAGE)),
             Err(SocketError::TooLong { length }) if length > MAX_MESSAGE

@@ -5,7 +5,7 @@ use super::vm::{self, VmArguments};
 use super::{AllowWasi, Failure, Sandboxes, Session, Status, installed, recording, target, text};
 use crate::archive::{ComponentId, LeftOut};
 use crate::config::Vm;
-use crate::grants::MAX_ATTACHMENT;
+use crate::contract::MAX_ATTACHMENT;
 use crate::grants::account::Account;
 use crate::job::audit::{Granted, Job, Record};
 use crate::job::backup::{self, Places, Request, Summary};

@@ -1,7 +1,7 @@
 //! `fleecebox provider inspect`.
 
 use super::{Failure, Session, installed, target};
-use crate::channel::{Wasi, World};
+use crate::contract::{Wasi, World};
 use crate::sandbox::{self, Program};
 use anyhow::anyhow;
 use clap::Args;
@@ -29,8 +29,8 @@ impl Inspect {
         let compiled = sandbox::compile(&Program::this(), bytes.into(), &cache)
             .await
             .map_err(|error| Failure::Mistake(anyhow!("{name}: {error}")))?;
-        let world = sandbox::world_of(&compiled.interface, &Wasi::ALL.into());
-        let wasi = sandbox::wasi_of(&compiled.interface);
+        let world = crate::contract::world_of(&compiled.interface, &Wasi::ALL.into());
+        let wasi = crate::contract::wasi_of(&compiled.interface);
         let sha256 = hex::encode(compiled.sha256);
         if session.json {
             let result = json!({

@@ -1,7 +1,7 @@
 //! `fleecebox provider install`.
 
 use super::{Failure, Session, installed, target};
-use crate::channel::Wasi;
+use crate::contract::Wasi;
 use crate::registry::{self, Reference};
 use crate::sandbox::{self, MAX_COMPONENT, Program};
 use anyhow::{Context, anyhow};
@@ -53,10 +53,9 @@ impl Install {
                 digest.escape_debug()
             )));
         }
-        let world =
-            sandbox::world_of(&compiled.interface, &Wasi::ALL.into()).map_err(|refusal| {
-                Failure::Mistake(anyhow!("{shown} cannot be used as a provider: {refusal}"))
-            })?;
+        let world = crate::contract::world_of(&compiled.interface, &Wasi::ALL.into()).map_err(
+            |refusal| Failure::Mistake(anyhow!("{shown} cannot be used as a provider: {refusal}")),
+        )?;
         let (folder, _) = installed::folder(session)?;
         let file = installed::file(&name);
         let replaced = folder.exists(&file);

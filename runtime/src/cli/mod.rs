@@ -29,9 +29,10 @@ mod text;
 mod tracking;
 mod verify;
 mod vm;
+mod words;
 
-use crate::channel::Wasi;
 use crate::config::{self, Config, ConfigError};
+use crate::contract::Wasi;
 use crate::job::signals::Signals;
 use crate::policy::Denied;
 use crate::sandbox::Program;
@@ -158,7 +159,7 @@ struct AllowWasi {
     /// A part of WASI that the provider may import, besides those that the configuration grants it; may be repeated
     #[arg(
         long = "allow-wasi",
-        value_enum,
+        value_parser = words::wasi(),
         value_delimiter = ',',
         value_name = "PART"
     )]

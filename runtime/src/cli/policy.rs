@@ -2,8 +2,8 @@
 
 use super::{Failure, Session, Status, target};
 use crate::archive::ComponentId;
-use crate::channel::Wasi;
 use crate::config::{Config, ConfigError};
+use crate::contract::Wasi;
 use crate::policy::check::{Components, Inspected, findings};
 use crate::policy::explain::{Verdict, explain};
 use crate::sandbox::{self, Program};
@@ -119,8 +119,8 @@ async fn inspect(session: &Session, path: &Path) -> Result<Inspected, String> {
         id,
         world: interface
             .as_ref()
-            .and_then(|interface| sandbox::world_of(interface, &Wasi::ALL.into()).ok()),
-        wasi: interface.as_ref().map(sandbox::wasi_of),
+            .and_then(|interface| crate::contract::world_of(interface, &Wasi::ALL.into()).ok()),
+        wasi: interface.as_ref().map(crate::contract::wasi_of),
     })
 }
 

@@ -1,7 +1,7 @@
 //! `fleecebox provider list`.
 
 use super::{Failure, Session, Status, installed, target};
-use crate::channel::Wasi;
+use crate::contract::Wasi;
 use crate::sandbox::{self, Program};
 use anyhow::anyhow;
 use clap::Args;
@@ -35,7 +35,7 @@ impl Providers {
                 .as_ref()
                 .map_err(Clone::clone)
                 .and_then(|compiled| {
-                    sandbox::world_of(&compiled.interface, &Wasi::ALL.into())
+                    crate::contract::world_of(&compiled.interface, &Wasi::ALL.into())
                         .map_err(|refusal| refusal.to_string())
                 });
             bad += usize::from(world.is_err());

@@ -2,7 +2,7 @@
 
 use super::{Failure, Session, target};
 use crate::archive::Manifest;
-use crate::channel::Wasi;
+use crate::contract::Wasi;
 use crate::grants::account::Account;
 use crate::job::audit::{Job, Record};
 use crate::job::slots::Slot;

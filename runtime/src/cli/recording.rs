@@ -2,7 +2,7 @@
 
 use super::{Failure, Session, Status, text};
 use crate::archive::ComponentId;
-use crate::channel::LogLevel;
+use crate::contract::LogLevel;
 use crate::job::component::Component;
 use crate::recording::{self, Header, Recorder, Recording, ReplayError, Replayed};
 use crate::sandbox::Program;

@@ -1,8 +1,8 @@
 //! `fleecebox provider test`.
 
 use super::{Failure, Sandboxes, Session, Status, installed, recording, target, text};
-use crate::channel::Wasi;
 use crate::conformance::{self, Case, CaseReport, Need, Needs, Outcome, Subject};
+use crate::contract::Wasi;
 use crate::job::Events;
 use crate::job::component::Component;
 use anyhow::{Context, anyhow};

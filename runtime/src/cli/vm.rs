@@ -21,7 +21,7 @@ pub(super) struct VmArguments {
     #[arg(long, value_name = "SOCKET")]
     agent: Option<PathBuf>,
     /// Whether the guest must be frozen, where it has an agent [default: required]
-    #[arg(long, value_enum, value_name = "WHEN")]
+    #[arg(long, value_parser = super::words::freeze(), value_name = "WHEN")]
     freeze: Option<Freeze>,
     /// A disk to take, by device id, drive id or node name; may be repeated [default: all]
     #[arg(long = "disk", value_name = "NAME")]

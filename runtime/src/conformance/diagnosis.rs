@@ -1,6 +1,7 @@
 //! From what a failed backup left behind to the mistake in the provider, in words that its author can act on.
 
-use crate::channel::{Answer, Call, ErrorCode, RawRange};
+use crate::channel::{Answer, Call};
+use crate::contract::{ErrorCode, RawRange};
 use crate::extent::{Extent, ExtentSet};
 use crate::grants::image::ImageError;
 use crate::grants::run::RunError;

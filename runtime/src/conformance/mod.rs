@@ -17,8 +17,8 @@ mod stand;
 pub use diagnosis::Mistake;
 
 use crate::archive;
-use crate::channel::World;
 use crate::config::Provider;
+use crate::contract::World;
 use crate::job::base::ChoiceError;
 use crate::job::component::Component;
 use crate::sandbox::{Cache, Program};

@@ -2,7 +2,7 @@
 //! charged.
 
 use super::provider_log::LINE_COST;
-use crate::channel::{ErrorCode, Quota};
+use crate::contract::{ErrorCode, Quota};
 use crate::policy::Limits;
 use crate::sandbox::Usage;
 use serde::Serialize;

@@ -3,10 +3,11 @@
 //! What it gives back is a claim like any other; whoever reads here compares it with the digests.
 
 use super::account::Account;
+use super::provider_log;
 use super::provider_log::ProviderLog;
-use super::{MAX_READ, provider_log};
 use crate::archive::{self, ObjectName, StoredObjects};
-use crate::channel::{Answer, Call, ErrorCode, Failure, ImageRead, OpenImage, Order, Outcome};
+use crate::channel::{Answer, Call, Failure, ImageRead, OpenImage, Order, Outcome};
+use crate::contract::{ErrorCode, MAX_READ};
 use crate::extent::Extent;
 use crate::job::Events;
 use crate::sandbox::{self, Compiled, Process, Program, Usage};

@@ -1,7 +1,7 @@
 //! `job.context.log`: a provider's lines, escaped, capped and counted before anybody sees them.
 
 use super::account::Account;
-use crate::channel::{LogLevel, MAX_TEXT};
+use crate::contract::{LogLevel, MAX_TEXT};
 use crate::job::{Event, Events};
 use std::sync::Arc;
 use std::time::{Duration, Instant};

@@ -1,11 +1,15 @@
 //! `archive.writer.put`: reading, digesting, encoding and packing of many chunks side by side.
 
 use super::target::{HostFailure, Target};
-use crate::channel::Encoding;
+use crate::archive::FRAME_LIMIT;
+use crate::contract::{Encoding, MAX_PUT};
 use crate::digest;
 use crate::extent::Extent;
 use crate::volume::reader::Permit;
 use std::sync::Arc;
+
+// One chunk is one frame.
+const _: () = assert!(MAX_PUT == FRAME_LIMIT as u64);
 
 /// Starts storing `extent`, which the books hold as pending, as soon as memory for it is free.
 pub(super) async fn start(target: &Arc<Target>, extent: Extent, encoding: Encoding) {

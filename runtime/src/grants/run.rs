@@ -7,9 +7,12 @@ use super::provider_log::{ProviderLog, harmless};
 use super::put;
 use super::stream::{Failed, Stream};
 use super::target::{HostFailure, Target};
-use super::{MAX_ATTACHMENT, MAX_PUT, MAX_READ, MAX_REGIONS, MAX_STREAMS, MAX_WRITE};
 use crate::archive::{self, ObjectName};
-use crate::channel::{Answer, Call, Encoding, ErrorCode, Outcome, RawRange, World};
+use crate::channel::{Answer, Call, Outcome};
+use crate::contract::{
+    Encoding, ErrorCode, MAX_ATTACHMENT, MAX_PUT, MAX_READ, MAX_REGIONS, MAX_STREAMS, MAX_WRITE,
+    RawRange, World,
+};
 use crate::digest::{self, Digest};
 use crate::extent::Extent;
 use crate::sandbox::{self, Process};
@@ -413,7 +416,7 @@ impl Run {
             name = names::of_volume(volume, &name).map_err(|_| ErrorCode::InvalidName)?;
         }
         if self.streams.len() >= MAX_STREAMS {
-            return Err(ErrorCode::QuotaExceeded(crate::channel::Quota::Objects));
+            return Err(ErrorCode::QuotaExceeded(crate::contract::Quota::Objects));
         }
         self.account.object()?;
         let created = self

@@ -8,7 +8,7 @@
 //! the kernel lets go of however the job ends: whoever finds such a file and gets its lock writes down that the job died.
 
 use crate::archive::ComponentId;
-use crate::channel::Wasi;
+use crate::contract::Wasi;
 use crate::grants::account::Used;
 use crate::policy::{Decision, Limits, Names};
 use cap_std::fs::{Dir, DirBuilder, DirBuilderExt, File, OpenOptions, OpenOptionsExt};

@@ -13,10 +13,11 @@
 use super::component::Component;
 use super::event::Events;
 use crate::archive::{self, BackupId, BlockTable, RunContent, StoredObjects, TableRoot};
-use crate::channel::{Context, GuestLimits, OpenImage, Still};
+use crate::channel::{OpenImage, Still};
+use crate::contract::MAX_READ;
+use crate::contract::{Context, GuestLimits};
 use crate::digest::Digest;
 use crate::extent::Extent;
-use crate::grants::MAX_READ;
 use crate::grants::account::Account;
 use crate::grants::image::{Image, ImageError, Purpose};
 use crate::sandbox::Program;

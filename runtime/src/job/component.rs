@@ -1,8 +1,9 @@
 //! A component that may run: compiled, and of a world that grants all that it imports.
 
 use super::event::Events;
-use crate::channel::{Wasi, World};
-use crate::sandbox::{self, Cache, CompileError, Compiled, FitError, Program, Refusal};
+use crate::contract::Refusal;
+use crate::contract::{Wasi, World};
+use crate::sandbox::{self, Cache, CompileError, Compiled, FitError, Program};
 use bytes::Bytes;
 use std::collections::BTreeSet;
 
@@ -62,7 +63,7 @@ impl Component {
     ) -> Result<Self, ComponentError> {
         let compiled = sandbox::compile(program, bytes, cache).await?;
         events.confinement(&compiled.missing);
-        let world = sandbox::world_of(&compiled.interface, &wasi)?;
+        let world = crate::contract::world_of(&compiled.interface, &wasi)?;
         // Now, and not when a VM has a snapshot for it.
         let missing = sandbox::fit(program, &compiled, world, wasi.clone()).await?;
         events.confinement(&missing);

@@ -136,7 +136,7 @@ mod tests {
             let volume = crate::archive::VolumeRecord {
                 name: "da".into(),
                 disk: serde_json::from_str(r#"{"format":"raw","identity":""}"#).unwrap(),
-                mode: crate::channel::BitmapMode::New,
+                mode: crate::contract::BitmapMode::New,
                 base,
                 fallback: None,
                 bitmap: None,
@@ -154,9 +154,9 @@ mod tests {
                 provider: crate::archive::ProviderRecord {
                     name: "chunked".into(),
                     component: crate::archive::ComponentId::of(b""),
-                    world: crate::channel::World::BlindProvider,
+                    world: crate::contract::World::BlindProvider,
                     settings: String::new(),
-                    limits: crate::channel::GuestLimits {
+                    limits: crate::contract::GuestLimits {
                         memory: 0,
                         cpu_ms: 0,
                     },

@@ -24,8 +24,8 @@ use crate::archive::{
     self, Archive, BackupId, BackupRecord, ComponentId, LeftOut, Moment, Namespace, NamespaceName,
     Proof, ProviderRecord, VolumeRecord,
 };
-use crate::channel::{BitmapMode, GuestLimits, World};
 use crate::config::Vm;
+use crate::contract::{BitmapMode, GuestLimits, World};
 use crate::extent::Extent;
 use crate::nbd;
 use crate::policy::Limits;

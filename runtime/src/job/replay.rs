@@ -11,7 +11,7 @@ use super::volume_run::guest_limits;
 use crate::archive::{
     self, BackupId, Frame, Manifest, Namespace, ObjectName, Run, RunContent, VolumeRecord,
 };
-use crate::channel::GuestLimits;
+use crate::contract::GuestLimits;
 use crate::digest::{self, Digest};
 use crate::extent::Extent;
 use crate::grants::account::Account;

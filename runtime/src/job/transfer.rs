@@ -13,8 +13,8 @@ use crate::archive::{
     self, BackupId, BackupRecord, BackupWriter, ComponentId, DiskRecord, LeftOut, Manifest, Moment,
     Namespace, Proof, ProviderRecord, VolumeRecord,
 };
-use crate::channel::World;
 use crate::config::Provider;
+use crate::contract::World;
 use crate::grants::account::Account;
 use crate::qemu::snapshot::Volume;
 use crate::sandbox::Program;

@@ -7,16 +7,15 @@ use super::event::{Event, Events};
 use crate::archive::{
     self, BackupId, BackupWriter, BlockTable, Entry, Namespace, RunContent, TableRoot,
 };
-use crate::channel::{
-    BitmapMode, Context, GuestLimits, Order as SandboxOrder, Run, VolumeInfo, World,
-};
+use crate::channel::{Order as SandboxOrder, Run};
 use crate::config::Provider;
+use crate::contract::{BitmapMode, Context, GuestLimits, MAX_READ, MAX_WRITE, VolumeInfo, World};
 use crate::digest::Digest;
 use crate::extent::{Extent, ExtentSet};
+use crate::grants;
 use crate::grants::account::Account;
 use crate::grants::run::{RunError, Terms};
 use crate::grants::target::{HostFailure, Target};
-use crate::grants::{self, MAX_READ, MAX_WRITE};
 use crate::nbd;
 use crate::policy::Limits;
 use crate::qemu::snapshot::Volume;

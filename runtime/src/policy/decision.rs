@@ -3,8 +3,8 @@
 use super::tenant::{Names, Rule, Tenant};
 use super::{Grant, Limits};
 use crate::archive::{ComponentId, NamespaceName};
-use crate::channel::Wasi;
 use crate::config::{Config, ConfigError, Provider};
+use crate::contract::Wasi;
 use std::collections::BTreeSet;
 use std::num::NonZeroU32;
 

@@ -21,7 +21,7 @@ pub use lines::Lines;
 pub(crate) use tenant::optional_pin;
 pub use tenant::{Names, Rule, Tenant, TenantProvider};
 
-use crate::channel::Wasi;
+use crate::contract::Wasi;
 use crate::sandbox::MAX_COMPONENT;
 use serde::{Deserialize, Serialize};
 use std::collections::BTreeSet;

@@ -3,7 +3,7 @@
 
 use super::Limits;
 use crate::archive::ComponentId;
-use crate::channel::Wasi;
+use crate::contract::Wasi;
 use serde::{Deserialize, Deserializer, Serialize, Serializer, de};
 use std::collections::{BTreeMap, BTreeSet};
 use std::fmt;

@@ -53,7 +53,7 @@ impl Default for Limits {
 }
 
 /// Whether the guest's file systems are to be frozen at the point in time.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, serde::Deserialize, clap::ValueEnum)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, serde::Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum Freeze {
     /// There is no backup without; the default, where the VM has an agent

@@ -2,7 +2,8 @@
 
 use super::Payload;
 use super::read::{Recorded, Step};
-use crate::channel::{Answer, Call, LogLevel, Order, World};
+use crate::channel::{Answer, Call, Order};
+use crate::contract::{LogLevel, World};
 use crate::sandbox::{self, Compiled, Program};
 use serde::Serialize;
 

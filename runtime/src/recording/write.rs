@@ -217,7 +217,8 @@ fn encoded(line: &impl Serialize) -> Vec<u8> {
 mod tests {
     use super::super::Recording;
     use super::*;
-    use crate::channel::{Context, GuestLimits, OpenImage};
+    use crate::channel::OpenImage;
+    use crate::contract::{Context, GuestLimits};
     use std::io::{Read, Seek};
 
     fn header(bytes: bool) -> Header {

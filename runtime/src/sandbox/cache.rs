@@ -4,7 +4,8 @@
 //! Files are replaced whole, never changed. Whatever is missing, cut short, damaged or from another version counts as
 //! not there. The directory must be the operator's alone: its files become machine code in sandbox processes.
 
-use crate::channel::{Failure, Interface};
+use crate::channel::Failure;
+use crate::contract::Interface;
 use cap_std::fs::{Dir, OpenOptions, OpenOptionsExt, Permissions, PermissionsExt};
 use cap_tempfile::TempFile;
 use rustix::fs::{FlockOperation, flock};

@@ -2,7 +2,8 @@
 
 use super::compile::Compiled;
 use super::spawn::{Error, Process, Program};
-use crate::channel::{Call, Failure, Fit, Gap, Order, Outcome, Wasi, World};
+use crate::channel::{Call, Failure, Fit, Gap, Order, Outcome};
+use crate::contract::{Wasi, World};
 use std::collections::BTreeSet;
 use std::time::Duration;
 use tokio::time::timeout;

@@ -10,7 +10,6 @@
 //! - [`fit`] sees beforehand whether it can be run
 //! - [`Budget`] bounds what all such processes of a job use together; `cgroup` lets the kernel hold them to it
 //! - [`Trace`] follows what is asked and answered
-//! - [`world_of`] refuses a component that imports what its world does not grant
 //!
 //! In the sandbox process, and only there does anything touch wasmtime:
 //! - [`serve`], from entry to exit
@@ -33,7 +32,6 @@ mod process;
 mod spawn;
 mod trace;
 mod usage;
-mod worlds;
 
 #[allow(missing_docs, unreachable_pub, clippy::all)] // generated
 mod bindings;
@@ -56,14 +54,13 @@ pub use process::{ARGUMENT, serve};
 pub use spawn::{Error, Process, Program};
 pub use trace::{Conversation, Exchange, Fault, Trace};
 pub use usage::Usage;
-pub use worlds::{Refusal, wasi_of, world_of};
 
 /// What a sandbox process does with the bytes of a component, in this very process: compiles them, and loads the result
 /// again. For fuzzing only; nothing is confined.
 #[cfg(fuzzing)]
 pub fn compile_here(
     component: &[u8],
-) -> Result<crate::channel::Interface, crate::channel::Failure> {
+) -> Result<crate::contract::Interface, crate::channel::Failure> {
     use std::io::Write;
     let (interface, code) = orders::machine_code(component)?;
     let unkept = |_| crate::channel::Failure::Stale;

@@ -11,9 +11,9 @@ use super::stubs::{Host, Lost};
 use super::surroundings::Surroundings;
 use super::wasi;
 use crate::channel::{
-    Call, Failure, Fit, ImageRead, Interface, MAX_RECEIPT, OpenImage, Outcome, Payload, Run,
-    Socket, SocketError, Wasi, World,
+    Call, Failure, Fit, ImageRead, OpenImage, Outcome, Payload, Run, Socket, SocketError,
 };
+use crate::contract::{Interface, MAX_RECEIPT, Wasi, World};
 use provider::exports::fleecebox::provider as provider_exports;
 use rustix::fs::fstat;
 use std::collections::BTreeSet;

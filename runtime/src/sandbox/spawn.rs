@@ -7,9 +7,10 @@ use super::process::ARGUMENT;
 use super::trace::{Listener, Trace};
 use super::usage::Usage;
 use crate::channel::{
-    Answer, AsyncSocket, Bounds, Call, Confinement, ErrorCode, Gap, ImageRead, Order, Payload,
-    PayloadError, SocketError, Violation, hand_over, listed,
+    Answer, AsyncSocket, Bounds, Call, Confinement, Gap, ImageRead, Order, Payload, PayloadError,
+    SocketError, Violation, hand_over, listed,
 };
+use crate::contract::ErrorCode;
 use crate::recording::{Recorder, Track};
 use rustix::io::Errno;
 use rustix::net::{AddressFamily, SocketFlags, SocketType, socketpair};

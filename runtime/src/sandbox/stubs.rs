@@ -8,9 +8,10 @@ use super::bindings::{archive, content, job, stored, types, volume};
 use super::limits::Limits;
 use super::surroundings::Surroundings;
 use super::wasi;
-use crate::channel::{
-    Answer, BitmapMode, Call, Context, Encoding, ErrorCode, LogLevel, MAX_NAME, MAX_REGIONS,
-    MAX_TEXT, Payload, PayloadError, Quota, RawRange, Socket, SocketError, VolumeInfo,
+use crate::channel::{Answer, Call, Payload, PayloadError, Socket, SocketError};
+use crate::contract::{
+    BitmapMode, Context, Encoding, ErrorCode, LogLevel, MAX_NAME, MAX_REGIONS, MAX_TEXT, Quota,
+    RawRange, VolumeInfo,
 };
 use serde::de::DeserializeOwned;
 use wasmtime::ResourceLimiter;

@@ -1,7 +1,8 @@
 //! What providers asked and were answered, one list for each sandbox process. For the conformance kit, which judges a
 //! provider by it and lets single calls fail to see what the provider makes of that.
 
-use crate::channel::{Answer, Call, ErrorCode, Order};
+use crate::channel::{Answer, Call, Order};
+use crate::contract::ErrorCode;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 /// Follows every process that a [`super::Program`] starts. Clones share one list. It grows with each call, so it is
@@ -140,7 +141,8 @@ impl State {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::channel::{Context, GuestLimits, OpenImage};
+    use crate::channel::OpenImage;
+    use crate::contract::{Context, GuestLimits};
 
     fn listener(trace: &Trace) -> Listener {
         let open = OpenImage {

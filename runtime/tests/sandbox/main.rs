@@ -13,6 +13,7 @@ use cap_std::ambient_authority;
 use cap_std::fs::Dir;
 use component::*;
 use fleecebox::channel::*;
+use fleecebox::contract::*;
 use fleecebox::sandbox::*;
 use std::collections::BTreeSet;
 use std::fs::File;

@@ -6,7 +6,7 @@ use fleecebox::archive::{
     Archive, BackupId, BackupRecord, ComponentId, DiskRecord, Manifest, Namespace, Proof,
     ProviderRecord, RULES, TableRoot, VolumeRecord,
 };
-use fleecebox::channel::{BitmapMode, World};
+use fleecebox::contract::{BitmapMode, World};
 use std::path::PathBuf;
 use tempfile::TempDir;
 use time::OffsetDateTime;
@@ -70,7 +70,7 @@ impl Scratch {
                     component: ComponentId::of(b""),
                     world: World::Provider,
                     settings: String::new(),
-                    limits: fleecebox::channel::GuestLimits { memory: 1 << 20, cpu_ms: 1000 },
+                    limits: fleecebox::contract::GuestLimits { memory: 1 << 20, cpu_ms: 1000 },
                 },
                 host_version: "0".into(),
                 volumes: vec![VolumeRecord {

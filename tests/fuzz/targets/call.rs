@@ -6,10 +6,8 @@
 #![no_main]
 
 use arbitrary::Arbitrary;
-use fleecebox::channel::{
-    AsyncSocket, BitmapMode, Bounds, Call, Context, GuestLimits, MAX_NAME, MAX_REGIONS, OpenImage,
-    Order, Run, VolumeInfo, World,
-};
+use fleecebox::channel::{AsyncSocket, Bounds, Call, OpenImage, Order, Run};
+use fleecebox::contract::{BitmapMode, Context, GuestLimits, MAX_NAME, MAX_REGIONS, VolumeInfo, World};
 use fleecebox_fuzz::runtime;
 use libfuzzer_sys::fuzz_target;
 use std::os::unix::net::UnixStream;

@@ -7,7 +7,7 @@
 
 use arbitrary::Arbitrary;
 use fleecebox::archive::{Digest, ObjectInfo};
-use fleecebox::channel::Encoding;
+use fleecebox::contract::Encoding;
 use fleecebox_fuzz::scratch::{BACKUP, Scratch};
 use libfuzzer_sys::fuzz_target;
 use serde_json::json;

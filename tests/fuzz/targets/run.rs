@@ -10,15 +10,13 @@
 
 use arbitrary::{Arbitrary, Unstructured};
 use fleecebox::archive::{BackupId, Digest, Entry};
-use fleecebox::channel::{
-    Answer, BitmapMode, Call, Confinement, Context, Encoding, ErrorCode, GuestLimits, LogLevel, Order, Outcome,
-    Payload, RawRange, Run, Socket, VolumeInfo, World, take_over,
-};
+use fleecebox::channel::{Answer, Call, Confinement, Order, Outcome, Payload, Run, Socket, take_over};
+use fleecebox::contract::{BitmapMode, Context, Encoding, ErrorCode, GuestLimits, LogLevel, RawRange, VolumeInfo, World};
 use fleecebox::extent::Extent;
 use fleecebox::grants::account::Account;
 use fleecebox::grants::run::{Terms, run};
 use fleecebox::grants::target::Target;
-use fleecebox::grants::{MAX_READ, MAX_WRITE};
+use fleecebox::contract::{MAX_READ, MAX_WRITE};
 use fleecebox::job::Events;
 use fleecebox::policy::Limits;
 use fleecebox::sandbox::{ARGUMENT, Process, Program};

@@ -10,7 +10,7 @@ use fleecebox::archive::{
     BackupId, BackupRecord, ComponentId, MANIFEST_FORMAT, Manifest, Proof, ProviderRecord, RULES,
     Stats, VolumeRecord,
 };
-use fleecebox::channel::{BitmapMode, World};
+use fleecebox::contract::{BitmapMode, World};
 use fleecebox::job::base::{self, Owner, Recorded};
 use fleecebox::job::lineage;
 use fleecebox::job::point_in_time::BLOCK_SIZE;
@@ -376,7 +376,7 @@ fn manifest(archive: u8, committed: &Committed) -> Manifest {
                 component: ComponentId::of(b""),
                 world: World::BlindProvider,
                 settings: String::new(),
-                limits: fleecebox::channel::GuestLimits {
+                limits: fleecebox::contract::GuestLimits {
                     memory: 1 << 20,
                     cpu_ms: 1000,
                 },

@@ -7,7 +7,7 @@ use super::super::error::{Damage, Error};
 use super::super::frame::{Frame, ObjectRef};
 use super::super::name::BackupId;
 use super::{Entry, FAN_OUT, PageRef, Run, RunContent, Shape};
-use crate::channel::Encoding;
+use crate::contract::Encoding;
 use crate::digest::Digest;
 use serde::{Deserialize, Serialize};
 use std::ops::Range;

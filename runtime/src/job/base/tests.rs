@@ -2,7 +2,7 @@ use super::*;
 use crate::archive::{
     BackupRecord, MANIFEST_FORMAT, Proof, ProviderRecord, RULES, Stats, TableRoot,
 };
-use crate::channel::{BitmapMode, World};
+use crate::contract::{BitmapMode, World};
 use crate::qemu::machine::Bitmap;
 use crate::qemu::{Identity, Image};
 use proptest::prelude::*;
@@ -195,7 +195,7 @@ fn recorded(says: Says, backup: BackupId, of_bitmap: &str) -> Recorded {
                 component: crate::archive::ComponentId::of(b""),
                 world: World::BlindProvider,
                 settings: String::new(),
-                limits: crate::channel::GuestLimits {
+                limits: crate::contract::GuestLimits {
                     memory: 1 << 20,
                     cpu_ms: 1000,
                 },

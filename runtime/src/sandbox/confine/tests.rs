@@ -3,9 +3,9 @@
 
 use super::{Confined, enter};
 use crate::channel::{
-    Call, Confinement, Encoding, Interface, LogLevel, MAX_MESSAGE, Order, Outcome, Payload,
-    RawRange, Run, Socket, take_over,
+    Call, Confinement, MAX_MESSAGE, Order, Outcome, Payload, Run, Socket, take_over,
 };
+use crate::contract::{Encoding, Interface, LogLevel, RawRange};
 use nix::libc;
 use std::ffi::CString;
 use std::io::{self, Read, Write};

@@ -3,7 +3,7 @@
 //! Every line that the commands print passes through here, whatever it holds: a provider's words, QEMU's, a manifest's.
 
 /// `text` on one line, with all that steers a terminal escaped.
-pub(crate) fn one_line(text: &str) -> String {
+pub fn one_line(text: &str) -> String {
     let mut line = String::with_capacity(text.len());
     for c in text.chars() {
         if steers(c) {
@@ -17,7 +17,7 @@ pub(crate) fn one_line(text: &str) -> String {
 
 /// `text` with its lines and columns, and all else that steers a terminal escaped. JSON stays JSON, as these characters
 /// stand nowhere but in its strings.
-pub(crate) fn lines(text: &str) -> String {
+pub fn lines(text: &str) -> String {
     let mut lines = String::with_capacity(text.len());
     for c in text.chars() {
         if steers(c) && !matches!(c, '\n' | '\t') {

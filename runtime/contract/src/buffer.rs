@@ -6,8 +6,8 @@
 use std::ops::{Deref, DerefMut};
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
-/// Bytes that every buffer of the list has room for: one frame, however zstd encodes it.
-const ROOM: usize = crate::archive::STORED_LIMIT as usize;
+/// Bytes that every buffer of the list has room for: the largest `put`, however zstd encodes it.
+pub const ROOM: usize = (1 << 20) + (1 << 12);
 
 /// What is smaller is taken from the allocator, which keeps that much by itself.
 const LARGE: usize = 64 << 10;

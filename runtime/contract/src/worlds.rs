@@ -1,8 +1,18 @@
 //! Which world a component is for, and whether that world grants what it imports. Decided from names alone, before
 //! any of its code runs.
 
-use crate::channel::{Interface, Wasi, World};
+use crate::{Wasi, World};
+use serde::{Deserialize, Serialize};
 use std::collections::BTreeSet;
+
+/// What a component imports and exports, by full interface name, such as `fleecebox:provider/volume@0.1.0`.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Interface {
+    /// In the component's order.
+    pub imports: Vec<String>,
+    /// In the component's order.
+    pub exports: Vec<String>,
+}
 
 /// What the world `provider` of `wit/provider.wit` imports.
 const PROVIDER_IMPORTS: &[&str] = &[
@@ -44,9 +54,12 @@ const WASI: &[(&str, &[Wasi])] = &[
     ("wasi:io/poll", &[Wasi::Output, Wasi::Clocks]),
 ];
 
-pub(super) const BACKUP: &str = "fleecebox:provider/backup@0.1.0";
-pub(super) const RESTORE: &str = "fleecebox:provider/restore@0.1.0";
-pub(super) const BLIND_BACKUP: &str = "fleecebox:provider/blind-backup@0.1.0";
+/// What a provider that sees the bytes exports, to back up.
+pub const BACKUP: &str = "fleecebox:provider/backup@0.1.0";
+/// What it exports besides, to restore.
+pub const RESTORE: &str = "fleecebox:provider/restore@0.1.0";
+/// What a provider exports that does not see the bytes.
+pub const BLIND_BACKUP: &str = "fleecebox:provider/blind-backup@0.1.0";
 
 /// Why a component is not run.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]

@@ -1,0 +1,30 @@
+//! How much the contract lets pass at once.
+
+/// Most bytes that `run` may return, and so the most that a `base` or a receipt can have: these travel inside a
+/// message and are kept in the manifest. Enough for a provider to say what it did, not for the backup itself.
+pub const MAX_RECEIPT: usize = 1 << 20;
+
+/// Most bytes in a name that a guest passes. The contract's names are one plain component, and no file system takes
+/// a longer one than this.
+pub const MAX_NAME: usize = 255;
+
+/// Most bytes in one `log` message or in the text of one `error-code.other`; what is longer is cut.
+pub const MAX_TEXT: usize = 4 << 10;
+
+/// Most regions in one answer: about 20 bytes each inside a message.
+pub const MAX_REGIONS: u32 = 4096;
+
+/// Largest `content.reader.read` and `image.read`, in bytes: what the payload file of the channel holds.
+pub const MAX_READ: u32 = 4 << 20;
+
+/// Largest `output-stream.write`, in bytes: what the payload file of the channel holds.
+pub const MAX_WRITE: u32 = 4 << 20;
+
+/// Largest `writer.put`, in bytes: one frame of a pack, so that reading one block back decodes no more than this.
+pub const MAX_PUT: u64 = 1 << 20;
+
+/// Output streams open at once in one run. Each holds a file and up to a frame of bytes.
+pub const MAX_STREAMS: usize = 64;
+
+/// Largest attachment, in bytes: it travels in one payload.
+pub const MAX_ATTACHMENT: usize = MAX_READ as usize;

@@ -1,0 +1,43 @@
+//! Words on the command line that belong to rooms that know no command line.
+
+use crate::contract::Wasi;
+use crate::qemu::agent::Freeze;
+use clap::builder::{PossibleValue, PossibleValuesParser, TypedValueParser};
+use serde::de::value::Error;
+use serde::de::{DeserializeOwned, IntoDeserializer};
+
+/// A part of WASI.
+pub(super) fn wasi() -> impl TypedValueParser<Value = Wasi> {
+    let parts = [
+        (Wasi::Clocks, "The time of day, and timers"),
+        (Wasi::Random, "Random bytes"),
+        (
+            Wasi::Output,
+            "Standard output and error, which go to the job's log; with them an input that has ended, no arguments and no environment",
+        ),
+    ];
+    let words = parts.map(|(part, help)| PossibleValue::new(part.name()).help(help));
+    PossibleValuesParser::new(words).try_map(|word| named(&word))
+}
+
+/// Whether the guest's file systems are to be frozen.
+pub(super) fn freeze() -> impl TypedValueParser<Value = Freeze> {
+    let words = [
+        (
+            "required",
+            "There is no backup without; the default, where the VM has an agent",
+        ),
+        (
+            "if-available",
+            "An agent that does not answer or refuses is told of and done without",
+        ),
+        ("never", "The agent is not asked"),
+    ];
+    let words = words.map(|(word, help)| PossibleValue::new(word).help(help));
+    PossibleValuesParser::new(words).try_map(|word| named(&word))
+}
+
+/// What the configuration names so too.
+fn named<T: DeserializeOwned>(word: &str) -> Result<T, Error> {
+    T::deserialize(word.into_deserializer())
+}
