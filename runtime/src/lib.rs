@@ -38,6 +38,7 @@
 pub use fleecebox_contract as contract;
 pub(crate) use fleecebox_contract::{buffer, terminal};
 pub use fleecebox_contract::{digest, extent};
+pub use fleecebox_nbd as nbd;
 
 pub mod archive;
 pub mod channel;
@@ -46,7 +47,6 @@ pub mod config;
 pub mod conformance;
 pub mod grants;
 pub mod job;
-pub mod nbd;
 pub mod policy;
 #[cfg(test)]
 mod poor_file_system;

@@ -1,7 +1,7 @@
 //! QEMU's own servers, with `nbdinfo` as the second opinion.
 
 use super::extent;
-use crate::nbd::{Connection, Error, ErrorCode, StatusRun};
+use crate::{Connection, Error, ErrorCode, StatusRun};
 use std::{
     io::{Seek, SeekFrom, Write},
     path::{Path, PathBuf},

@@ -1,7 +1,7 @@
 //! Servers that break every rule, each in its own way.
 
 use super::{extent, fake::*};
-use crate::nbd::{Connection, Error, ErrorCode, Negotiation, Refusal, StatusRun, Violation};
+use crate::{Connection, Error, ErrorCode, Negotiation, Refusal, StatusRun, Violation};
 use bytes::BufMut;
 use proptest::prelude::*;
 use std::time::Duration;

@@ -1,8 +1,8 @@
 //! Whether the pieces of a reply make up what was asked: each byte once, none missing, none more.
 
 use super::error::Violation;
-use crate::extent::{Extent, ExtentSet};
 use bytes::{BufMut, buf::Limit};
+use fleecebox_contract::extent::{Extent, ExtentSet};
 
 /// Smallest chunk that servers should use, but for the first and the last of a read.
 const CHUNK_GRAIN: u64 = 512;

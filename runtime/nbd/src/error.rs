@@ -1,7 +1,7 @@
 //! What can go wrong with a server.
 
 use super::wire::{Command, Negotiation};
-use crate::extent::Extent;
+use fleecebox_contract::extent::Extent;
 use std::{fmt, io, sync::Arc, time::Duration};
 
 /// A server's own words are cut off behind the character that passes this length in bytes, after escaping.

@@ -4,7 +4,7 @@ mod fake;
 mod hostile;
 mod real;
 
-use crate::extent::Extent;
+use fleecebox_contract::extent::Extent;
 
 fn extent(offset: u64, length: u64) -> Extent {
     Extent::new(offset, length).unwrap()

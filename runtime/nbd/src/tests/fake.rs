@@ -1,6 +1,6 @@
 //! A server made of the bytes that a test wants, at the other end of a socket pair.
 
-use crate::nbd::Connection;
+use crate::Connection;
 use bytes::BufMut;
 use std::time::Duration;
 use tokio::{

@@ -9,8 +9,8 @@ use super::{
         ReplyShape,
     },
 };
-use crate::extent::Extent;
 use bytes::BufMut;
+use fleecebox_contract::extent::Extent;
 use std::{
     collections::HashMap,
     io,

@@ -5,55 +5,55 @@ use bytes::{Buf, BufMut};
 use std::fmt;
 
 /// Longest string of the protocol ("Values": strings), in bytes.
-pub(crate) const MAX_STRING: usize = 4096;
+pub const MAX_STRING: usize = 4096;
 /// Longest reply to an option that is received: a string and the few numbers before it.
 pub(super) const MAX_OPTION_REPLY: u32 = 16 + MAX_STRING as u32;
 /// Longest error chunk that is received: an error, a message and an offset.
 pub(super) const MAX_ERROR_CHUNK: u64 = 14 + MAX_STRING as u64;
 /// Most payload in one request that every server takes ("Block size constraints"), in bytes.
-pub(crate) const MAX_PAYLOAD: u32 = 32 << 20;
+pub const MAX_PAYLOAD: u32 = 32 << 20;
 
-pub(crate) const INIT_MAGIC: u64 = 0x4e42_444d_4147_4943; // "NBDMAGIC"
-pub(crate) const OPTION_MAGIC: u64 = 0x4948_4156_454f_5054; // "IHAVEOPT"
-pub(crate) const OPTION_REPLY_MAGIC: u64 = 0x0003_e889_0455_65a9;
-pub(crate) const REQUEST_MAGIC: u32 = 0x2560_9513;
+pub const INIT_MAGIC: u64 = 0x4e42_444d_4147_4943; // "NBDMAGIC"
+pub const OPTION_MAGIC: u64 = 0x4948_4156_454f_5054; // "IHAVEOPT"
+pub const OPTION_REPLY_MAGIC: u64 = 0x0003_e889_0455_65a9;
+pub const REQUEST_MAGIC: u32 = 0x2560_9513;
 const EXTENDED_REQUEST_MAGIC: u32 = 0x21e4_1c71;
-pub(crate) const SIMPLE_REPLY_MAGIC: u32 = 0x6744_6698;
-pub(crate) const STRUCTURED_REPLY_MAGIC: u32 = 0x668e_33ef;
+pub const SIMPLE_REPLY_MAGIC: u32 = 0x6744_6698;
+pub const STRUCTURED_REPLY_MAGIC: u32 = 0x668e_33ef;
 const EXTENDED_REPLY_MAGIC: u32 = 0x6e8a_278c;
 
 /// `NBD_FLAG_FIXED_NEWSTYLE` and `NBD_FLAG_NO_ZEROES`, of the server as of the client.
-pub(crate) const FLAG_FIXED_NEWSTYLE: u16 = 1 << 0;
-pub(crate) const FLAG_NO_ZEROES: u16 = 1 << 1;
+pub const FLAG_FIXED_NEWSTYLE: u16 = 1 << 0;
+pub const FLAG_NO_ZEROES: u16 = 1 << 1;
 
 const FLAG_READ_ONLY: u16 = 1 << 1;
-pub(crate) const FLAG_SEND_FLUSH: u16 = 1 << 2;
-pub(crate) const FLAG_SEND_TRIM: u16 = 1 << 5;
-pub(crate) const FLAG_SEND_DF: u16 = 1 << 7;
-pub(crate) const FLAG_CAN_MULTI_CONN: u16 = 1 << 8;
+pub const FLAG_SEND_FLUSH: u16 = 1 << 2;
+pub const FLAG_SEND_TRIM: u16 = 1 << 5;
+pub const FLAG_SEND_DF: u16 = 1 << 7;
+pub const FLAG_CAN_MULTI_CONN: u16 = 1 << 8;
 
-pub(crate) const REP_ACK: u32 = 1;
-pub(crate) const REP_INFO: u32 = 3;
-pub(crate) const REP_META_CONTEXT: u32 = 4;
-pub(crate) const REP_ERROR: u32 = 1 << 31;
+pub const REP_ACK: u32 = 1;
+pub const REP_INFO: u32 = 3;
+pub const REP_META_CONTEXT: u32 = 4;
+pub const REP_ERROR: u32 = 1 << 31;
 
-pub(crate) const INFO_EXPORT: u16 = 0;
-pub(crate) const INFO_BLOCK_SIZE: u16 = 3;
+pub const INFO_EXPORT: u16 = 0;
+pub const INFO_BLOCK_SIZE: u16 = 3;
 
 /// `NBD_CMD_FLAG_DF`: a read is answered in one chunk.
 pub(super) const COMMAND_FLAG_DF: u16 = 1 << 2;
 
-pub(crate) const REPLY_FLAG_DONE: u16 = 1 << 0;
+pub const REPLY_FLAG_DONE: u16 = 1 << 0;
 
 /// `NBD_REPLY_TYPE_*`: the types of chunks.
 pub(super) const CHUNK_NONE: u16 = 0;
-pub(crate) const CHUNK_OFFSET_DATA: u16 = 1;
+pub const CHUNK_OFFSET_DATA: u16 = 1;
 pub(super) const CHUNK_OFFSET_HOLE: u16 = 2;
-pub(crate) const CHUNK_BLOCK_STATUS: u16 = 5;
+pub const CHUNK_BLOCK_STATUS: u16 = 5;
 pub(super) const CHUNK_BLOCK_STATUS_EXT: u16 = 6;
 pub(super) const CHUNK_ERROR_OFFSET: u16 = CHUNK_ERROR_BIT | 2;
 /// Set in the type of every error chunk, also of those that are still to be invented.
-pub(crate) const CHUNK_ERROR_BIT: u16 = 1 << 15;
+pub const CHUNK_ERROR_BIT: u16 = 1 << 15;
 
 /// Bytes of the server's greeting.
 pub(super) const GREETING_BYTES: usize = 18;

@@ -21,6 +21,8 @@
 //! The rules are those of the NBD protocol, `doc/proto.md` of the reference implementation, which
 //! is meant wherever a comment names a section or an `NBD_` constant.
 
+#![deny(missing_docs)]
+
 mod assembly;
 mod client;
 mod error;
@@ -28,7 +30,8 @@ mod handshake;
 mod replies;
 #[cfg(test)]
 mod tests;
-pub(crate) mod wire;
+#[allow(missing_docs, reason = "the names are those of the protocol's document, which tells what they mean")]
+pub mod wire;
 
 pub use assembly::StatusRun;
 pub use client::Connection;

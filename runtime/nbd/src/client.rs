@@ -7,7 +7,7 @@ use super::{
     replies::{Answer, Receiver, Requests},
     wire::{Command, Request},
 };
-use crate::extent::Extent;
+use fleecebox_contract::extent::Extent;
 use rustix::net::Shutdown;
 use std::{
     io,
