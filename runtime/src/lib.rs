@@ -39,6 +39,7 @@ pub use fleecebox_contract as contract;
 pub(crate) use fleecebox_contract::{buffer, terminal};
 pub use fleecebox_contract::{digest, extent};
 pub use fleecebox_nbd as nbd;
+pub use fleecebox_qemu as qemu;
 
 pub mod archive;
 pub mod channel;
@@ -50,7 +51,6 @@ pub mod job;
 pub mod policy;
 #[cfg(test)]
 mod poor_file_system;
-pub mod qemu;
 pub mod recording;
 pub mod registry;
 #[cfg(test)]

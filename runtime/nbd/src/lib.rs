@@ -30,7 +30,10 @@ mod handshake;
 mod replies;
 #[cfg(test)]
 mod tests;
-#[allow(missing_docs, reason = "the names are those of the protocol's document, which tells what they mean")]
+#[allow(
+    missing_docs,
+    reason = "the names are those of the protocol's document, which tells what they mean"
+)]
 pub mod wire;
 
 pub use assembly::StatusRun;

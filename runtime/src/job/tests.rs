@@ -2,6 +2,10 @@
 //! every byte of the channel to itself. Whatever it says and whatever it asks of the kernel, it gains nothing beyond
 //! what the contract gives to any provider.
 
+#[path = "../../qemu/src/tests/daemon.rs"]
+#[allow(dead_code, reason = "the rest of it is for the tests there")]
+mod daemon;
+
 use super::backup::{BackupError, Places, Request, Summary, backup};
 use super::selection::Selection;
 use super::volume_run::VolumeError;
@@ -10,10 +14,10 @@ use crate::archive::Archive;
 use crate::config::{Provider, Vm};
 use crate::grants::account::Account;
 use crate::grants::run::RunError;
-use crate::qemu::tests::daemon::{Daemon, SIZE, state};
 use crate::sandbox::{self, Cache, Program};
 use cap_std::ambient_authority;
 use cap_std::fs::Dir;
+use daemon::{Daemon, SIZE, state};
 use std::collections::BTreeSet;
 use std::os::unix::fs::{FileExt, PermissionsExt};
 use std::path::Path;

@@ -15,7 +15,7 @@ use std::path::Path;
 ///
 /// # Errors
 /// Where QEMU cannot open it, or it is empty.
-pub(crate) async fn attach(
+pub async fn attach(
     monitor: &Monitor,
     job: JobId,
     index: u16,
@@ -47,7 +47,7 @@ pub(crate) async fn attach(
 }
 
 /// Detaches these, where they are there; returns what could not be.
-pub(crate) async fn detach(
+pub async fn detach(
     monitor: &Monitor,
     job: JobId,
     indices: impl Iterator<Item = u16>,

@@ -1,11 +1,11 @@
 //! Why there is no point in time, and what could not be taken back.
 
-use crate::qemu::agent::AgentError;
-use crate::qemu::backup_access::AccessError;
-use crate::qemu::filter::FilterError;
-use crate::qemu::machine::Unusable;
-use crate::qemu::monitor::MonitorError;
-use crate::qemu::removal::RemovalError;
+use crate::agent::AgentError;
+use crate::backup_access::AccessError;
+use crate::filter::FilterError;
+use crate::machine::Unusable;
+use crate::monitor::MonitorError;
+use crate::removal::RemovalError;
 use std::fmt;
 use std::path::PathBuf;
 

@@ -1,6 +1,6 @@
 //! Guests that are slow, that lie, and that send rubbish.
 
-use crate::qemu::agent::{Agent, AgentError, Limits};
+use crate::agent::{Agent, AgentError, Limits};
 use serde_json::{Value, json};
 use std::sync::{Arc, Mutex};
 use std::time::Duration;

@@ -1,10 +1,10 @@
 //! Bitmaps over several backups: whatever ends a backup, no change may be lost.
 
 use super::daemon::{BLOCK, Daemon, both, name};
-use crate::qemu::bitmap::{self, BitmapPlan, Tracking};
-use crate::qemu::machine::Unusable;
-use crate::qemu::monitor::Monitor;
-use crate::qemu::snapshot::Cause;
+use crate::bitmap::{self, BitmapPlan, Tracking};
+use crate::machine::Unusable;
+use crate::monitor::Monitor;
+use crate::snapshot::Cause;
 
 const BLOCK_LENGTH: u64 = BLOCK as u64;
 

@@ -1,6 +1,6 @@
 //! Monitors that are newer than we are, and sockets that are no monitors.
 
-use crate::qemu::monitor::{Monitor, MonitorError, NotQmp};
+use crate::monitor::{Monitor, MonitorError, NotQmp};
 use qapi::qmp::{query_jobs, query_status};
 use serde_json::{Value, json};
 use std::time::Duration;

@@ -1,13 +1,13 @@
 //! Taking a point in time, reading it, and leaving nothing behind.
 
 use super::daemon::{Daemon, SIZE, both, name, path, run, state, uri};
-use crate::qemu::bitmap::BitmapPlan;
-use crate::qemu::ids::JobId;
-use crate::qemu::leftovers;
-use crate::qemu::machine::{self, Choice, MachineError, SkipReason};
-use crate::qemu::removal::ServerFate;
-use crate::qemu::schema::Schema;
-use crate::qemu::snapshot::{Broken, Cause, NbdServer};
+use crate::bitmap::BitmapPlan;
+use crate::ids::JobId;
+use crate::leftovers;
+use crate::machine::{self, Choice, MachineError, SkipReason};
+use crate::removal::ServerFate;
+use crate::schema::Schema;
+use crate::snapshot::{Broken, Cause, NbdServer};
 use serde_json::json;
 use std::time::Instant;
 

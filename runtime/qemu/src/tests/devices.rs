@@ -2,12 +2,12 @@
 
 use super::daemon::{BLOCK, name, path, run, state};
 use super::monitor::fake;
-use crate::qemu::bitmap::{self, BitmapPlan};
-use crate::qemu::ids::JobId;
-use crate::qemu::machine::{self, Choice, Disk, MachineError, SkipReason};
-use crate::qemu::monitor::Monitor;
-use crate::qemu::schema::Schema;
-use crate::qemu::snapshot::{FleecingFormat, Form, NbdServer, Plan, Readers, Request, take};
+use crate::bitmap::{self, BitmapPlan};
+use crate::ids::JobId;
+use crate::machine::{self, Choice, Disk, MachineError, SkipReason};
+use crate::monitor::Monitor;
+use crate::schema::Schema;
+use crate::snapshot::{FleecingFormat, Form, NbdServer, Plan, Readers, Request, take};
 use serde_json::{Value, json};
 use std::fs::File;
 use std::time::Duration;
@@ -228,7 +228,7 @@ async fn a_real_emulators_devices_are_found_frozen_in_time_and_left_as_they_were
         readers: Readers::Discard,
         form: Form::Job,
         format: FleecingFormat::Raw,
-        freeze: crate::qemu::agent::Freeze::Required,
+        freeze: crate::agent::Freeze::Required,
     };
     let schema = Schema::probe(&monitor).await.unwrap();
     let point = take(&monitor, &schema, request, None).await.unwrap();

@@ -4,18 +4,18 @@ use super::{
     CBW_TIMEOUT_SECONDS, Cause, FleecingFormat, Form, NbdServer, Nodes, Plan, Readers, Request,
     UndoError, id, remains,
 };
-use crate::qemu::agent::{Agent, AgentError, Freeze};
-use crate::qemu::backup_access::{self, AccessError};
-use crate::qemu::bitmap::{self, Tracking};
-use crate::qemu::descriptor;
-use crate::qemu::filter;
-use crate::qemu::ids::{JobId, Role};
-use crate::qemu::machine::{self, Unusable};
-use crate::qemu::monitor::{Monitor, MonitorError};
-use crate::qemu::present;
-use crate::qemu::removal::{self, ServerFate};
-use crate::qemu::schema::Schema;
-use crate::qemu::standstill::{self, Stopped};
+use crate::agent::{Agent, AgentError, Freeze};
+use crate::backup_access::{self, AccessError};
+use crate::bitmap::{self, Tracking};
+use crate::descriptor;
+use crate::filter;
+use crate::ids::{JobId, Role};
+use crate::machine::{self, Unusable};
+use crate::monitor::{Monitor, MonitorError};
+use crate::present;
+use crate::removal::{self, ServerFate};
+use crate::schema::Schema;
+use crate::standstill::{self, Stopped};
 use serde_json::{Value, json};
 use std::os::fd::AsFd;
 use std::path::Path;

@@ -17,6 +17,8 @@
 //! empty list (SIGSEGV), and `qom-set drive` to the node that is attached already. The guards are [`snapshot`]'s way to
 //! add exports, an array of one in [`bitmap`], and a look before each `qom-set` in [`filter`].
 
+#![deny(missing_docs)]
+
 pub mod agent;
 mod backup_access;
 mod beside;
@@ -24,7 +26,7 @@ pub mod bitmap;
 pub mod claim;
 mod descriptor;
 mod disks;
-pub(crate) mod extra;
+pub mod extra;
 pub mod filter;
 mod identity;
 pub mod ids;
@@ -47,7 +49,10 @@ mod standstill;
 pub mod watchdog;
 
 #[cfg(test)]
-pub(crate) mod tests;
+mod tests;
+// Its daemon serves the tests of jobs too, which know this crate by that name.
+#[cfg(test)]
+use crate as qemu;
 
 pub use agent::{Agent, AgentError};
 pub use bitmap::{BitmapName, BitmapPlan};

@@ -2,7 +2,7 @@
 
 use super::agent::{next_command, sync_answer};
 use super::monitor::serve;
-use crate::qemu::watchdog::{self, Watchdog};
+use crate::watchdog::{self, Watchdog};
 use rustix::process::{Pid, Signal, kill_process};
 use std::path::{Path, PathBuf};
 use std::time::Duration;

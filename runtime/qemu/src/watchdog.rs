@@ -438,7 +438,7 @@ fn is_nobody(error: &io::Error) -> bool {
 
 /// The terminal may be gone with the job, which must not stop the rescue.
 pub fn say(text: &str) {
-    let text = crate::terminal::one_line(text);
+    let text = fleecebox_contract::terminal::one_line(text);
     let _ = writeln!(io::stderr(), "fleecebox: {text}");
 }
 
