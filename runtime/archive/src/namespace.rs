@@ -11,8 +11,8 @@ use super::name::{ArchiveId, BackupId, ComponentId, NamespaceName, ObjectName, r
 use super::soundness;
 use super::store::{MANIFEST, Store};
 use super::stored::StoredObjects;
-use crate::extent::Extent;
 use cap_std::fs::Dir;
+use fleecebox_contract::extent::Extent;
 use std::io;
 use std::sync::{Arc, OnceLock};
 

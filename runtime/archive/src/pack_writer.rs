@@ -11,7 +11,7 @@ use super::lock;
 use super::name::{BackupId, PackName};
 use super::pack::{self, ChunkId, PACK_LIMIT, Place};
 use super::store::Store;
-use crate::contract::Encoding;
+use fleecebox_contract::Encoding;
 use std::collections::HashMap;
 use std::fs::File;
 use std::os::unix::fs::FileExt;

@@ -7,9 +7,9 @@ use super::name::{BackupId, ObjectName};
 use super::object::ObjectInfo;
 use super::seek_table::{self, FOOTER, Lengths};
 use super::store::{self, Store};
-use crate::contract::Encoding;
-use crate::digest::Digest;
-use crate::extent::Extent;
+use fleecebox_contract::Encoding;
+use fleecebox_contract::digest::Digest;
+use fleecebox_contract::extent::Extent;
 use std::collections::BTreeMap;
 use std::fs::File;
 use std::sync::{Arc, Mutex};
@@ -224,7 +224,7 @@ fn read_frames(file: &File, object: &ObjectRef) -> Result<Vec<Place>, Error> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::archive::{Archive, BackupWriter};
+    use crate::{Archive, BackupWriter};
     use cap_std::ambient_authority;
     use cap_std::fs::Dir;
 

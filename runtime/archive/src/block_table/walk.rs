@@ -6,7 +6,7 @@ use super::super::name::BackupId;
 use super::super::store::{PAGES, Store};
 use super::pages::PageReader;
 use super::{BlockTable, Entry, FAN_OUT, PageRef, Run, RunContent, TableRoot};
-use crate::extent::Extent;
+use fleecebox_contract::extent::Extent;
 use std::collections::{BTreeSet, HashSet};
 use std::sync::Arc;
 

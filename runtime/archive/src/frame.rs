@@ -1,9 +1,9 @@
 //! Where stored bytes lie.
 
 use super::name::{BackupId, ObjectName, PackName};
-use crate::buffer;
-use crate::contract::Encoding;
-use crate::extent::Extent;
+use fleecebox_contract::Encoding;
+use fleecebox_contract::buffer;
+use fleecebox_contract::extent::Extent;
 use serde::{Deserialize, Serialize};
 use std::fmt;
 

@@ -2,8 +2,8 @@
 
 use super::manifest::tests::record;
 use super::*;
-use crate::contract::{BitmapMode, Encoding};
 use cap_std::ambient_authority;
+use fleecebox_contract::{BitmapMode, Encoding};
 use proptest::prelude::*;
 use std::collections::{BTreeMap, BTreeSet};
 use std::os::unix::fs::FileExt;

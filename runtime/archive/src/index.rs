@@ -195,7 +195,7 @@ fn write_cache(store: &Store, backup: BackupId, packs: &Packs) -> Result<(), Err
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::contract::Encoding;
+    use fleecebox_contract::Encoding;
     use proptest::prelude::*;
 
     fn packs() -> Packs {

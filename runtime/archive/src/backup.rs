@@ -17,9 +17,9 @@ use super::pack::ChunkId;
 use super::pack_writer::PackWriter;
 use super::store::{MANIFEST, OBJECTS, Store};
 use super::stored::StoredObjects;
-use crate::contract::Encoding;
-use crate::digest::Digest;
 use cap_std::fs::Dir;
+use fleecebox_contract::Encoding;
+use fleecebox_contract::digest::Digest;
 use std::collections::BTreeSet;
 use std::sync::{Arc, Mutex, OnceLock, RwLock};
 

@@ -10,8 +10,8 @@
 use super::error::{Damage, Error};
 use super::frame::{Frame, ObjectRef};
 use super::name::PackName;
-use crate::contract::Encoding;
-use crate::digest::Digest;
+use fleecebox_contract::Encoding;
+use fleecebox_contract::digest::Digest;
 use std::fs::File;
 use std::os::unix::fs::FileExt;
 

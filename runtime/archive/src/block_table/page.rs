@@ -7,8 +7,8 @@ use super::super::error::{Damage, Error};
 use super::super::frame::{Frame, ObjectRef};
 use super::super::name::BackupId;
 use super::{Entry, FAN_OUT, PageRef, Run, RunContent, Shape};
-use crate::contract::Encoding;
-use crate::digest::Digest;
+use fleecebox_contract::Encoding;
+use fleecebox_contract::digest::Digest;
 use serde::{Deserialize, Serialize};
 use std::ops::Range;
 

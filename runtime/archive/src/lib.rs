@@ -53,6 +53,8 @@
 //! A failed write or sync spoils the backup for good ([`Error::WriterFailed`]): after a failed sync the kernel
 //! may drop the bytes and report success the next time.
 
+#![deny(missing_docs)]
+
 mod backup;
 mod block_table;
 mod checks;
@@ -74,15 +76,18 @@ mod soundness;
 mod store;
 mod stored;
 #[cfg(test)]
+#[path = "../../src/poor_file_system.rs"]
+mod poor_file_system;
+#[cfg(test)]
 mod tests;
 
-pub use crate::digest::Digest;
 pub use backup::BackupWriter;
 pub use block_table::{
     BlockTable, BlockTableWriter, Entry, MAX_BLOCK_SIZE, MIN_BLOCK_SIZE, Run, RunContent, TableRoot,
 };
 pub use checks::{BELIEVED, Recheck};
 pub use error::{Damage, Error};
+pub use fleecebox_contract::digest::Digest;
 pub use frame::{FRAME_LIMIT, Frame, NotAFrame, ObjectRef, STORED_LIMIT};
 pub use manifest::{
     Attachment, BackupRecord, DiskRecord, FileRecord, LayerRecord, LeftOut, MANIFEST_FORMAT,

@@ -19,7 +19,7 @@ pub use writer::BlockTableWriter;
 use super::error::Error;
 use super::frame::Frame;
 use super::name::BackupId;
-use crate::digest::Digest;
+use fleecebox_contract::digest::Digest;
 use serde::{Deserialize, Serialize};
 use std::ops::Range;
 

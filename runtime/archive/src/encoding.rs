@@ -3,8 +3,8 @@
 use super::error::Damage;
 use super::frame::{FRAME_LIMIT, STORED_LIMIT};
 use super::lock;
-use crate::buffer::Buffer;
-use crate::contract::Encoding;
+use fleecebox_contract::Encoding;
+use fleecebox_contract::buffer::Buffer;
 use std::io;
 use std::sync::Mutex;
 use zstd::bulk::{Compressor, Decompressor};
