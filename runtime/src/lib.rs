@@ -36,13 +36,13 @@
 #![deny(missing_docs)]
 
 pub use fleecebox_archive as archive;
+pub use fleecebox_channel as channel;
 pub use fleecebox_contract as contract;
 pub(crate) use fleecebox_contract::{buffer, terminal};
 pub use fleecebox_contract::{digest, extent};
 pub use fleecebox_nbd as nbd;
 pub use fleecebox_qemu as qemu;
 
-pub mod channel;
 pub mod cli;
 pub mod config;
 pub mod conformance;

@@ -71,13 +71,13 @@ mod needs;
 mod object;
 mod pack;
 mod pack_writer;
+#[cfg(test)]
+#[path = "../../src/poor_file_system.rs"]
+mod poor_file_system;
 mod seek_table;
 mod soundness;
 mod store;
 mod stored;
-#[cfg(test)]
-#[path = "../../src/poor_file_system.rs"]
-mod poor_file_system;
 #[cfg(test)]
 mod tests;
 

@@ -7,9 +7,9 @@ use std::os::fd::{AsFd, BorrowedFd};
 use std::os::unix::net::UnixStream;
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 
-/// Most bytes in one message. The longest is an order to run, with a receipt of [`crate::contract::MAX_RECEIPT`] as its base
+/// Most bytes in one message. The longest is an order to run, with a receipt of [`fleecebox_contract::MAX_RECEIPT`] as its base
 /// and the operator's settings beside it.
-pub const MAX_MESSAGE: usize = crate::contract::MAX_RECEIPT + (512 << 10);
+pub const MAX_MESSAGE: usize = fleecebox_contract::MAX_RECEIPT + (512 << 10);
 
 /// Bytes of a frame before its message.
 const HEADER: usize = 4;
@@ -206,8 +206,8 @@ impl Inbox {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::channel::{Answer, Call, Order};
-    use crate::contract::RawRange;
+    use crate::{Answer, Call, Order};
+    use fleecebox_contract::RawRange;
     use proptest::prelude::*;
 
     fn inbox(bytes: &[u8]) -> Inbox {
@@ -286,7 +286,7 @@ mod tests {
         runtime.block_on(async {
             let (a, b) = UnixStream::pair().unwrap();
             let mut here = AsyncSocket::new(a).unwrap();
-            let long = |byte| Call::Done(crate::channel::Outcome::Receipt(vec![byte; 1 << 20]));
+            let long = |byte| Call::Done(crate::Outcome::Receipt(vec![byte; 1 << 20]));
             let moment = std::time::Duration::from_millis(50);
             here.queue(&long(1)).unwrap();
             let heard = tokio::time::timeout(moment, here.receive::<Answer>()).await;
@@ -306,8 +306,8 @@ mod tests {
 
     #[test]
     fn a_receipt_of_the_greatest_length_fits_and_a_longer_message_does_not() {
-        let receipt = |length| Call::Done(crate::channel::Outcome::Receipt(vec![1; length]));
-        assert!(frame(&receipt(crate::contract::MAX_RECEIPT)).is_ok());
+        let receipt = |length| Call::Done(crate::Outcome::Receipt(vec![1; length]));
+        assert!(frame(&receipt(fleecebox_contract::MAX_RECEIPT)).is_ok());
         assert!(matches!(
             frame(&receipt(MAX_MESSAGE)),
             Err(SocketError::TooLong { length }) if length > MAX_MESSAGE

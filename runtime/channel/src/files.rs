@@ -59,7 +59,7 @@ pub fn take_over(socket: impl AsFd) -> Result<Vec<OwnedFd>, Errno> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::channel::Payload;
+    use crate::Payload;
     use std::os::unix::net::UnixStream;
 
     #[test]

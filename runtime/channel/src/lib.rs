@@ -11,6 +11,8 @@
 //! - [`Payload`]: the file that the bytes lie in
 //! - [`hand_over`], [`take_over`]: how the files get into a fresh sandbox process
 
+#![deny(missing_docs)]
+
 mod bounds;
 mod files;
 mod message;

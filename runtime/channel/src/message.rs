@@ -1,7 +1,7 @@
 //! The messages. Everything that comes from a sandbox is a claim to be checked, never a fact.
 
 use super::octets;
-use crate::contract::{
+use fleecebox_contract::{
     Context, Encoding, ErrorCode, GuestLimits, Interface, LogLevel, RawRange, VolumeInfo, Wasi,
     World,
 };

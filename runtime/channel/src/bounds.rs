@@ -4,7 +4,7 @@
 //! it comes from a sandbox that somebody has broken, and ends it.
 
 use super::{Call, Order, Outcome, Payload};
-use crate::contract::{MAX_NAME, MAX_RECEIPT, MAX_REGIONS, MAX_TEXT, World};
+use fleecebox_contract::{MAX_NAME, MAX_RECEIPT, MAX_REGIONS, MAX_TEXT, World};
 
 /// What the sandbox of one order may say.
 #[derive(Debug, Clone, Copy)]
@@ -171,8 +171,8 @@ fn name(call: &Call) -> &'static str {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::channel::{OpenImage, Run};
-    use crate::contract::{BitmapMode, Context, GuestLimits, RawRange, VolumeInfo};
+    use crate::{OpenImage, Run};
+    use fleecebox_contract::{BitmapMode, Context, GuestLimits, RawRange, VolumeInfo};
 
     fn context() -> Context {
         Context {
@@ -245,7 +245,7 @@ mod tests {
             image()
                 .check(&Call::Create {
                     name: "x".into(),
-                    encoding: crate::contract::Encoding::Zstd
+                    encoding: fleecebox_contract::Encoding::Zstd
                 })
                 .is_err()
         );
@@ -267,15 +267,13 @@ mod tests {
         let compile = Bounds::new(&Order::Compile { length: 1 });
         assert!(
             compile
-                .check(&Call::Done(Outcome::Failed(
-                    crate::channel::Failure::Memory
-                )))
+                .check(&Call::Done(Outcome::Failed(crate::Failure::Memory)))
                 .is_ok()
         );
         assert!(
             compile
                 .check(&Call::Log {
-                    level: crate::contract::LogLevel::Info,
+                    level: fleecebox_contract::LogLevel::Info,
                     message: String::new()
                 })
                 .is_err()
