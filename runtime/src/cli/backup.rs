@@ -100,7 +100,7 @@ impl Backup {
         let _slot = target::slot(session, tenant.as_ref())?;
         let recorder = recording.begin(&request.provider_name, &request.component)?;
         if let Some(recorder) = &recorder {
-            program = program.recorded(recorder.clone());
+            program = program.watched_by(recorder.clone());
         }
         let limits = request.account.limits();
         let places = Places {

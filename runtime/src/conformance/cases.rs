@@ -3,6 +3,7 @@
 use super::content::{self, Random};
 use super::diagnosis::{self, Mistake};
 use super::stand::{Attempt, Made, Stand};
+use super::trace::{Conversation, Fault};
 use super::{Case, KitError, Need, Needs, Outcome, Subject};
 use crate::archive::{BackupId, Manifest, RunContent, VolumeRecord};
 use crate::channel::{Answer, Call, Outcome as Ended};
@@ -15,7 +16,6 @@ use crate::grants::run::RunError;
 use crate::job::backup::BackupError;
 use crate::job::prove::ProofError;
 use crate::job::volume_run::VolumeError;
-use crate::sandbox::{Conversation, Fault};
 use crate::simulator::Export;
 use std::collections::BTreeMap;
 use std::sync::Arc;

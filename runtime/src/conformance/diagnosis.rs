@@ -1,5 +1,6 @@
 //! From what a failed backup left behind to the mistake in the provider, in words that its author can act on.
 
+use super::trace::Conversation;
 use crate::channel::{Answer, Call};
 use crate::contract::{ErrorCode, RawRange};
 use crate::extent::{Extent, ExtentSet};
@@ -9,7 +10,6 @@ use crate::job::backup::BackupError;
 use crate::job::point_in_time::BLOCK_SIZE;
 use crate::job::prove::ProofError;
 use crate::job::volume_run::VolumeError;
-use crate::sandbox::Conversation;
 use crate::simulator::Export;
 use serde::Serialize;
 use std::collections::BTreeMap;

@@ -7,12 +7,13 @@
 //! - `diagnosis`: from a failed backup to the mistake and what to do about it
 //!
 //! Nothing here decides whether a backup is good: that is the host's code, the same as in a real job. The kit only looks
-//! at what a provider asked and was told ([`crate::sandbox::Trace`]), and lets single calls fail.
+//! at what a provider asked and was told (`trace`), and lets single calls fail.
 
 mod cases;
 mod content;
 mod diagnosis;
 mod stand;
+mod trace;
 
 pub use diagnosis::Mistake;
 

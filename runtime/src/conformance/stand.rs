@@ -1,6 +1,7 @@
 //! A simulated VM, a real archive in a temporary folder, and backups from one to the other through the code of a job.
 
 use super::diagnosis::{self, Mistake};
+use super::trace::{Conversation, Fault, Trace};
 use super::{KitError, Subject};
 use crate::archive::{Archive, BackupId, BackupWriter, Manifest, Moment, Namespace};
 use crate::config::{Config, Provider};
@@ -19,7 +20,7 @@ use crate::job::volume_run::{Covered, VolumeError, guest_limits};
 use crate::job::{Events, recover};
 use crate::policy::{Limits, Restores};
 use crate::qemu::snapshot::{Plan, Volume};
-use crate::sandbox::{Conversation, Fault, Program, Trace};
+use crate::sandbox::Program;
 use crate::simulator::{Disk, Export, Server};
 use cap_std::ambient_authority;
 use cap_std::fs::Dir;
@@ -143,7 +144,7 @@ impl<'a> Stand<'a> {
             Some(fault) => Trace::with_fault(fault.clone()),
             None => Trace::default(),
         };
-        let program = self.subject.program.clone().traced(trace.clone());
+        let program = self.subject.program.clone().watched_by(trace.clone());
         let (events, _) = Events::channel();
         let mut transfer = Transfer {
             vm: VM,
@@ -388,7 +389,7 @@ impl Look<'_> {
             ProofError::Archive(_) | ProofError::Task(_) | ProofError::Cancelled => return None,
         };
         let trace = Trace::default();
-        let program = self.subject.program.clone().traced(trace.clone());
+        let program = self.subject.program.clone().watched_by(trace.clone());
         let given = self.read(&program, covered, extent).await;
         let image = trace.conversations();
         Some(diagnosis::given_back(

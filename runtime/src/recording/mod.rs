@@ -39,7 +39,7 @@ mod write;
 
 pub use read::{BadRecording, Recorded, Recording};
 pub use replay::{Difference, Process, ReplayError, Replayed, replay};
-pub use write::{Recorder, Track};
+pub use write::Recorder;
 
 use crate::channel::{Answer, Call, ImageRead, Order, Outcome};
 use serde::{Deserialize, Serialize};

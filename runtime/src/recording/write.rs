@@ -2,6 +2,8 @@
 
 use super::{Header, Line, MAX_RECORDING, Payload, carried_by_answer, carried_by_call};
 use crate::channel::{Answer, Call, ImageRead, Order};
+use crate::contract::ErrorCode;
+use crate::sandbox::{self, Listener, Witness};
 use serde::Serialize;
 use std::fs::File;
 use std::io::{self, BufWriter, Write};
@@ -93,9 +95,10 @@ impl Recorder {
             Err(_) => Err("its file takes no more bytes".into()),
         }
     }
+}
 
-    /// A process begins, unless it only compiles.
-    pub(crate) fn begin(&self, order: &Order) -> Option<Track> {
+impl Witness for Recorder {
+    fn begin(&self, order: &Order) -> Option<Box<dyn Listener>> {
         if matches!(order, Order::Compile { .. } | Order::Fit(_)) {
             return None;
         }
@@ -111,29 +114,28 @@ impl Recorder {
             ..Line::default()
         };
         self.0.write(&mut state, &event);
-        Some(track)
+        Some(Box::new(track))
     }
 }
 
 /// One process's part of a recording.
 #[derive(Debug)]
-pub struct Track {
+struct Track {
     recorder: Recorder,
     process: u32,
 }
 
-impl Track {
-    /// It made a call, whose bytes `payload` gives.
-    pub(crate) fn called(&self, call: &Call, payload: impl FnOnce(u32) -> Option<Vec<u8>>) {
+impl Listener for Track {
+    fn called(&self, call: &Call, payload: sandbox::Bytes<'_>) -> Option<ErrorCode> {
         self.write(Line {
             call: Some(call.clone()),
             payload: self.payload(carried_by_call(call), payload),
             ..Line::default()
         });
+        None
     }
 
-    /// It was answered.
-    pub(crate) fn answered(&self, answer: &Answer, payload: impl FnOnce(u32) -> Option<Vec<u8>>) {
+    fn answered(&self, answer: &Answer, payload: sandbox::Bytes<'_>) {
         self.write(Line {
             answer: Some(answer.clone()),
             payload: self.payload(carried_by_answer(answer), payload),
@@ -141,19 +143,16 @@ impl Track {
         });
     }
 
-    /// Its image was asked for bytes.
-    pub(crate) fn asked(&self, read: ImageRead) {
+    fn asked(&self, read: ImageRead) {
         self.write(Line {
             ask: Some(read),
             ..Line::default()
         });
     }
+}
 
-    fn payload(
-        &self,
-        carried: Option<u32>,
-        bytes: impl FnOnce(u32) -> Option<Vec<u8>>,
-    ) -> Option<Payload> {
+impl Track {
+    fn payload(&self, carried: Option<u32>, bytes: sandbox::Bytes<'_>) -> Option<Payload> {
         let length = carried?;
         // A payload that cannot be read ends the run by itself.
         let bytes = bytes(length).unwrap_or_default();
@@ -261,9 +260,9 @@ mod tests {
                 offset: 0,
                 length: secret.len() as u32,
             };
-            track.called(&call, |_| panic!("carries no bytes"));
+            track.called(&call, &|_| panic!("carries no bytes"));
             let length = secret.len() as u32;
-            track.answered(&Answer::Bytes { length }, |_| Some(secret.to_vec()));
+            track.answered(&Answer::Bytes { length }, &|_| Some(secret.to_vec()));
             recorder.finish().unwrap();
             let text = text(&mut file);
             assert_eq!(text.contains(&hex::encode(secret)), kept, "{text}");
@@ -285,7 +284,7 @@ mod tests {
         drop(reader);
         let track = recorder.begin(&order()).unwrap();
         for _ in 0..1000 {
-            track.answered(&Answer::Unit, |_| None);
+            track.answered(&Answer::Unit, &|_| None);
         }
         assert!(recorder.finish().unwrap_err().contains("file failed"));
     }
@@ -299,7 +298,7 @@ mod tests {
         let track = recorder.begin(&order()).unwrap();
         let length = 1 << 20;
         for _ in 0..100 {
-            track.answered(&Answer::Bytes { length }, |_| Some(vec![1; 1 << 20]));
+            track.answered(&Answer::Bytes { length }, &|_| Some(vec![1; 1 << 20]));
         }
         assert!(recorder.0.waiting.load(Ordering::Relaxed) <= MAX_WAITING + (1 << 10));
         assert!(recorder.0.state().cut.as_ref().unwrap().contains("slower"));

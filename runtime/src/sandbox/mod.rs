@@ -9,7 +9,7 @@
 //! - [`compile`] makes machine code of a component, in such a process, once ([`Cache`])
 //! - [`fit`] sees beforehand whether it can be run
 //! - [`Budget`] bounds what all such processes of a job use together; `cgroup` lets the kernel hold them to it
-//! - [`Trace`] follows what is asked and answered
+//! - [`Witness`] follows what is asked and answered
 //!
 //! In the sandbox process, and only there does anything touch wasmtime:
 //! - [`serve`], from entry to exit
@@ -30,8 +30,8 @@ mod compile;
 mod fit;
 mod process;
 mod spawn;
-mod trace;
 mod usage;
+mod witness;
 
 #[allow(missing_docs, unreachable_pub, clippy::all)] // generated
 mod bindings;
@@ -52,8 +52,8 @@ pub use compile::{CompileError, Compiled, MAX_COMPONENT, compile};
 pub use fit::{FitError, fit};
 pub use process::{ARGUMENT, serve};
 pub use spawn::{Error, Process, Program};
-pub use trace::{Conversation, Exchange, Fault, Trace};
 pub use usage::Usage;
+pub use witness::{Bytes, Listener, Witness};
 
 /// What a sandbox process does with the bytes of a component, in this very process: compiles them, and loads the result
 /// again. For fuzzing only; nothing is confined.

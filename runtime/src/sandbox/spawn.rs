@@ -4,14 +4,13 @@ use super::budget::{Budget, Share};
 use super::cgroup::{Group, Member};
 use super::confine;
 use super::process::ARGUMENT;
-use super::trace::{Listener, Trace};
 use super::usage::Usage;
+use super::witness::{Listeners, Witness};
 use crate::channel::{
     Answer, AsyncSocket, Bounds, Call, Confinement, Gap, ImageRead, Order, Payload, PayloadError,
     SocketError, Violation, hand_over, listed,
 };
 use crate::contract::ErrorCode;
-use crate::recording::{Recorder, Track};
 use rustix::io::Errno;
 use rustix::net::{AddressFamily, SocketFlags, SocketType, socketpair};
 use rustix::pipe::{PipeFlags, pipe_with};
@@ -43,8 +42,7 @@ const END_TIME: Duration = Duration::from_secs(5);
 pub struct Program {
     path: PathBuf,
     confinement_required: bool,
-    trace: Option<Trace>,
-    recorder: Option<Recorder>,
+    witnesses: Vec<Arc<dyn Witness>>,
     budget: Option<Budget>,
 }
 
@@ -59,8 +57,7 @@ impl Program {
         Self {
             path: path.into(),
             confinement_required: false,
-            trace: None,
-            recorder: None,
+            witnesses: Vec::new(),
             budget: None,
         }
     }
@@ -83,20 +80,10 @@ impl Program {
         }
     }
 
-    /// The same, with all that its processes ask and are answered in `trace`.
-    pub fn traced(self, trace: Trace) -> Self {
-        Self {
-            trace: Some(trace),
-            ..self
-        }
-    }
-
-    /// The same, with all that its processes ask and are answered in a recording.
-    pub fn recorded(self, recorder: Recorder) -> Self {
-        Self {
-            recorder: Some(recorder),
-            ..self
-        }
+    /// The same, with one more who follows what its processes ask and are answered.
+    pub fn watched_by(mut self, witness: impl Witness + 'static) -> Self {
+        self.witnesses.push(Arc::new(witness));
+        self
     }
 }
 
@@ -112,8 +99,7 @@ pub struct Process {
     bounds: Bounds,
     stderr: OwnedFd,
     missing: Vec<Gap>,
-    listener: Option<Listener>,
-    track: Option<Track>,
+    listeners: Listeners,
     share: Option<Share>,
     member: Option<Member>,
     next_check: Instant,
@@ -235,8 +221,7 @@ impl Process {
             bounds: Bounds::new(order),
             stderr,
             missing: Vec::new(),
-            listener: program.trace.as_ref().and_then(|trace| trace.begin(order)),
-            track: program.recorder.as_ref().and_then(|it| it.begin(order)),
+            listeners: Listeners::begin(&program.witnesses, order),
             share: match order {
                 // It has limits of its own.
                 Order::Compile { .. } | Order::Fit(_) => None,
@@ -280,11 +265,9 @@ impl Process {
                 })?;
                 continue;
             }
-            if let Some(track) = &self.track {
-                track.called(&call, |length| self.take_payload(length).ok());
-            }
-            match self.listener.as_ref().and_then(|it| it.heard(&call)) {
-                Some(code) => self.queue(&Answer::Error(code))?,
+            let payload = |length| self.take_payload(length).ok();
+            match self.listeners.called(&call, &payload) {
+                Some(code) => self.answer(&Answer::Error(code))?,
                 None => return Ok(call),
             }
         }
@@ -335,20 +318,14 @@ impl Process {
 
     /// Answers the last call; [`Process::next`] sees to it that the answer is taken.
     pub fn answer(&mut self, answer: &Answer) -> Result<(), Error> {
-        if let Some(listener) = &self.listener {
-            listener.answered(answer);
-        }
-        if let Some(track) = &self.track {
-            track.answered(answer, |length| self.take_payload(length).ok());
-        }
+        let payload = |length| self.take_payload(length).ok();
+        self.listeners.answered(answer, &payload);
         self.queue(answer)
     }
 
     /// Asks an open image for bytes; the caller then goes on with [`Process::next`] until [`Call::Done`].
     pub fn read_image(&mut self, read: ImageRead) -> Result<(), Error> {
-        if let Some(track) = &self.track {
-            track.asked(read);
-        }
+        self.listeners.asked(read);
         self.queue(&read)
     }
 

@@ -1,14 +1,15 @@
-//! What providers asked and were answered, one list for each sandbox process. For the conformance kit, which judges a
-//! provider by it and lets single calls fail to see what the provider makes of that.
+//! What providers asked and were answered, one list for each sandbox process. The kit judges a provider by it, and lets
+//! single calls fail to see what the provider makes of that.
 
-use crate::channel::{Answer, Call, Order};
+use crate::channel::{Answer, Call, ImageRead, Order};
 use crate::contract::ErrorCode;
+use crate::sandbox::{self, Bytes, Witness};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
-/// Follows every process that a [`super::Program`] starts. Clones share one list. It grows with each call, so it is
+/// Follows every process that a program starts. Clones share one list. It grows with each call, so it is
 /// for jobs of a few MiB.
 #[derive(Debug, Clone, Default)]
-pub struct Trace(Arc<Mutex<State>>);
+pub(super) struct Trace(Arc<Mutex<State>>);
 
 #[derive(Debug, Default)]
 struct State {
@@ -20,50 +21,50 @@ struct State {
 
 /// All calls of one process.
 #[derive(Debug, Clone, Default)]
-pub struct Conversation {
+pub(super) struct Conversation {
     /// The volume of a run; none for an opened image.
-    pub volume: Option<String>,
+    pub(super) volume: Option<String>,
     /// In order.
-    pub exchanges: Vec<Exchange>,
+    pub(super) exchanges: Vec<Exchange>,
 }
 
 /// A call and its answer.
 #[derive(Debug, Clone)]
-pub struct Exchange {
+pub(super) struct Exchange {
     /// What was asked.
-    pub call: Call,
+    pub(super) call: Call,
     /// Missing where the process was ended first, and for [`Call::Done`].
-    pub answer: Option<Answer>,
+    pub(super) answer: Option<Answer>,
 }
 
 /// A call that fails without reaching the host: to the provider it is as if the host could not do it.
 #[derive(Debug, Clone)]
-pub struct Fault {
+pub(super) struct Fault {
     /// [`Call::name`] of the calls that may fail; any, where it is none.
-    pub call: Option<&'static str>,
+    pub(super) call: Option<&'static str>,
     /// How many of them are let through first.
-    pub after: u32,
+    pub(super) after: u32,
     /// Whether all later ones fail too.
-    pub lasting: bool,
+    pub(super) lasting: bool,
     /// What the provider is told.
-    pub code: ErrorCode,
+    pub(super) code: ErrorCode,
 }
 
 impl Trace {
     /// A trace in which `fault` happens.
-    pub fn with_fault(fault: Fault) -> Self {
+    pub(super) fn with_fault(fault: Fault) -> Self {
         let trace = Self::default();
         trace.state().fault = Some(fault);
         trace
     }
 
     /// Everything so far.
-    pub fn conversations(&self) -> Vec<Conversation> {
+    pub(super) fn conversations(&self) -> Vec<Conversation> {
         self.state().conversations.clone()
     }
 
     /// Begins the list of one process, unless it runs no provider.
-    pub(super) fn begin(&self, order: &Order) -> Option<Listener> {
+    fn listen(&self, order: &Order) -> Option<Listener> {
         let volume = match order {
             Order::Compile { .. } | Order::Fit(_) => return None,
             Order::Run(run) => Some(run.volume.name.clone()),
@@ -86,42 +87,39 @@ impl Trace {
     }
 }
 
+impl Witness for Trace {
+    fn begin(&self, order: &Order) -> Option<Box<dyn sandbox::Listener>> {
+        Some(Box::new(self.listen(order)?))
+    }
+}
+
 /// The place of one process in a [`Trace`].
 #[derive(Debug)]
-pub(super) struct Listener {
+struct Listener {
     trace: Trace,
     conversation: usize,
 }
 
-impl Listener {
-    /// Takes note of a call. With a code, the call is to fail with it and not to be carried out.
-    pub(super) fn heard(&self, call: &Call) -> Option<ErrorCode> {
+impl sandbox::Listener for Listener {
+    fn called(&self, call: &Call, _: Bytes<'_>) -> Option<ErrorCode> {
         let mut state = self.trace.state();
         let refused = state.refuses(call);
-        self.add(&mut state, call.clone());
-        if let Some(code) = &refused {
-            self.answer(&mut state, Answer::Error(code.clone()));
+        if let Some(conversation) = state.conversations.get_mut(self.conversation) {
+            let call = call.clone();
+            conversation.exchanges.push(Exchange { call, answer: None });
         }
         refused
     }
 
-    /// Takes note of the answer to the last call.
-    pub(super) fn answered(&self, answer: &Answer) {
-        self.answer(&mut self.trace.state(), answer.clone());
-    }
-
-    fn add(&self, state: &mut State, call: Call) {
-        if let Some(conversation) = state.conversations.get_mut(self.conversation) {
-            conversation.exchanges.push(Exchange { call, answer: None });
-        }
-    }
-
-    fn answer(&self, state: &mut State, answer: Answer) {
+    fn answered(&self, answer: &Answer, _: Bytes<'_>) {
+        let mut state = self.trace.state();
         let conversation = state.conversations.get_mut(self.conversation);
         if let Some(last) = conversation.and_then(|it| it.exchanges.last_mut()) {
-            last.answer = Some(answer);
+            last.answer = Some(answer.clone());
         }
     }
+
+    fn asked(&self, _: ImageRead) {}
 }
 
 impl State {
@@ -143,6 +141,7 @@ mod tests {
     use super::*;
     use crate::channel::OpenImage;
     use crate::contract::{Context, GuestLimits};
+    use crate::sandbox::Listener as _;
 
     fn listener(trace: &Trace) -> Listener {
         let open = OpenImage {
@@ -159,7 +158,7 @@ mod tests {
             max_read: 0,
             still: Default::default(),
         };
-        trace.begin(&Order::OpenImage(open)).unwrap()
+        trace.listen(&Order::OpenImage(open)).unwrap()
     }
 
     fn refused(fault: Fault) -> Vec<bool> {
@@ -171,7 +170,9 @@ mod tests {
             finish(2),
             finish(3),
         ];
-        let heard = calls.iter().map(|call| listener.heard(call).is_some());
+        let heard = calls
+            .iter()
+            .map(|call| listener.called(call, &|_| None).is_some());
         heard.collect()
     }
 
@@ -201,12 +202,11 @@ mod tests {
             code: ErrorCode::Io,
         });
         let listener = listener(&trace);
-        assert_eq!(
-            listener.heard(&Call::Finish { stream: 0 }),
-            Some(ErrorCode::Io)
-        );
-        assert_eq!(listener.heard(&Call::NextRegions { limit: 1 }), None);
-        listener.answered(&Answer::Unit);
+        let called = |call| listener.called(&call, &|_| None);
+        assert_eq!(called(Call::Finish { stream: 0 }), Some(ErrorCode::Io));
+        listener.answered(&Answer::Error(ErrorCode::Io), &|_| None);
+        assert_eq!(called(Call::NextRegions { limit: 1 }), None);
+        listener.answered(&Answer::Unit, &|_| None);
         let all = trace.conversations();
         let answers: Vec<_> = all[0].exchanges.iter().map(|it| &it.answer).collect();
         assert!(
