@@ -42,6 +42,7 @@ pub(crate) use fleecebox_contract::{buffer, terminal};
 pub use fleecebox_contract::{digest, extent};
 pub use fleecebox_nbd as nbd;
 pub use fleecebox_qemu as qemu;
+pub use fleecebox_sandbox as sandbox;
 
 pub mod cli;
 pub mod config;
@@ -57,7 +58,6 @@ pub mod registry;
 #[path = "../../tests/src/report.rs"]
 #[expect(unreachable_pub, reason = "the tests' harness exports it")]
 mod report;
-pub mod sandbox;
 pub mod simulator;
 pub mod templates;
 pub mod volume;

@@ -10,6 +10,7 @@
 //! - [`Socket`], [`AsyncSocket`]: frames of a known length around the words
 //! - [`Payload`]: the file that the bytes lie in
 //! - [`hand_over`], [`take_over`]: how the files get into a fresh sandbox process
+//! - [`room`]: what a sandbox process needs beside its guest
 
 #![deny(missing_docs)]
 
@@ -18,10 +19,15 @@ mod files;
 mod message;
 mod octets;
 mod payload;
+mod room;
 mod socket;
 
 pub use bounds::{Bounds, Violation};
 pub use files::{hand_over, take_over};
 pub use message::*;
 pub use payload::{Payload, PayloadError};
+pub use room::{COMPILE_CPU_SECONDS, COMPILE_MEMORY, room};
 pub use socket::{AsyncSocket, MAX_MESSAGE, Socket, SocketError};
+
+/// First argument that turns the program into a sandbox process. Nobody types it.
+pub const ARGUMENT: &str = "sandbox-process";

@@ -5,6 +5,7 @@
 #[path = "../../qemu/src/tests/daemon.rs"]
 #[allow(dead_code, reason = "the rest of it is for the tests there")]
 mod daemon;
+mod stand_in;
 
 use super::backup::{BackupError, Places, Request, Summary, backup};
 use super::selection::Selection;
@@ -18,6 +19,7 @@ use crate::sandbox::{self, Cache, Program};
 use cap_std::ambient_authority;
 use cap_std::fs::Dir;
 use daemon::{Daemon, SIZE, state};
+use stand_in::STAND_IN;
 use std::collections::BTreeSet;
 use std::os::unix::fs::{FileExt, PermissionsExt};
 use std::path::Path;
@@ -53,7 +55,7 @@ impl Host {
         // A sandbox process is started without an environment and with an argument of its own.
         let program = folder.path().join("stand-in");
         let script = format!(
-            "#!/bin/sh\nFLEECEBOX_ATTEMPT=stand-in exec '{}' --exact sandbox::confine::tests::stand_in --ignored \
+            "#!/bin/sh\n{STAND_IN}=1 exec '{}' --exact job::tests::stand_in::stand_in --ignored \
              --nocapture --test-threads=1\n",
             std::env::current_exe().unwrap().display(),
         );

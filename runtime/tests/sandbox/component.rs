@@ -123,7 +123,7 @@ pub(crate) fn provider_with_wasi(run: &str) -> Vec<u8> {
             format!(r#"(import "wasi:{interface}@0.2.0" "{function}" (func ${name} {signature}))"#)
         })
         .collect();
-    let wit = include_str!("../../src/sandbox/wasi.wit").replacen(
+    let wit = include_str!("../../worker/src/wasi.wit").replacen(
         "world parts {",
         "world with-wasi { include fleecebox:provider/provider@0.1.0; include parts; }\nworld parts {",
         1,

@@ -6,7 +6,7 @@
 #![no_main]
 
 use fleecebox::channel::Failure;
-use fleecebox::sandbox::compile_here;
+use fleecebox_worker::compile_here;
 use fleecebox::contract::world_of;
 use libfuzzer_sys::fuzz_target;
 use std::collections::BTreeSet;

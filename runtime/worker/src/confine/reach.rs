@@ -1,6 +1,6 @@
 //! What the process can reach through paths, ports, names and signals: nothing (landlock(7)).
 
-use crate::channel::Gap;
+use fleecebox_channel::Gap;
 use landlock::{
     ABI, Access, AccessFs, AccessNet, LandlockStatus, RestrictionStatus, Ruleset, RulesetAttr,
     RulesetError, RulesetStatus, Scope,

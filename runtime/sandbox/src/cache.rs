@@ -4,10 +4,10 @@
 //! Files are replaced whole, never changed. Whatever is missing, cut short, damaged or from another version counts as
 //! not there. The directory must be the operator's alone: its files become machine code in sandbox processes.
 
-use crate::channel::Failure;
-use crate::contract::Interface;
 use cap_std::fs::{Dir, OpenOptions, OpenOptionsExt, Permissions, PermissionsExt};
 use cap_tempfile::TempFile;
+use fleecebox_channel::Failure;
+use fleecebox_contract::Interface;
 use rustix::fs::{FlockOperation, flock};
 use rustix::io::Errno;
 use serde::{Deserialize, Serialize};
@@ -112,7 +112,7 @@ impl Cache {
     }
 
     /// Throws a component's compiled form away. For when a sandbox calls it stale
-    /// ([`crate::channel::Failure::Stale`]): the machine has another kind of processor now.
+    /// ([`fleecebox_channel::Failure::Stale`]): the machine has another kind of processor now.
     pub fn forget(&self, sha256: [u8; 32]) -> Result<(), CacheError> {
         match self.0.remove_file(Key { sha256 }.file_name()) {
             Err(error) if error.kind() != std::io::ErrorKind::NotFound => Err(error.into()),

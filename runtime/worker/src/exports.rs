@@ -5,7 +5,7 @@ use super::bindings::blind::exports::fleecebox::provider as blind;
 use super::bindings::provider::exports::fleecebox::provider as seeing;
 use super::bindings::{archive, job, stored, types};
 use super::stubs::Host;
-use crate::contract::{BACKUP, BLIND_BACKUP, RESTORE};
+use fleecebox_contract::{BACKUP, BLIND_BACKUP, RESTORE};
 use wasmtime::component::types::ComponentItem;
 use wasmtime::component::{
     Component, ComponentNamedList, InstancePre, Lift, Lower, Resource, ResourceAny,

@@ -8,8 +8,8 @@ use super::bindings::{archive, content, job, stored, types, volume};
 use super::limits::Limits;
 use super::surroundings::Surroundings;
 use super::wasi;
-use crate::channel::{Answer, Call, Payload, PayloadError, Socket, SocketError};
-use crate::contract::{
+use fleecebox_channel::{Answer, Call, Payload, PayloadError, Socket, SocketError};
+use fleecebox_contract::{
     BitmapMode, Context, Encoding, ErrorCode, LogLevel, MAX_NAME, MAX_REGIONS, MAX_TEXT, Quota,
     RawRange, VolumeInfo,
 };

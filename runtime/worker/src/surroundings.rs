@@ -1,7 +1,7 @@
 //! What an instance learns of time and chance: the real ones in a run; in an image a time at which all clocks stand, and
 //! chances that are the same whenever it is opened. By nothing of it can a proof be told from a restore.
 
-use crate::channel::Still;
+use fleecebox_channel::Still;
 use rustix::event::{Timespec, poll};
 use rustix::time::{ClockId, clock_gettime};
 use std::time::{Duration, Instant};

@@ -9,7 +9,7 @@
 use super::bindings::wasi::{cli, clocks, io, random};
 use super::stubs::{Host, Lost, Refused};
 use super::surroundings::Surroundings;
-use crate::contract::{LogLevel, MAX_TEXT, Wasi};
+use fleecebox_contract::{LogLevel, MAX_TEXT, Wasi};
 use io::streams::StreamError;
 use std::collections::BTreeSet;
 use std::time::Duration;

@@ -1,12 +1,13 @@
 //! From a component's bytes to machine code and the names of what it imports and exports.
 
 use super::cache::{Cache, CacheError, Key, Refusal};
-use super::confine::{COMPILE_CPU_SECONDS, COMPILE_MEMORY};
 use super::spawn::{Error, Process, Program};
 use super::usage::Usage;
-use crate::channel::{Call, Failure, Gap, Order, Outcome, Payload};
-use crate::contract::Interface;
 use bytes::Bytes;
+use fleecebox_channel::{
+    COMPILE_CPU_SECONDS, COMPILE_MEMORY, Call, Failure, Gap, Order, Outcome, Payload,
+};
+use fleecebox_contract::Interface;
 use rustix::process::Signal;
 use std::fs::File;
 use std::os::unix::process::ExitStatusExt;

@@ -1,7 +1,7 @@
 //! Who follows what sandbox processes ask and are answered.
 
-use crate::channel::{Answer, Call, ImageRead, Order};
-use crate::contract::ErrorCode;
+use fleecebox_channel::{Answer, Call, ImageRead, Order};
+use fleecebox_contract::ErrorCode;
 use std::fmt::Debug;
 use std::sync::Arc;
 

@@ -3,16 +3,13 @@
 use super::confine::{self, Confined};
 use super::stubs::Lost;
 use super::{engine, limits, orders};
-use crate::channel::{Confinement, Order, Payload, Socket, take_over};
+use fleecebox_channel::{Confinement, Order, Payload, Socket, take_over};
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::net::UnixStream;
 use std::process::ExitCode;
 use std::thread;
 use wasmtime::Engine;
-
-/// First argument that turns the program into a sandbox process. Nobody types it.
-pub const ARGUMENT: &str = "sandbox-process";
 
 /// Does what the job process on the other end of standard input orders, once, and ends.
 ///
@@ -70,7 +67,7 @@ fn serve_one() -> Result<(), Unable> {
         ticked.increment_epoch();
         if is_hung_up(&watched) && !guest.is_finished() {
             // Nobody waits for what the guest still computes.
-            return Err(Lost::Socket(crate::channel::SocketError::Closed).into());
+            return Err(Lost::Socket(fleecebox_channel::SocketError::Closed).into());
         }
     }
     guest.join().map_err(|_| Unable::Panicked)?

@@ -10,7 +10,7 @@
 //! Each promise is kept twice where the kernel has two ways: a call that seccomp ends the process for would reach
 //! nothing either. What the kernel does not have is a [`Gap`], which the job process is told.
 //!
-//! The job process puts it into a control group besides (`super::cgroup`).
+//! The job process puts it into a control group besides (`fleecebox-sandbox`).
 
 mod filter;
 mod reach;
@@ -18,8 +18,8 @@ mod reach;
 mod tests;
 mod user;
 
-use crate::channel::Gap;
 use filter::Stage;
+use fleecebox_channel::{COMPILE_CPU_SECONDS, COMPILE_MEMORY, Gap, room};
 use rustix::process::{DumpableBehavior, Resource, Rlimit, Signal, getrlimit, setrlimit};
 use rustix::time::{ClockId, clock_gettime};
 use std::io;
@@ -28,13 +28,13 @@ use std::os::unix::net::UnixStream;
 
 /// A process that has been through [`enter`].
 #[derive(Debug)]
-pub(super) struct Confined {
+pub struct Confined {
     missing: Vec<Gap>,
 }
 
 /// Closes every descriptor but the socket and standard error, gives up every privilege, and ties the process's life to
 /// the thread that started it. Returns the socket, which came as standard input.
-pub(super) fn enter() -> Result<(UnixStream, Confined), io::Error> {
+pub fn enter() -> Result<(UnixStream, Confined), io::Error> {
     // The first use finds out where the kernel keeps its clock; on some kernels that takes a file in /proc.
     let _ = clock_gettime(ClockId::ThreadCPUTime);
     close_inherited()?;
@@ -61,7 +61,7 @@ pub(super) fn enter() -> Result<(UnixStream, Confined), io::Error> {
 
 impl Confined {
     /// Ends the time in which the process could still get anything: `payload` is the size of the memory file in bytes.
-    pub(super) fn hold(&mut self, payload: u64) -> Result<(), io::Error> {
+    pub fn hold(&mut self, payload: u64) -> Result<(), io::Error> {
         limit(Resource::Nproc, 0)?;
         limit(Resource::Nofile, DESCRIPTORS)?;
         // Holds for memory files too (shmem is a file system), and so cannot be 0.
@@ -73,12 +73,12 @@ impl Confined {
     }
 
     /// What this system does not offer.
-    pub(super) fn missing(&self) -> &[Gap] {
+    pub fn missing(&self) -> &[Gap] {
         &self.missing
     }
 
     /// Bounds what compiling may take: a component can be written so that it takes forever.
-    pub(super) fn compile(&self) -> Result<(), io::Error> {
+    pub fn compile(&self) -> Result<(), io::Error> {
         // One second later the kernel would end the process by another signal, which says less.
         limit_softly(Resource::Cpu, COMPILE_CPU_SECONDS, COMPILE_CPU_SECONDS + 1)?;
         limit(Resource::Data, COMPILE_MEMORY)?;
@@ -86,12 +86,12 @@ impl Confined {
     }
 
     /// Bounds the whole process, wasmtime included, to what the guest may have and room for the host's own needs.
-    pub(super) fn load(&self, guest_memory: u64, compiled: u64) -> Result<(), io::Error> {
+    pub fn load(&self, guest_memory: u64, compiled: u64) -> Result<(), io::Error> {
         limit(Resource::Data, guest_memory.saturating_add(room(compiled)))
     }
 
     /// From here on no machine code can be added to the process.
-    pub(super) fn run(&self) -> Result<(), io::Error> {
+    pub fn run(&self) -> Result<(), io::Error> {
         self.narrow(Stage::Running)
     }
 
@@ -106,20 +106,6 @@ impl Confined {
 /// Descriptors have numbers below this, and 0 is taken: there are no new ones. Not 0, because poll(2) refuses to watch
 /// more descriptors than this.
 const DESCRIPTORS: u64 = 1;
-
-/// Ten times what the largest known components need: a whole JavaScript engine takes 20 s.
-pub(super) const COMPILE_CPU_SECONDS: u64 = 200;
-
-/// In bytes. A whole JavaScript engine needs some 500 MiB.
-pub(super) const COMPILE_MEMORY: u64 = 2 << 30;
-
-/// In bytes: stacks, the allocator's own, and the copies of what is being transferred.
-const HOST_MEMORY: u64 = 256 << 20;
-
-/// What a process needs beside its guest's memory, with `compiled` bytes of machine code; 0 in one that compiles.
-pub(super) fn room(compiled: u64) -> u64 {
-    HOST_MEMORY.saturating_add(compiled.saturating_mul(2))
-}
 
 fn limit(resource: Resource, most: u64) -> Result<(), io::Error> {
     limit_softly(resource, most, most)

@@ -2,15 +2,13 @@
 
 use super::budget::{Budget, Share};
 use super::cgroup::{Group, Member};
-use super::confine;
-use super::process::ARGUMENT;
 use super::usage::Usage;
 use super::witness::{Listeners, Witness};
-use crate::channel::{
-    Answer, AsyncSocket, Bounds, Call, Confinement, Gap, ImageRead, Order, Payload, PayloadError,
-    SocketError, Violation, hand_over, listed,
+use fleecebox_channel::{
+    ARGUMENT, Answer, AsyncSocket, Bounds, COMPILE_MEMORY, Call, Confinement, Gap, ImageRead,
+    Order, Payload, PayloadError, SocketError, Violation, hand_over, listed, room,
 };
-use crate::contract::ErrorCode;
+use fleecebox_contract::ErrorCode;
 use rustix::io::Errno;
 use rustix::net::{AddressFamily, SocketFlags, SocketType, socketpair};
 use rustix::pipe::{PipeFlags, pipe_with};
@@ -449,11 +447,11 @@ fn group(
         Some(file) => rustix::fs::fstat(file).ok()?.st_size.unsigned_abs(),
         None => 0,
     };
-    let room = confine::room(compiled);
+    let room = room(compiled);
     let own = |memory| Group::make(memory).ok().map(Arc::new);
     let (group, room) = match (order, &program.budget) {
         // What it puts into the memory file is charged to whoever touched it first.
-        (Order::Compile { .. }, _) => (own(confine::COMPILE_MEMORY), room + Payload::COMPILE_SIZE),
+        (Order::Compile { .. }, _) => (own(COMPILE_MEMORY), room + Payload::COMPILE_SIZE),
         (_, Some(budget)) => (budget.group(), room),
         (Order::Fit(_), None) => (own(0), room),
         (Order::Run(run), None) => (own(run.limits.memory), room),

@@ -1,6 +1,6 @@
 //! Whom the process runs as.
 
-use crate::channel::Gap;
+use fleecebox_channel::Gap;
 use rustix::process::{Gid, Uid, geteuid, getpid};
 use rustix::thread::{
     CapabilitySet, CapabilitySets, capabilities, set_capabilities, set_thread_groups,

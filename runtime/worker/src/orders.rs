@@ -10,10 +10,10 @@ use super::limits::{Limits, OutOfTime};
 use super::stubs::{Host, Lost};
 use super::surroundings::Surroundings;
 use super::wasi;
-use crate::channel::{
+use fleecebox_channel::{
     Call, Failure, Fit, ImageRead, OpenImage, Outcome, Payload, Run, Socket, SocketError,
 };
-use crate::contract::{Interface, MAX_RECEIPT, Wasi, World};
+use fleecebox_contract::{Interface, MAX_RECEIPT, Wasi, World};
 use provider::exports::fleecebox::provider as provider_exports;
 use rustix::fs::fstat;
 use std::collections::BTreeSet;

@@ -1,6 +1,6 @@
 //! What the guest may use of memory and processor.
 
-use super::usage::Usage;
+use rustix::time::{ClockId, clock_gettime};
 use std::time::Duration;
 use wasmtime::ResourceLimiter;
 
@@ -12,6 +12,13 @@ const MAX_PARTS: usize = 256;
 
 /// How often the guest's CPU time is charged.
 pub(super) const TICK: Duration = Duration::from_millis(20);
+
+/// Processor time of the calling thread.
+fn cpu_time() -> Duration {
+    let time = clock_gettime(ClockId::ThreadCPUTime);
+    // A thread's time is never negative, and its nanoseconds are below a second.
+    Duration::new(time.tv_sec.unsigned_abs(), time.tv_nsec as u32)
+}
 
 /// The guest's limits, and whether it ran into the one on memory.
 #[derive(Debug)]
@@ -36,20 +43,20 @@ impl Limits {
             table_elements_left: MAX_TABLE_ELEMENTS,
             memory_refused: false,
             cpu,
-            charged_from: Usage::of_this_thread(),
+            charged_from: cpu_time(),
         }
     }
 
     /// Begins to charge CPU time anew. Called on the guest's thread before each call of an export.
     pub(super) fn begin_call(&mut self) {
-        self.charged_from = Usage::of_this_thread();
+        self.charged_from = cpu_time();
     }
 
     /// Called on the guest's thread at each tick.
     ///
     /// What counts is the time that the thread had a processor, not what a busy machine made it wait.
     pub(super) fn charge(&self) -> Result<(), OutOfTime> {
-        if Usage::of_this_thread().saturating_sub(self.charged_from) > self.cpu {
+        if cpu_time().saturating_sub(self.charged_from) > self.cpu {
             Err(OutOfTime)
         } else {
             Ok(())

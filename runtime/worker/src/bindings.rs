@@ -2,18 +2,18 @@
 
 pub(super) mod provider {
     wasmtime::component::bindgen!({
-        path: "../wit",
+        path: "../../wit",
         world: "provider",
         imports: { default: trappable },
         trappable_error_type: {
-            "fleecebox:provider/types.error-code" => crate::sandbox::stubs::Refused,
+            "fleecebox:provider/types.error-code" => crate::stubs::Refused,
         },
     });
 }
 
 pub(super) mod blind {
     wasmtime::component::bindgen!({
-        path: "../wit",
+        path: "../../wit",
         world: "blind-provider",
         imports: { default: trappable },
         with: {
@@ -30,10 +30,10 @@ pub(super) use provider::fleecebox::provider::{archive, content, job, stored, ty
 /// WASI, as far as there is any.
 pub(super) mod wasi {
     wasmtime::component::bindgen!({
-        path: "src/sandbox/wasi.wit",
+        path: "src/wasi.wit",
         world: "parts",
         imports: { default: trappable },
     });
 
-    pub(in crate::sandbox) use self::wasi::{cli, clocks, io, random};
+    pub(crate) use self::wasi::{cli, clocks, io, random};
 }

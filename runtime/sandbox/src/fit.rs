@@ -2,8 +2,8 @@
 
 use super::compile::Compiled;
 use super::spawn::{Error, Process, Program};
-use crate::channel::{Call, Failure, Fit, Gap, Order, Outcome};
-use crate::contract::{Wasi, World};
+use fleecebox_channel::{Call, Failure, Fit, Gap, Order, Outcome};
+use fleecebox_contract::{Wasi, World};
 use std::collections::BTreeSet;
 use std::time::Duration;
 use tokio::time::timeout;

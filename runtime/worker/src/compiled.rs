@@ -1,7 +1,7 @@
 //! Loading machine code. The one place in Fleecebox that needs `unsafe`.
 
 use super::engine;
-use crate::channel::Failure;
+use fleecebox_channel::Failure;
 use rustix::fs::fstat;
 use std::fs::File;
 use std::os::fd::OwnedFd;
