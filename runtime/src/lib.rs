@@ -47,6 +47,7 @@ pub use fleecebox_sandbox as sandbox;
 pub mod cli;
 pub mod config;
 pub mod conformance;
+pub mod event;
 pub mod grants;
 pub mod job;
 pub mod policy;

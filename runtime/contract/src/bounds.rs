@@ -28,3 +28,13 @@ pub const MAX_STREAMS: usize = 64;
 
 /// Largest attachment, in bytes: it travels in one payload.
 pub const MAX_ATTACHMENT: usize = MAX_READ as usize;
+
+/// Unit of digests and of dirty tracking, in bytes: QEMU's copy-before-write cluster, so that an incremental reads no
+/// more than changed.
+pub const BLOCK_SIZE: u32 = 64 << 10;
+
+/// What a line costs at least, in bytes: an empty one takes as much to keep and show.
+pub const LINE_COST: u64 = 64;
+
+/// Largest component that is looked at, in bytes. Components with a whole JavaScript or Python in them have 20 MiB.
+pub const MAX_COMPONENT: u64 = 64 << 20;

@@ -8,6 +8,7 @@ use fleecebox_channel::{
     COMPILE_CPU_SECONDS, COMPILE_MEMORY, Call, Failure, Gap, Order, Outcome, Payload,
 };
 use fleecebox_contract::Interface;
+use fleecebox_contract::MAX_COMPONENT;
 use rustix::process::Signal;
 use std::fs::File;
 use std::os::unix::process::ExitStatusExt;
@@ -15,9 +16,6 @@ use std::sync::Arc;
 use std::time::Duration;
 use tokio::task::{JoinError, spawn_blocking};
 use tokio::time::timeout;
-
-/// Largest component that is looked at, in bytes. Components with a whole JavaScript or Python in them have 20 MiB.
-pub const MAX_COMPONENT: u64 = 64 << 20;
 
 /// How long compiling may take. The CPU time is limited inside the process; this is for a machine that is very busy.
 const COMPILE_TIME: Duration = Duration::from_secs(600);

@@ -33,7 +33,7 @@ mod witness;
 pub use budget::Budget;
 pub use cache::{Cache, CacheError};
 pub use cgroup::remove_dead_groups;
-pub use compile::{CompileError, Compiled, MAX_COMPONENT, compile};
+pub use compile::{CompileError, Compiled, compile};
 pub use fit::{FitError, fit};
 pub use spawn::{Error, Process, Program};
 pub use usage::Usage;

@@ -1,9 +1,10 @@
 //! `fleecebox provider install`.
 
 use super::{Failure, Session, installed, target};
+use crate::contract::MAX_COMPONENT;
 use crate::contract::Wasi;
 use crate::registry::{self, Reference};
-use crate::sandbox::{self, MAX_COMPONENT, Program};
+use crate::sandbox::{self, Program};
 use anyhow::{Context, anyhow};
 use cap_tempfile::TempFile;
 use clap::Args;

@@ -303,7 +303,7 @@ fn run(cli: Cli) -> Result<(), Failure> {
     let config = match &cli.command {
         // The one that it is to check may be wrong, and is another one.
         Command::Policy(Policy::Check(_)) => Config::default(),
-        _ => Config::load(cli.common.config.as_deref())?,
+        _ => crate::policy::load(cli.common.config.as_deref())?,
     };
     let state = cli
         .common

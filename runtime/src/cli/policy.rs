@@ -42,7 +42,7 @@ impl Check {
             path: self.file.clone(),
             source,
         })?;
-        let config = Config::parse_unchecked(&read, &self.file)?;
+        let config = Config::parse(&read, &self.file)?;
         let (components, unchecked) = inspect_all(session, &config).await?;
         let found = findings(&config, &components);
         let file = self.file.display();
@@ -104,7 +104,7 @@ async fn inspect(session: &Session, path: &Path) -> Result<Inspected, String> {
     let length = std::fs::metadata(path)
         .map_err(|error| format!("{shown}: {error}"))?
         .len();
-    if length > sandbox::MAX_COMPONENT {
+    if length > crate::contract::MAX_COMPONENT {
         return Err(format!(
             "{shown} has {length} bytes, more than any component may have"
         ));

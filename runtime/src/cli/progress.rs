@@ -1,7 +1,7 @@
 //! Tells a job's events on standard error: as lines, and as a bar with rate and time left on a terminal.
 
 use super::text;
-use crate::job::{Event, Events};
+use crate::event::{Event, Events};
 use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
 use std::io::IsTerminal;
 use std::time::Duration;

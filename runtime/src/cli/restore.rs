@@ -11,7 +11,7 @@ use super::reading::Reading;
 use super::stored::Stored;
 use super::{AllowWasi, Failure, Sandboxes, Session, Status, target, text};
 use crate::archive::{Manifest, Namespace, VolumeRecord};
-use crate::job::Event;
+use crate::event::Event;
 use crate::job::audit::Job;
 use crate::job::replay::{self, Order, ReplayError};
 use anyhow::anyhow;

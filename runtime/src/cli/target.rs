@@ -4,10 +4,11 @@
 use super::{Failure, Session, Status};
 use crate::archive::{self, Archive};
 use crate::config::{self, Vm};
+use crate::contract::MAX_COMPONENT;
 use crate::job::audit::{Audit, Outcome, Record};
 use crate::job::slots::{self, Slot};
 use crate::policy::{Decision, Denied, Tenancy};
-use crate::sandbox::{Cache, MAX_COMPONENT};
+use crate::sandbox::Cache;
 use anyhow::{Context, anyhow};
 use cap_std::ambient_authority;
 use cap_std::fs::{Dir, DirBuilder, DirBuilderExt};

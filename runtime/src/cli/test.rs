@@ -3,7 +3,7 @@
 use super::{Failure, Sandboxes, Session, Status, installed, recording, target, text};
 use crate::conformance::{self, Case, CaseReport, Need, Needs, Outcome, Subject};
 use crate::contract::Wasi;
-use crate::job::Events;
+use crate::event::Events;
 use crate::job::component::Component;
 use anyhow::{Context, anyhow};
 use clap::Args;

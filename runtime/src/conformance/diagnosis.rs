@@ -2,12 +2,12 @@
 
 use super::trace::Conversation;
 use crate::channel::{Answer, Call};
+use crate::contract::BLOCK_SIZE;
 use crate::contract::{ErrorCode, RawRange};
 use crate::extent::{Extent, ExtentSet};
 use crate::grants::image::ImageError;
 use crate::grants::run::RunError;
 use crate::job::backup::BackupError;
-use crate::job::point_in_time::BLOCK_SIZE;
 use crate::job::prove::ProofError;
 use crate::job::volume_run::VolumeError;
 use crate::simulator::Export;

@@ -1,9 +1,9 @@
 //! What a job has used of its limits and what it was refused. Charging comes before acting, and what is refused is not
 //! charged.
 
-use super::provider_log::LINE_COST;
+use crate::config::Limits;
+use crate::contract::LINE_COST;
 use crate::contract::{ErrorCode, Quota};
-use crate::policy::Limits;
 use crate::sandbox::Usage;
 use serde::Serialize;
 use std::collections::BTreeMap;

@@ -13,5 +13,3 @@ mod put;
 pub mod run;
 mod stream;
 pub mod target;
-
-pub(crate) use provider_log::LINE_COST;

@@ -2,7 +2,7 @@
 
 use super::account::Account;
 use crate::contract::{LogLevel, MAX_TEXT};
-use crate::job::{Event, Events};
+use crate::event::{Event, Events};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -14,9 +14,6 @@ const BURST: u32 = 256;
 
 /// How often another line may come after that: a job's log is read by people.
 const PER_LINE: Duration = Duration::from_millis(20);
-
-/// What a line costs at least, in bytes: an empty one takes as much to keep and show.
-pub(crate) const LINE_COST: u64 = 64;
 
 /// The log of one run.
 #[derive(Debug)]
@@ -149,7 +146,7 @@ fn shown(message: &str, most: usize) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::policy::Limits;
+    use crate::config::Limits;
     use proptest::prelude::*;
 
     proptest! {

@@ -2,8 +2,8 @@
 
 use crate::archive::{self, BackupId, BackupWriter, BlockTableWriter, Entry, Frame};
 use crate::digest::Digest;
+use crate::event::{Event, Events};
 use crate::extent::Extent;
-use crate::job::{Event, Events};
 use crate::nbd;
 use crate::volume::canary::Canary;
 use crate::volume::coverage::Coverage;

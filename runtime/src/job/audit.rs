@@ -8,9 +8,10 @@
 //! the kernel lets go of however the job ends: whoever finds such a file and gets its lock writes down that the job died.
 
 use crate::archive::ComponentId;
+use crate::config::{Limits, Names};
 use crate::contract::Wasi;
 use crate::grants::account::Used;
-use crate::policy::{Decision, Limits, Names};
+use crate::policy::Decision;
 use cap_std::fs::{Dir, DirBuilder, DirBuilderExt, File, OpenOptions, OpenOptionsExt};
 use cap_tempfile::TempFile;
 use rustix::fs::{FlockOperation, flock};

@@ -8,7 +8,6 @@
 
 use super::base::Owner;
 use super::component::{Component, ComponentError};
-use super::event::Events;
 use super::extra::Extra;
 use super::fleecing::Bounds;
 use super::journal::{Journal, JournalError, Step};
@@ -22,6 +21,7 @@ use super::transfer::Transfer;
 use super::volume_run::{Covered, VolumeError};
 use crate::archive::{self, Archive, BackupId, Manifest, Moment, NamespaceName, Recheck};
 use crate::config::{Provider, Vm};
+use crate::event::Events;
 use crate::grants::account::Account;
 use crate::qemu::snapshot::Readers;
 use crate::qemu::{Monitor, PointInTime};

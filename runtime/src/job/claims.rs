@@ -11,12 +11,12 @@
 //! What changes with none of these, such as `job.context`, the receipt and the objects, is the backup's own.
 
 use super::component::Component;
-use super::event::Events;
 use crate::archive::{self, BackupId, BlockTable, RunContent, StoredObjects, TableRoot};
 use crate::channel::{OpenImage, Still};
 use crate::contract::MAX_READ;
 use crate::contract::{Context, GuestLimits};
 use crate::digest::Digest;
+use crate::event::Events;
 use crate::extent::Extent;
 use crate::grants::account::Account;
 use crate::grants::image::{Image, ImageError, Purpose};

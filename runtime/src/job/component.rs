@@ -1,8 +1,8 @@
 //! A component that may run: compiled, and of a world that grants all that it imports.
 
-use super::event::Events;
 use crate::contract::Refusal;
 use crate::contract::{Wasi, World};
+use crate::event::Events;
 use crate::sandbox::{self, Cache, CompileError, Compiled, FitError, Program};
 use bytes::Bytes;
 use std::collections::BTreeSet;

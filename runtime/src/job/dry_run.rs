@@ -2,18 +2,19 @@
 //! only asked, and so is the archive.
 
 use super::base::{self, Choice, Owner, Remedy};
-use super::event::Events;
 use super::extra::{Extra, ExtraError, Source};
 use super::fleecing;
 use super::journal::Journal;
 use super::lineage;
-use super::point_in_time::{BLOCK_SIZE, PointError};
+use super::point_in_time::PointError;
 use super::power::PowerError;
 use super::recover::{self, RecoverError};
 use super::selection::{self, Selection};
 use super::subject;
 use crate::archive::{self, Archive, BackupId, LeftOut, Namespace, NamespaceName};
 use crate::config::Vm;
+use crate::contract::BLOCK_SIZE;
+use crate::event::Events;
 use crate::qemu::bitmap::{self, BitmapPlan};
 use crate::qemu::{self, Monitor, claim, leftovers, machine};
 use cap_std::fs::Dir;

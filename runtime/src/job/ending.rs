@@ -4,11 +4,11 @@
 //! answers. The journal, the archive and the bitmaps are the next run's. A job that ended with something left in QEMU
 //! leaves it to its watchdog as well.
 
-use super::event::Events;
 use super::journal::{self, Lock};
 use super::recover::{self, InQemu, RecoverError};
 use super::signals::Signals;
 use super::storage::Storage;
+use crate::event::Events;
 use crate::qemu::claim::{Claim, ClaimError};
 use crate::qemu::monitor::NotQmp;
 use crate::qemu::watchdog::{self, say};

@@ -10,12 +10,11 @@ pub use control::{Answer, CONTROL, end};
 
 use super::backup::panic_text;
 use super::base::{Choice, Owner};
-use super::event::Events;
 use super::extra::Extra;
 use super::fleecing::{Bounds, VirtualFile};
 use super::journal::{Journal, JournalError, Step};
 use super::lineage;
-use super::point_in_time::{BLOCK_SIZE, PointError, Prepared};
+use super::point_in_time::{PointError, Prepared};
 use super::recover;
 use super::selection::Selection;
 use super::signals::Signals;
@@ -24,11 +23,13 @@ use crate::archive::{
     self, Archive, BackupId, BackupRecord, ComponentId, LeftOut, Moment, Namespace, NamespaceName,
     Proof, ProviderRecord, VolumeRecord,
 };
+use crate::config::Limits;
 use crate::config::Vm;
+use crate::contract::BLOCK_SIZE;
 use crate::contract::{BitmapMode, GuestLimits, World};
+use crate::event::Events;
 use crate::extent::Extent;
 use crate::nbd;
-use crate::policy::Limits;
 use crate::qemu::snapshot::{Readers, Volume};
 use crate::qemu::{Monitor, MonitorError, PointInTime};
 use crate::volume::open;

@@ -4,7 +4,7 @@
 //! writes to it goes around QEMU, so the file is looked at before and after.
 
 use super::base::Choice;
-use super::event::Events;
+use crate::event::Events;
 use crate::qemu::removal::RemovalError;
 use crate::qemu::{Disk, JobId, MachineError, Monitor, extra, machine};
 use std::fs::{File, Metadata};

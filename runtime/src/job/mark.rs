@@ -1,7 +1,7 @@
 //! The mark of a new bitmap (`qemu::mark`): set right after the point in time, over the server that the disks are read
 //! from, and looked for by the next backup.
 
-use super::point_in_time::BLOCK_SIZE;
+use crate::contract::BLOCK_SIZE;
 use crate::extent::Extent;
 use crate::nbd;
 use crate::qemu::{BitmapName, Disk, Monitor, MonitorError, PointInTime};

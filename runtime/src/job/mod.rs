@@ -9,7 +9,6 @@ pub mod component;
 pub mod doubts;
 pub mod dry_run;
 pub mod ending;
-mod event;
 pub mod export;
 pub mod extra;
 pub mod fleecing;
@@ -32,5 +31,3 @@ pub mod volume_run;
 
 #[cfg(test)]
 mod tests;
-
-pub use event::{Event, Events};

@@ -8,7 +8,6 @@
 
 use super::base::{Choice, ChoiceError};
 use super::ending::Ending;
-use super::event::Event;
 use super::extra::{self, Attached, ExtraError};
 use super::fleecing::{Bounds, Fleecing, FleecingError, GivenUp, VirtualFile};
 use super::journal::{Journal, JournalError, Record, Step};
@@ -18,6 +17,8 @@ use super::recover::RecoverError;
 use super::storage::{Storage, Unanswered};
 use super::subject::{Subject, tell_choice};
 use crate::archive::{BackupId, Moment};
+use crate::contract::BLOCK_SIZE;
+use crate::event::Event;
 use crate::policy::Denied;
 use crate::qemu::agent::Freeze;
 use crate::qemu::bitmap::{self, Tracking};
@@ -36,10 +37,6 @@ use std::os::fd::AsFd;
 use std::path::Path;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
-
-/// Unit of digests and of dirty tracking, in bytes: QEMU's copy-before-write cluster, so that an incremental reads no
-/// more than changed.
-pub const BLOCK_SIZE: u32 = 64 << 10;
 
 /// Why there is no point in time, or none any more.
 #[derive(Debug, thiserror::Error)]

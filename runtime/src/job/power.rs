@@ -3,8 +3,8 @@
 //! A file in the VM's state folder says that a job started it. It is written before the command runs and removed after
 //! the VM is gone again, so that a job that was killed in between leaves the VM to the next one.
 
-use super::event::Events;
 use super::journal::{Journal, JournalError};
+use crate::event::Events;
 use crate::qemu::{MachineError, Monitor, MonitorError, machine};
 use std::io;
 use std::path::Path;

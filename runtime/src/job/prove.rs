@@ -4,11 +4,11 @@
 
 use super::claims::{self, Claims, ClaimsError, segment_of};
 use super::component::Component;
-use super::event::{Event, Events};
 use super::volume_run::{Covered, guest_limits};
 use crate::archive::{self, BackupId, BackupWriter};
 use crate::config::Provider;
 use crate::digest;
+use crate::event::{Event, Events};
 use crate::extent::{Extent, ExtentSet};
 use crate::grants::account::Account;
 use crate::grants::image::{ImageError, Purpose};

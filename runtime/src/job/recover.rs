@@ -3,13 +3,13 @@
 //! Runs under the VM's lock and a claim in QEMU, so that nothing found here belongs to a live job, whoever's.
 
 use super::base::{self, Owner, Recorded, Remedy};
-use super::event::Events;
 use super::fleecing::Fleecing;
 use super::journal::{Journal, JournalError, Record};
 use super::power::{self, PowerError};
 use super::signals::Signals;
 use super::storage::{Storage, Unanswered};
 use crate::archive::{self, Archive, BackupId, Namespace, NamespaceName};
+use crate::event::Events;
 use crate::qemu::bitmap::{self, BitmapPlan, Tracking};
 use crate::qemu::claim::{Claim, ClaimError};
 use crate::qemu::machine::{self, RunState};

@@ -6,13 +6,13 @@
 
 use super::claims::{self, Claims, ClaimsError, Question, segment_of};
 use super::component::{Component, ComponentError};
-use super::event::{Event, Events};
 use super::volume_run::guest_limits;
 use crate::archive::{
     self, BackupId, Frame, Manifest, Namespace, ObjectName, Run, RunContent, VolumeRecord,
 };
 use crate::contract::GuestLimits;
 use crate::digest::{self, Digest};
+use crate::event::{Event, Events};
 use crate::extent::Extent;
 use crate::grants::account::Account;
 use crate::grants::image::{ImageError, Purpose};

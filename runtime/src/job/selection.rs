@@ -3,11 +3,11 @@
 //! What is left out by nobody's word makes a backup incomplete: a disk that no rule grants, and one that cannot be backed
 //! up. Who names the disks that are wanted, or those that are not, has said so.
 
-use super::event::Events;
 use super::extra::{self, Extra};
 use super::point_in_time::PointError;
 use crate::archive::LeftOut;
 use crate::config::Vm;
+use crate::event::Events;
 use crate::policy::Decision;
 use crate::qemu::machine::{self, Other, beside_words};
 use crate::qemu::{self, Monitor, image, needs};

@@ -10,8 +10,8 @@
 //!
 //! [`Role::Probe`]: crate::qemu::ids::Role::Probe
 
-use super::event::Events;
 use super::signals::Signals;
+use crate::event::Events;
 use crate::extent::Extent;
 use crate::nbd::{self, Connection};
 use crate::qemu::snapshot::Probe;

@@ -1,16 +1,17 @@
 //! The VM that a job is for: reached, looked at, and put back as it was.
 
 use super::base::{self, Choice, ChoiceError, Owner, Recorded};
-use super::event::Events;
 use super::extra::Extra;
 use super::journal::Journal;
-use super::point_in_time::{BLOCK_SIZE, PointError};
+use super::point_in_time::PointError;
 use super::power;
 use super::recover::{self, Traces};
 use super::selection::{self, Selected, Selection};
 use super::signals::Signals;
 use crate::archive::{Archive, BackupId, LeftOut, Namespace};
 use crate::config::Vm;
+use crate::contract::BLOCK_SIZE;
+use crate::event::Events;
 use crate::qemu::claim::{Claim, ClaimError};
 use crate::qemu::machine::Standing;
 use crate::qemu::{self, Monitor, machine};

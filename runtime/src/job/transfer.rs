@@ -5,7 +5,6 @@
 
 use super::base::Choice;
 use super::component::Component;
-use super::event::Events;
 use super::lineage;
 use super::prove::{self, ProofError};
 use super::volume_run::{self, Covered};
@@ -15,6 +14,7 @@ use crate::archive::{
 };
 use crate::config::Provider;
 use crate::contract::World;
+use crate::event::Events;
 use crate::grants::account::Account;
 use crate::qemu::snapshot::Volume;
 use crate::sandbox::Program;

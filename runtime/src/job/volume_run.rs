@@ -3,21 +3,21 @@
 use super::base::{Base, Choice};
 use super::claims::context_id;
 use super::component::Component;
-use super::event::{Event, Events};
 use crate::archive::{
     self, BackupId, BackupWriter, BlockTable, Entry, Namespace, RunContent, TableRoot,
 };
 use crate::channel::{Order as SandboxOrder, Run};
+use crate::config::Limits;
 use crate::config::Provider;
 use crate::contract::{BitmapMode, Context, GuestLimits, MAX_READ, MAX_WRITE, VolumeInfo, World};
 use crate::digest::Digest;
+use crate::event::{Event, Events};
 use crate::extent::{Extent, ExtentSet};
 use crate::grants;
 use crate::grants::account::Account;
 use crate::grants::run::{RunError, Terms};
 use crate::grants::target::{HostFailure, Target};
 use crate::nbd;
-use crate::policy::Limits;
 use crate::qemu::snapshot::Volume;
 use crate::sandbox::{self, Process, Program};
 use crate::volume::bandwidth::Bandwidth;
@@ -30,7 +30,7 @@ use std::sync::Arc;
 use tokio::sync::Semaphore;
 use tokio_util::sync::CancellationToken;
 
-use super::point_in_time::BLOCK_SIZE;
+use crate::contract::BLOCK_SIZE;
 
 /// What one volume's run needs.
 pub struct Order<'a> {

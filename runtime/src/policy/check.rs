@@ -3,13 +3,10 @@
 //!
 //! Nothing here asks a VM or an archive: whether a disk exists is known only while its QEMU runs.
 
-use super::lines::Lines;
-use super::tenant::{Rule, Tenant};
-use super::{Limits, Names};
 use crate::archive::{ComponentId, NamespaceName};
-use crate::config::Config;
+use crate::config::{Config, Limits, Lines, Names, Rule, Tenant};
+use crate::contract::MAX_COMPONENT;
 use crate::contract::{MAX_RECEIPT, Wasi, World};
-use crate::sandbox::MAX_COMPONENT;
 use serde::Serialize;
 use std::collections::{BTreeMap, BTreeSet};
 use std::fmt;
@@ -18,10 +15,10 @@ use std::fmt;
 const LEAST_MEMORY: u64 = 17 << 16;
 
 /// The unit of everything that is stored, in bytes.
-const BLOCK: u64 = crate::job::point_in_time::BLOCK_SIZE as u64;
+const BLOCK: u64 = crate::contract::BLOCK_SIZE as u64;
 
 /// A line of a provider's log costs at least this, in bytes.
-const LINE_COST: u64 = crate::grants::LINE_COST;
+const LINE_COST: u64 = crate::contract::LINE_COST;
 
 /// Something wrong.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize)]

@@ -1,9 +1,7 @@
 //! From the file to what one job may do.
 
-use super::tenant::{Names, Rule, Tenant};
-use super::{Grant, Limits};
 use crate::archive::{ComponentId, NamespaceName};
-use crate::config::{Config, ConfigError, Provider};
+use crate::config::{Config, ConfigError, Grant, Limits, Names, Provider, Rule, Tenant};
 use crate::contract::Wasi;
 use std::collections::BTreeSet;
 use std::num::NonZeroU32;

@@ -1,8 +1,6 @@
 //! What one provider may do on one VM, in plain words, each with the line of the file that says so.
 
-use super::tenant::Names;
-use super::{Limits, Tenant};
-use crate::config::{self, Config, ConfigError};
+use crate::config::{self, Config, ConfigError, Limits, Names, Tenant};
 use serde::Serialize;
 
 /// One thing that is granted, refused or limited.
@@ -253,7 +251,7 @@ mod tests {
         discard = true\nwasi = ['output', 'random']\n[tenant.acme.grant.limits]\nobjects = 7\n";
 
     fn said(vm: &str, provider: &str) -> Vec<Clause> {
-        let config = Config::parse(ACME, Path::new("f")).unwrap();
+        let config = crate::policy::parse(ACME, Path::new("f")).unwrap();
         explain(&config, "acme", vm, provider).unwrap()
     }
 
@@ -300,7 +298,7 @@ mod tests {
                 "{said:?}"
             );
         }
-        let config = Config::parse(ACME, Path::new("f")).unwrap();
+        let config = crate::policy::parse(ACME, Path::new("f")).unwrap();
         let error = explain(&config, "acne", "web", "chunked").unwrap_err();
         assert!(error.to_string().contains("there is acme"), "{error}");
     }

@@ -3,8 +3,9 @@
 
 use super::check::{Components, findings};
 use super::explain::explain;
-use super::{Names, decide};
+use super::{decide, parse};
 use crate::config::Config;
+use crate::config::{Limits, Names};
 use proptest::prelude::*;
 use std::path::Path;
 
@@ -76,9 +77,9 @@ prop_compose! {
 proptest! {
     #[test]
     fn whatever_is_decided_was_granted(made in policy()) {
-        let Ok(config) = Config::parse(&made.text, Path::new("f")) else {
+        let Ok(config) = parse(&made.text, Path::new("f")) else {
             // Then there is something to be said about it.
-            let config = Config::parse_unchecked(&made.text, Path::new("f")).unwrap();
+            let config = Config::parse(&made.text, Path::new("f")).unwrap();
             prop_assert!(!findings(&config, &Components::new()).is_empty());
             return Ok(());
         };
@@ -112,7 +113,7 @@ proptest! {
             text.insert_str(at, &with);
         }
         let lines = text.lines().count() + 1;
-        if let Ok(config) = Config::parse_unchecked(&text, Path::new("f")) {
+        if let Ok(config) = Config::parse(&text, Path::new("f")) {
             for finding in findings(&config, &Components::new()) {
                 prop_assert!((1..=lines).contains(&finding.line), "{}", finding);
                 prop_assert!(!finding.message.contains('\n'), "{}", finding);
@@ -131,7 +132,7 @@ fn an_empty_list_of_volumes_grants_no_disk_rather_than_all() {
         "[tenant.acme]\nvms = ['web']\narchives = ['main']\n[tenant.acme.provider.c]\ncomponent = 'c'\n\
          sha256 = '{PIN}'\n[[tenant.acme.grant]]\nprovider = 'c'\nvms = 'all'\nvolumes = []\n"
     );
-    let config = Config::parse(&text, Path::new("f")).unwrap();
+    let config = parse(&text, Path::new("f")).unwrap();
     let decision = decide(&config, "web", "c").unwrap();
     assert!(decision.disks(Vec::new()).is_err());
 }
@@ -142,13 +143,13 @@ fn a_tenant_with_several_archives_names_one_and_a_namespace_is_a_plain_name() {
         "[tenant.acme]\nvms = ['web']\narchives = ['main', 'spare']\n[tenant.acme.provider.c]\ncomponent = 'c'\n\
          sha256 = '{PIN}'\n[[tenant.acme.grant]]\nprovider = 'c'\nvms = 'all'\nvolumes = 'all'\n"
     );
-    let config = Config::parse(&text, Path::new("f")).unwrap();
+    let config = parse(&text, Path::new("f")).unwrap();
     let decision = decide(&config, "web", "c").unwrap();
     let unnamed = decision.archive(&config, None).unwrap_err().to_string();
     assert!(unnamed.contains("line 3 grants main, spare"), "{unnamed}");
     let named = decision.archive(&config, Some("spare".into()));
     assert_eq!(named.unwrap().as_deref(), Some("spare"));
-    let config = Config::parse("[provider.'a/b']\ncomponent = 'c'\n", Path::new("f")).unwrap();
+    let config = parse("[provider.'a/b']\ncomponent = 'c'\n", Path::new("f")).unwrap();
     let error = decide(&config, "web", "a/b").unwrap_err().to_string();
     assert!(error.contains("'a/b' cannot name a namespace"), "{error}");
 }
@@ -157,9 +158,7 @@ fn a_tenant_with_several_archives_names_one_and_a_namespace_is_a_plain_name() {
 fn a_pin_that_is_no_digest_is_refused_with_what_it_should_be() {
     for (pin, line) in [("abc", 2), (&PIN.to_uppercase()[..], 2)] {
         let text = format!("[provider.p]\nsha256 = '{pin}'\ncomponent = 'p'\n");
-        let error = Config::parse(&text, Path::new("f"))
-            .unwrap_err()
-            .to_string();
+        let error = parse(&text, Path::new("f")).unwrap_err().to_string();
         assert!(
             error.contains(&format!("line {line}")) && error.contains("sha256sum"),
             "{error}"
@@ -169,10 +168,10 @@ fn a_pin_that_is_no_digest_is_refused_with_what_it_should_be() {
 
 #[test]
 fn no_number_of_seconds_is_too_large_for_a_clock() {
-    let limits = super::Limits {
+    let limits = Limits {
         wall_seconds: u64::MAX,
         cpu_seconds: u64::MAX,
-        ..super::Limits::default()
+        ..Limits::default()
     };
     for limit in [limits.wall(), limits.cpu()] {
         assert!(std::time::Instant::now().checked_add(2 * limit).is_some());

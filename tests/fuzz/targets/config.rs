@@ -4,12 +4,12 @@
 
 #![no_main]
 
-use fleecebox::config::Config;
+use fleecebox::policy;
 use libfuzzer_sys::fuzz_target;
 use std::path::Path;
 
 fuzz_target!(|text: &str| {
-    match Config::parse(text, Path::new("some.toml")) {
+    match policy::parse(text, Path::new("some.toml")) {
         Ok(config) => {
             for name in config.archive.keys() {
                 assert!(config.archive(name).is_ok());

@@ -10,10 +10,10 @@ use fleecebox::archive::{
     BackupId, BackupRecord, ComponentId, MANIFEST_FORMAT, Manifest, Proof, ProviderRecord, RULES,
     Stats, VolumeRecord,
 };
+use fleecebox::contract::BLOCK_SIZE;
 use fleecebox::contract::{BitmapMode, World};
 use fleecebox::job::base::{self, Owner, Recorded};
 use fleecebox::job::lineage;
-use fleecebox::job::point_in_time::BLOCK_SIZE;
 use fleecebox::qemu::bitmap::Own;
 use fleecebox::qemu::{self as product, Disk};
 use serde_json::json;

@@ -12,7 +12,7 @@ fn said(text: &str) -> Vec<String> {
 }
 
 fn said_with(text: &str, components: &Components) -> Vec<String> {
-    let config = Config::parse_unchecked(text, Path::new("f")).unwrap();
+    let config = Config::parse(text, Path::new("f")).unwrap();
     let found = findings(&config, components);
     found.iter().map(ToString::to_string).collect()
 }
@@ -55,7 +55,7 @@ fn a_vm_has_one_owner_and_a_namespace_too() {
         &ACME.replace("archives", "namespace = 'a/b'\narchives"),
         &["line 7", "'a/b' cannot name a namespace"],
     );
-    let error = Config::parse(&second, Path::new("f.toml")).unwrap_err();
+    let error = crate::policy::parse(&second, Path::new("f.toml")).unwrap_err();
     let error = error.to_string();
     assert!(
         error.contains("f.toml") && error.contains("line 16"),
@@ -226,7 +226,7 @@ fn parts_of_wasi_are_held_against_the_rule_and_the_component() {
         dead[0].starts_with("line 16: `wasi` grants clocks, which"),
         "{dead:?}"
     );
-    let error = Config::parse_unchecked(&format!("{ACME}wasi = ['files']\n"), Path::new("f"));
+    let error = Config::parse(&format!("{ACME}wasi = ['files']\n"), Path::new("f"));
     let error = error.unwrap_err().to_string();
     assert!(
         error.contains("line 15") && error.contains("`files`"),

@@ -1,11 +1,17 @@
 //! The configuration: VMs, archives and providers by name, in one TOML file. Unknown keys are refused.
 //!
 //! Each can be given on the command line instead, so that one long command works without a file; both end up in
-//! the same types here. A file with tenants is a policy besides: see [`crate::policy`].
+//! the same types here. A file with tenants is a policy besides: what becomes of it is told there.
+
+mod limits;
+mod lines;
+mod tenant;
+
+pub use limits::{Grant, Limits};
+pub use lines::Lines;
+pub use tenant::{Names, Rule, Tenant, TenantProvider};
 
 use crate::archive::{BELIEVED, ComponentId, Recheck};
-use crate::policy::check::contradictions;
-use crate::policy::{Grant, Limits, Lines, Tenant, optional_pin};
 use crate::qemu::Form;
 use crate::qemu::agent::Freeze;
 use crate::qemu::snapshot::FleecingFormat;
@@ -14,6 +20,7 @@ use std::collections::BTreeMap;
 use std::num::NonZeroU64;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
+use tenant::optional_pin;
 
 /// Where the configuration is looked for unless a file is named.
 pub const DEFAULT_PATH: &str = "/etc/fleecebox.toml";
@@ -207,20 +214,8 @@ impl Config {
         }
     }
 
-    /// Parses the text of `path`, which is only named in errors. One that contradicts itself is refused.
+    /// Parses the text of `path`, which is only named in errors. It may contradict itself, which is the policy's to say.
     pub fn parse(text: &str, path: &Path) -> Result<Self, ConfigError> {
-        let config = Self::parse_unchecked(text, path)?;
-        match contradictions(&config).into_iter().next() {
-            None => Ok(config),
-            Some(found) => Err(ConfigError::Parse {
-                path: path.to_owned(),
-                message: format!("{found} (`fleecebox policy check` lists all that is wrong)"),
-            }),
-        }
-    }
-
-    /// As [`Config::parse`], contradictions left for [`crate::policy::check`] to list.
-    pub fn parse_unchecked(text: &str, path: &Path) -> Result<Self, ConfigError> {
         let parsed: Result<Self, toml::de::Error> = toml::from_str(text);
         let parsed = parsed.map(|config| Self {
             lines: Lines::of(text),
