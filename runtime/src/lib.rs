@@ -29,9 +29,10 @@
 //!
 //! # Absences
 //!
-//! Only [`sandbox`] uses wasmtime, and it uses neither [`qemu`], [`nbd`], [`volume`] nor [`archive`]. [`qemu`] and
-//! [`archive`] know no provider. Paths are opened in [`cli`], for QEMU's sockets, to spawn processes, and in the folder that
-//! [`conformance`] is given for its trials; everything else gets a handle.
+//! Crates cannot name what they do not depend on: [`qemu`], [`nbd`] and [`archive`] know neither each other nor providers
+//! nor sandboxes, [`sandbox`] and the confined side, which alone has wasmtime, share only the [`channel`], and the
+//! [`contract`] stands below all. Between the rooms of this crate, a test with a table of allowed arrows holds it
+//! (`tests/walls.rs`): none points upwards, and [`volume`], [`grants`], [`policy`] and [`recording`] open nothing by a path.
 
 #![deny(missing_docs)]
 

@@ -27,7 +27,7 @@ async fn spawn(agent: &Path) -> Watchdog {
     let mut command = Command::new("/proc/self/exe");
     command.args([
         "--exact",
-        "qemu::tests::watchdog::be_the_watchdog",
+        "tests::watchdog::be_the_watchdog",
         "--ignored",
         "--nocapture",
     ]);

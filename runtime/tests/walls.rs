@@ -1,0 +1,312 @@
+//! The walls of the house, as far as the compiler does not hold them: which room may name which, and which rooms open
+//! nothing by a path.
+//!
+//! Between crates an arrow that is not in a `Cargo.toml` does not compile, so that those are compared. Between the rooms of
+//! the product the paths in its sources are read.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::fs;
+use std::path::{Path, PathBuf};
+
+/// A room, and what it may name of Fleecebox's. Each stands above all that it names, so that there is no circle.
+type Table = &'static [(&'static str, &'static [&'static str])];
+
+const CRATES: Table = &[
+    ("contract", &[]),
+    ("channel", &["contract"]),
+    ("nbd", &["contract"]),
+    ("qemu", &["contract"]),
+    ("archive", &["contract"]),
+    ("sandbox", &["channel", "contract"]),
+    ("worker", &["channel", "contract"]),
+];
+
+/// Crates of others that belong to one room, and the reason.
+const ALONE: &[(&str, &str, &str)] = &[
+    (
+        "wasmtime",
+        "worker",
+        "only a confined process runs code of others",
+    ),
+    (
+        "wasmtime-wasi",
+        "worker",
+        "only a confined process runs code of others",
+    ),
+    ("landlock", "worker", "it is how that process is confined"),
+    ("qapi", "qemu", "nothing else speaks with a monitor"),
+    ("zstd", "archive", "the host encodes, and reads it back"),
+];
+
+/// Of the product; below, the crates stand in one line with its rooms.
+const ROOMS: Table = &[
+    ("event", &["channel"]),
+    ("registry", &[]),
+    ("templates", &[]),
+    ("volume", &["buffer", "digest", "extent", "nbd"]),
+    ("config", &["archive", "contract", "qemu"]),
+    ("policy", &["archive", "config", "contract"]),
+    ("recording", &["channel", "contract", "sandbox"]),
+    ("simulator", &["extent", "nbd", "qemu"]),
+    (
+        "grants",
+        &[
+            "archive", "channel", "config", "contract", "digest", "event", "extent", "nbd",
+            "sandbox", "volume",
+        ],
+    ),
+    (
+        "job",
+        &[
+            "archive", "channel", "config", "contract", "digest", "event", "extent", "grants",
+            "nbd", "policy", "qemu", "sandbox", "volume",
+        ],
+    ),
+    (
+        "conformance",
+        &[
+            "archive",
+            "channel",
+            "config",
+            "contract",
+            "event",
+            "extent",
+            "grants",
+            "job",
+            "policy",
+            "qemu",
+            "sandbox",
+            "simulator",
+        ],
+    ),
+    (
+        "cli",
+        &[
+            "archive",
+            "channel",
+            "config",
+            "conformance",
+            "contract",
+            "event",
+            "grants",
+            "job",
+            "policy",
+            "qemu",
+            "recording",
+            "registry",
+            "sandbox",
+            "templates",
+            "terminal",
+        ],
+    ),
+];
+
+/// Rooms that get what they work on as handles, and open nothing by a path.
+const WITHOUT_PATHS: &[&str] = &[
+    "../contract/src",
+    "../channel/src",
+    "../nbd/src",
+    "../archive/src",
+    "event",
+    "grants",
+    "policy",
+    "recording",
+    "templates",
+    "volume",
+];
+
+/// How a path would be opened.
+const OPENS: &[&str] = &[
+    "std::fs::",
+    "File::open(",
+    "File::create(",
+    "File::options(",
+    "ambient_authority",
+    "Command::new(",
+];
+
+/// A room that names another.
+type Arrow = (String, String);
+
+fn source(room: &str) -> PathBuf {
+    let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("src").join(room);
+    match path.is_dir() {
+        true => path,
+        false => path.with_extension("rs"),
+    }
+}
+
+/// The sources in a folder, or the one file, without their tests.
+fn texts(path: &Path) -> Vec<(PathBuf, String)> {
+    if path.is_file() {
+        let text = fs::read_to_string(path).unwrap();
+        return vec![(path.to_owned(), without_tests(&text))];
+    }
+    let mut found = Vec::new();
+    for entry in fs::read_dir(path).unwrap() {
+        let path = entry.unwrap().path();
+        let is_test = path.file_stem().is_some_and(|stem| stem == "tests");
+        if !is_test && (path.is_dir() || path.extension().is_some_and(|it| it == "rs")) {
+            found.extend(texts(&path));
+        }
+    }
+    assert!(!found.is_empty(), "there is nothing in {}", path.display());
+    found
+}
+
+/// Code alone: comments may point anywhere, and tests come last in a file.
+fn without_tests(text: &str) -> String {
+    let code = text
+        .split("#[cfg(test)]\nmod tests {")
+        .next()
+        .unwrap_or_default();
+    let code = code
+        .lines()
+        .filter(|line| !line.trim_start().starts_with("//"));
+    code.collect::<Vec<_>>().join("\n")
+}
+
+/// What follows `crate::` in a text, that is each room that it names.
+fn named(text: &str) -> BTreeSet<String> {
+    let rooms = text.match_indices("crate::").filter(|(at, _)| {
+        let before = text[..*at].chars().next_back();
+        !before.is_some_and(|c| c.is_alphanumeric() || c == '_' || c == '$')
+    });
+    let word = |at: usize| -> String {
+        let rest = text[at..].chars();
+        rest.take_while(|c| c.is_alphanumeric() || *c == '_')
+            .collect()
+    };
+    rooms.map(|(at, prefix)| word(at + prefix.len())).collect()
+}
+
+fn arrows(table: Table) -> BTreeSet<Arrow> {
+    let mut found = BTreeSet::new();
+    for (room, _) in table {
+        for (path, text) in texts(&source(room)) {
+            assert!(
+                !text.contains("use crate::{"),
+                "{}: a list of rooms in one line cannot be read here; a line for each",
+                path.display()
+            );
+            found.extend(named(&text).into_iter().map(|to| (room.to_string(), to)));
+        }
+    }
+    found.retain(|(from, to)| from != to);
+    found
+}
+
+/// Those that no line of the table allows.
+fn forbidden(found: &BTreeSet<Arrow>, table: Table) -> Vec<Arrow> {
+    let allowed = |(from, to): &Arrow| {
+        let line = table.iter().find(|(room, _)| room == from);
+        line.is_some_and(|(_, names)| names.contains(&to.as_str()))
+    };
+    found
+        .iter()
+        .filter(|arrow| !allowed(arrow))
+        .cloned()
+        .collect()
+}
+
+/// Lines of the table that nothing needs.
+fn needless(found: &BTreeSet<Arrow>, table: Table) -> Vec<Arrow> {
+    let all = table.iter().flat_map(|(from, names)| {
+        let arrow = |to: &&str| (from.to_string(), to.to_string());
+        names.iter().map(arrow).collect::<Vec<_>>()
+    });
+    all.filter(|arrow| !found.contains(arrow)).collect()
+}
+
+/// In the table's order no room names one that comes later.
+fn upwards(table: Table) -> Vec<Arrow> {
+    let rank: BTreeMap<_, _> = table
+        .iter()
+        .enumerate()
+        .map(|(at, (room, _))| (*room, at))
+        .collect();
+    let mut found = Vec::new();
+    for (at, (from, names)) in table.iter().enumerate() {
+        for to in *names {
+            if rank.get(to).is_some_and(|&other| other >= at) {
+                found.push((from.to_string(), to.to_string()));
+            }
+        }
+    }
+    found
+}
+
+fn dependencies(of: &str) -> BTreeSet<String> {
+    let path = Path::new(env!("CARGO_MANIFEST_DIR"))
+        .join(of)
+        .join("Cargo.toml");
+    let manifest: toml::Table = toml::from_str(&fs::read_to_string(path).unwrap()).unwrap();
+    let table = manifest.get("dependencies").and_then(toml::Value::as_table);
+    table
+        .into_iter()
+        .flat_map(|table| table.keys().cloned())
+        .collect()
+}
+
+#[test]
+fn no_crate_depends_on_more_than_it_may() {
+    let mut found = BTreeSet::new();
+    for (name, _) in CRATES {
+        let ours = dependencies(name).into_iter();
+        let ours = ours.filter_map(|it| it.strip_prefix("fleecebox-").map(str::to_owned));
+        found.extend(ours.map(|to| (name.to_string(), to)));
+    }
+    assert_eq!(forbidden(&found, CRATES), []);
+    assert_eq!(needless(&found, CRATES), []);
+    assert_eq!(upwards(CRATES), []);
+    for (dependency, room, reason) in ALONE {
+        let all = CRATES.iter().map(|(name, _)| *name).chain(["."]);
+        let have: Vec<_> = all
+            .filter(|name| dependencies(name).contains(*dependency))
+            .collect();
+        assert_eq!(have, [*room], "{dependency} is for {room} alone: {reason}");
+    }
+}
+
+#[test]
+fn no_room_names_one_that_it_may_not() {
+    let found = arrows(ROOMS);
+    assert_eq!(forbidden(&found, ROOMS), []);
+    assert_eq!(needless(&found, ROOMS), []);
+    assert_eq!(upwards(ROOMS), []);
+    // Every room is in the table.
+    let rooms: BTreeSet<_> = ROOMS.iter().map(|(room, _)| room.to_string()).collect();
+    let library = fs::read_to_string(source("lib")).unwrap();
+    let declared = library
+        .lines()
+        .filter_map(|line| line.strip_prefix("pub mod ")?.strip_suffix(';'));
+    assert_eq!(declared.map(str::to_owned).collect::<BTreeSet<_>>(), rooms);
+}
+
+#[test]
+fn a_planted_arrow_is_found() {
+    let planted = "//! crate::cli is told of here.\nuse crate::nbd;\nfn f() {\n    crate::job::backup::backup();\n}\n\n#[cfg(test)]\nmod tests {\n    use crate::qemu;\n}\n";
+    let found = named(&without_tests(planted));
+    assert_eq!(found, BTreeSet::from(["job".into(), "nbd".into()]));
+    let arrows = found
+        .into_iter()
+        .map(|to| ("volume".to_string(), to))
+        .collect();
+    assert_eq!(forbidden(&arrows, ROOMS), [("volume".into(), "job".into())]);
+    assert_eq!(
+        upwards(&[("low", &["high"]), ("high", &[])]),
+        [("low".into(), "high".into())]
+    );
+}
+
+#[test]
+fn rooms_that_are_given_handles_open_nothing_by_a_path() {
+    for room in WITHOUT_PATHS {
+        for (path, text) in texts(&source(room)) {
+            // A file that is open already may be handed about by that type.
+            let text = text.replace("use std::fs::File;", "");
+            let opens = OPENS.iter().find(|opens| text.contains(*opens));
+            assert_eq!(opens, None, "{}", path.display());
+        }
+    }
+}
