@@ -1,4 +1,5 @@
-//! From `provider new` to a provider that passes its own tests and the conformance kit, with the commands of the README.
+//! From `provider new` to a provider that passes its own tests and the conformance kit, with the commands of README.md and
+//! of `runtime/docs/writing-providers.md`.
 
 use std::path::{Path, PathBuf};
 use std::process::Command;
@@ -34,7 +35,8 @@ fn cargo(project: &Path, arguments: &[&str]) -> Result<()> {
     Ok(())
 }
 
-fn builds_and_passes(name: &str, more: &[&str]) -> Result<()> {
+/// With this in the place of its own code, if anything.
+fn builds_and_passes(name: &str, more: &[&str], code: Option<&str>) -> Result<()> {
     let site = Site::new()?;
     let projects = site.path("projects");
     std::fs::create_dir(&projects)?;
@@ -49,6 +51,9 @@ fn builds_and_passes(name: &str, more: &[&str]) -> Result<()> {
     let lock = Path::new(env!("CARGO_MANIFEST_DIR")).join("../Cargo.lock");
     std::fs::copy(lock, project.join("Cargo.lock"))?;
 
+    if let Some(code) = code {
+        std::fs::write(project.join("src/lib.rs"), code)?;
+    }
     cargo(&project, &["test", "--release"])?;
     let (cache, _) = folders()?;
     let script = Command::new(project.join("fleecebox-guest/wasm-std.sh"))
@@ -178,6 +183,16 @@ fn a_new_provider_in_javascript_passes_at_once() -> Result<()> {
 
 #[test]
 fn a_new_provider_in_rust_passes_at_once() -> Result<()> {
-    builds_and_passes("sees-bytes", &[])?;
-    builds_and_passes("blind-one", &["--blind"])
+    builds_and_passes("sees-bytes", &[], None)?;
+    builds_and_passes("blind-one", &["--blind"], None)
+}
+
+#[test]
+fn the_provider_that_the_documents_show_passes() -> Result<()> {
+    let page = "../runtime/docs/writing-providers.md";
+    let page = Path::new(env!("CARGO_MANIFEST_DIR")).join(page);
+    let page = std::fs::read_to_string(page)?;
+    let code = page.split("```rust\n").nth(1).context("no provider")?;
+    let code = code.split("```").next();
+    builds_and_passes("mirror", &["--blind"], code)
 }
