@@ -35,7 +35,7 @@ help:
 	@echo "make bench      measure against nbdcopy and qemu-img"
 	@echo "make bench-languages  what a provider's language costs"
 	@echo "make fuzz       feed rubbish to all that reads bytes from outside, SECONDS=60 for each part; needs nightly"
-	@echo "make lint       formatting, clippy, and cargo-deny where it is installed"
+	@echo "make lint       formatting, clippy, the code's documentation, and cargo-deny where it is installed"
 	@echo "make providers  build the providers into $(COMPONENTS)"
 	@echo "make languages  build those that are not in Rust"
 	@echo "make setup      only see to the Debian packages that the tests need"
@@ -95,6 +95,7 @@ fuzz:
 lint:
 	cargo fmt --all --check
 	cargo clippy --release --locked --workspace --all-targets -- -D warnings
+	RUSTDOCFLAGS="-D warnings" cargo doc --release --locked --workspace --no-deps --document-private-items
 	@if ! cargo deny --version >/dev/null 2>&1; then \
 		echo "the licences and sources of what is depended on are not checked (deny.toml): there is no cargo-deny; type: cargo install --locked cargo-deny"; \
 		exit; fi; \

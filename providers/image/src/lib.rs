@@ -1,6 +1,6 @@
 //! `image`: a provider that reads the bytes and keeps them in a stream of its own, one object per volume.
 //!
-//! It claims what it stores, and gives it back through `restore`. [`format`] describes the stream.
+//! It claims what it stores, and gives it back through `restore`. `format` describes the stream.
 //!
 //! Settings, all optional:
 //!

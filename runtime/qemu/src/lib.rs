@@ -10,7 +10,7 @@
 //! 6. [`PointInTime::teardown`], then per disk [`bitmap::accept`] or [`bitmap::back_out`].
 //!
 //! Absences: this module knows no provider and no archive, reads no byte of a disk, and opens no path
-//! but the sockets that it is given; images' files are looked at, by [`open_files`], and not opened.
+//! but the sockets that it is given; images' files are looked at, by [`open_files()`], and not opened.
 //!
 //! Three things abort or crash QEMU 10.0.2 and are never done here: an `iothread` on an export
 //! (`blockdev-backup` on such a node aborts the storage daemon), `block-dirty-bitmap-merge` with an

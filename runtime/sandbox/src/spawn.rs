@@ -174,7 +174,7 @@ fn said(words: &str) -> String {
 impl Process {
     /// Starts a process, and gives it `order` and the compiled component, open for reading only.
     ///
-    /// For all but [`Order::Compile`], which is [`super::compile`]'s.
+    /// For all but [`Order::Compile`], which is [`super::compile()`]'s.
     pub async fn start(program: &Program, order: &Order, compiled: &File) -> Result<Self, Error> {
         let payload = Payload::create(Payload::TRANSFER_SIZE)?;
         Self::begin(program, order, payload, Some(compiled.as_fd())).await

@@ -37,7 +37,7 @@ pub(super) fn archive(
     Ok(opened.rechecking(configured.recheck()))
 }
 
-/// As [`archive`] for a backup, where nothing may be made: none where the folder is empty and would become one.
+/// As [`archive()`] for a backup, where nothing may be made: none where the folder is empty and would become one.
 pub(super) fn archive_if_made(
     session: &Session,
     name: Option<&str>,

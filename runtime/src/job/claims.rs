@@ -3,7 +3,7 @@
 //! A proof is worth something only if the provider cannot tell it from a restore. So all that an instance is given and
 //! asked depends on nothing but the backup in which the claims were made, never on what of them is wanted now:
 //! - each [`SEGMENT`] of the volume that holds a claim of that backup has an instance of its own;
-//! - it is asked in ascending order, from the segment's first claim on, for the claimed blocks of one [`CELL`] after
+//! - it is asked in ascending order, from the segment's first claim on, for the claimed blocks of one `CELL` after
 //!   another, as that backup's own block table has them. Who wants less drops the rest, or stops early;
 //! - clocks stand at the backup's time, and random bytes come from a seed that is made of its id;
 //! - memory is what the backup had, to the byte. Time, which an instance cannot look at, is what the proof had and more.

@@ -62,7 +62,7 @@ pub const TELLS_ALL: &str = "all that the provider read of the disks, and all th
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case", deny_unknown_fields)]
 pub struct Header {
-    /// [`FORMAT`].
+    /// `FORMAT`.
     pub fleecebox_recording: u32,
     /// The version that made it.
     pub program: String,

@@ -88,7 +88,7 @@ impl Copy {
     }
 }
 
-/// What [`Copy`] stored, read back as it is.
+/// What [`struct@Copy`] stored, read back as it is.
 pub struct Copied {
     object: StoredObject,
     /// Runs of the volume, each with the position of its bytes in the object.

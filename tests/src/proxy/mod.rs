@@ -1,7 +1,7 @@
 //! A QMP proxy between the product and QEMU. It passes every line on as it is, with two
 //! exceptions that the tests ask for:
 //! - a `transaction` that starts point-in-time jobs gets an independent full copy of each disk
-//!   added to it (see [`reference`]), so that a test knows the bytes of that moment;
+//!   added to it (see [`mod@reference`]), so that a test knows the bytes of that moment;
 //! - a command can meet a [`Fault`].
 
 mod fault;

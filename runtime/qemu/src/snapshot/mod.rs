@@ -425,8 +425,8 @@ impl PointInTime {
         (0..).zip(&self.volumes).map(probe).collect()
     }
 
-    /// Takes everything down but what [`PointInTime::finish`] does, and the bitmaps, which [`bitmap::accept`] or
-    /// [`bitmap::back_out`] settle next. May be called again after a failure. The fleecing files are the caller's to
+    /// Takes everything down but what [`PointInTime::finish`] does, and the bitmaps, which [`super::bitmap::accept`] or
+    /// [`super::bitmap::back_out`] settle next. May be called again after a failure. The fleecing files are the caller's to
     /// delete. The storage of all disks has to answer, or the VM stands still.
     ///
     /// Returns what could not be removed.
