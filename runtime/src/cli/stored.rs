@@ -38,7 +38,7 @@ impl Stored {
         let mut found = Vec::new();
         for name in self.namespaces(&archive)? {
             let looked = archive.namespace(&name);
-            match looked.and_then(|namespace| Ok((namespace.manifest(id), namespace))) {
+            match looked.map(|namespace| (namespace.manifest(id), namespace)) {
                 Ok((Err(archive::Error::NotFound { .. }), _)) => {}
                 Ok((manifest, namespace)) => found.push((name, namespace, manifest)),
                 Err(error) => bad.push(format!("namespace {name}: {error}")),

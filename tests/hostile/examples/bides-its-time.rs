@@ -71,7 +71,7 @@ impl Image for Bomb {
         let (made, name) = receipt.split_at(8);
         let how = how(&job)?;
         Ok(Bomb {
-            goes_off: how == "chance" && random::get_random_u64() % 2 == 0,
+            goes_off: how == "chance" && random::get_random_u64().is_multiple_of(2),
             how,
             copied: Copied::open(job, objects, name.to_vec())?,
             made: u64::from_le_bytes(made.try_into().unwrap_or_default()),
