@@ -281,6 +281,45 @@ fn each_target_and_each_suite_that_is_named_exists() -> Result<()> {
 }
 
 #[test]
+fn the_exit_statuses_of_the_documents_are_those_of_the_help() -> Result<()> {
+    let help = Fleecebox::new(["--help"]).run()?.assert_success().stdout;
+    let page = fs::read_to_string(checkout().join("runtime/docs/operating.md"))?;
+    let table = help.split("Exit status:").nth(1).context("no table")?;
+    let statuses = table
+        .lines()
+        .filter_map(|line| line.trim().split_once("  "));
+    let mut count = 0;
+    for (status, means) in statuses {
+        let row = format!("| {status} | {means} |");
+        ensure!(page.contains(&row), "operating.md lacks this row: {row}");
+        count += 1;
+    }
+    let rows = page.split("| status | means |").nth(1).context("no rows")?;
+    let rows = rows.trim().lines().take_while(|line| !line.is_empty());
+    ensure!(
+        count > 5 && count + 1 == rows.count(),
+        "another number of rows"
+    );
+    Ok(())
+}
+
+#[test]
+fn each_suite_is_told_to_who_contributes() -> Result<()> {
+    let page = fs::read_to_string(checkout().join(".github/CONTRIBUTING.md"))?;
+    for entry in fs::read_dir(checkout().join("tests/tests"))? {
+        let entry = entry?;
+        let name = entry.file_name().to_string_lossy().into_owned();
+        // A folder without it belongs to several suites.
+        if entry.file_type()?.is_dir() && !entry.path().join("main.rs").exists() {
+            continue;
+        }
+        let path = format!("`tests/tests/{name}`");
+        ensure!(page.contains(&path), "CONTRIBUTING.md lacks {path}");
+    }
+    Ok(())
+}
+
+#[test]
 fn each_link_and_each_anchor_leads_somewhere() -> Result<()> {
     let mut wrong = Vec::new();
     for document in documents()? {
