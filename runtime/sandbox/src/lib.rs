@@ -5,8 +5,8 @@
 //! hole in wasmtime lets it do, it can only make the calls that the order granted.
 //!
 //! - [`Process`] starts a sandbox and speaks with it
-//! - [`compile`] makes machine code of a component, in such a process, once ([`Cache`])
-//! - [`fit`] sees beforehand whether it can be run
+//! - [`compile()`] makes machine code of a component, in such a process, once ([`Cache`])
+//! - [`fit()`] sees beforehand whether it can be run
 //! - [`Budget`] bounds what all such processes of a job use together; `cgroup` lets the kernel hold them to it
 //! - [`Witness`] follows what is asked and answered
 //!
