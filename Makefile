@@ -24,7 +24,7 @@ WASM = $(CARGO_TARGET_DIR)/wasm32-unknown-unknown/release
 
 # One step after the other: cargo uses all processors by itself.
 .NOTPARALLEL:
-.PHONY: help setup demo demo-vm test zoo soak bench bench-languages fuzz lint providers languages build clean
+.PHONY: help setup demo demo-vm test zoo soak bench bench-languages fuzz lint providers languages programs build clean
 
 help:
 	@echo "make demo       back up a live disk, restore it, and let hostile providers try; under a minute once built"
@@ -49,12 +49,12 @@ setup:
 
 demo:
 	@tests/setup/packages.sh demo
-	@$(MAKE) build providers
+	@$(MAKE) programs providers
 	$(FLEECEBOX) demo --components $(COMPONENTS)
 
 demo-vm:
 	@tests/setup/packages.sh demo-vm
-	@$(MAKE) build providers
+	@$(MAKE) programs providers
 	$(FLEECEBOX) demo --vm --components $(COMPONENTS)
 
 # No failure hides what else there is to see: not one of a suite's, nor that of a provider's build, which may need a
@@ -72,22 +72,22 @@ test: setup
 
 zoo: setup
 	@$(MAKE) build providers
-	cargo test --release --locked -p fleecebox-tests --test zoo -- $(WORDS)
+	cargo test --release --locked --workspace --test zoo -- $(WORDS)
 
 SECONDS ?= 60
 soak: setup
 	@$(MAKE) build providers
-	cargo test --release --locked -p fleecebox-tests --test soak -- --seconds $(SECONDS) $(SEED:%=--seed %)
+	cargo test --release --locked --workspace --test soak -- --seconds $(SECONDS) $(SEED:%=--seed %)
 
 bench:
 	@tests/setup/packages.sh bench
-	@$(MAKE) build providers
-	TMPDIR=$${FLEECEBOX_BENCH_FOLDER:-/dev/shm} cargo bench --locked -p fleecebox-tests --bench speed
+	@$(MAKE) programs providers
+	TMPDIR=$${FLEECEBOX_BENCH_FOLDER:-/dev/shm} cargo bench --locked --workspace --bench speed
 
 bench-languages:
 	@tests/setup/packages.sh bench
-	@$(MAKE) build providers languages
-	TMPDIR=$${FLEECEBOX_BENCH_FOLDER:-/dev/shm} cargo bench --locked -p fleecebox-tests --bench languages
+	@$(MAKE) programs providers languages
+	TMPDIR=$${FLEECEBOX_BENCH_FOLDER:-/dev/shm} cargo bench --locked --workspace --bench languages
 
 fuzz:
 	@tests/fuzz/fuzz.sh $(SECONDS)
@@ -104,10 +104,15 @@ lint:
 		cargo deny --locked --offline check advisories; \
 	else echo "no known advisories are looked for: there is no copy of their database; type: cargo deny fetch"; fi
 
-# The tests with it: cargo settles the features of dependencies for all that it builds at once, so that another choice
-# of packages would compile wasmtime again.
-build:
+# Always the whole workspace: cargo settles the features of dependencies for all that it builds at once, so that another
+# choice of packages would compile wasmtime again. What only tests need turns on no more (tests/Cargo.toml).
+programs:
 	@echo "building fleecebox; the first time takes some minutes, most of them for wasmtime"
+	cargo build --release --locked --workspace --bins
+
+# Besides the tests, fleecebox itself as they need it: it can be stopped at a step (the feature `stops`).
+build:
+	@echo "building fleecebox and its tests; the first time takes some minutes, most of them for wasmtime"
 	cargo test --release --locked --workspace --no-run
 
 # Flags for all targets would hide those for this one. The hostile providers are for tests and the demonstration.
@@ -125,7 +130,7 @@ providers:
 	@echo "the providers are in $(COMPONENTS)"
 
 languages:
-	@test -x $(FLEECEBOX) || $(MAKE) build
+	@test -x $(FLEECEBOX) || $(MAKE) programs
 	@new=$$(mktemp -d) && trap 'rm -rf "$$new"' EXIT && fleecebox=$$(realpath $(FLEECEBOX)) && export PATH="$${fleecebox%/*}:$$PATH" && \
 	for name in $(NEW_PROJECTS); do \
 		case $$name in *-blind) blind=--blind ;; *) blind= ;; esac; \

@@ -15,8 +15,14 @@ const UNREADABLE: &str = "journal.json.unreadable";
 const LOCK: &str = "lock";
 const STARTED: &str = "started";
 
-/// In a test's environment: the step at which the job stops itself (SIGSTOP), so that it can be killed right there.
-const STOP_AT: &str = "FLEECEBOX_STOP_AT";
+/// Stops this process (SIGSTOP) at the step that a test names in its environment, so that it can be killed right there.
+#[cfg(feature = "stops")]
+fn stop_at(step: Step) {
+    use rustix::process::{Signal, getpid, kill_process};
+    if std::env::var("FLEECEBOX_STOP_AT").is_ok_and(|at| at == step.name()) {
+        let _ = kill_process(getpid(), Signal::STOP);
+    }
+}
 
 /// How far a backup got. Each is recorded before what it names is begun, but for [`Step::Committed`].
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
@@ -226,14 +232,11 @@ impl Journal {
 
     /// Replaces the record, durably, as a step begins.
     pub fn write(&mut self, record: Record) -> Result<(), JournalError> {
+        #[cfg(feature = "stops")]
         let step = record.step;
         self.replace(record)?;
-        if std::env::var(STOP_AT).is_ok_and(|at| at == step.name()) {
-            let _ = rustix::process::kill_process(
-                rustix::process::getpid(),
-                rustix::process::Signal::STOP,
-            );
-        }
+        #[cfg(feature = "stops")]
+        stop_at(step);
         Ok(())
     }
 
