@@ -116,20 +116,38 @@ pub(crate) fn provider_with_image(run: &str, read: &str) -> Vec<u8> {
 /// A provider with the given body of `run` that also imports parts of WASI, under short names.
 #[allow(dead_code)] // for tests elsewhere
 pub(crate) fn provider_with_wasi(run: &str) -> Vec<u8> {
+    provider_with_wasi_of("0.2.0", run, "(call $ok (i32.const 0) (i32.const 0))")
+}
+
+/// The same built for that version of WASI, and with the given body of `image.read`.
+#[allow(dead_code)] // for tests elsewhere
+pub(crate) fn provider_with_wasi_of(version: &str, run: &str, read: &str) -> Vec<u8> {
+    let called = |name| {
+        let call = format!("call ${name} ");
+        [run, read]
+            .iter()
+            .any(|body| body.replace(')', " ").contains(&call))
+    };
     let imports: String = WASI
         .iter()
-        .filter(|(name, ..)| run.contains(&format!("call ${name}")))
+        .filter(|(name, ..)| called(*name))
         .map(|(name, interface, function, signature)| {
-            format!(r#"(import "wasi:{interface}@0.2.0" "{function}" (func ${name} {signature}))"#)
+            format!(
+                r#"(import "wasi:{interface}@{version}" "{function}" (func ${name} {signature}))"#
+            )
         })
         .collect();
-    let wit = include_str!("../../worker/src/wasi.wit").replacen(
+    let wit = include_str!("wasi.wit").replacen(
         "world parts {",
         "world with-wasi { include fleecebox:provider/provider@0.1.0; include parts; }\nworld parts {",
         1,
     );
-    let core = sighted_core(run, "(call $ok (i32.const 0) (i32.const 0))", &imports);
-    component(&core, "fleecebox:wasi/with-wasi", &wit)
+    let wit = wit.replace("@0.2.0", &format!("@{version}"));
+    component(
+        &sighted_core(run, read, &imports),
+        "fleecebox:wasi/with-wasi",
+        &wit,
+    )
 }
 
 /// What a guest may import of WASI, under short names.
@@ -143,6 +161,7 @@ const WASI: &[(&str, &str, &str, &str)] = &[
         "(param i64) (result i32)",
     ),
     ("block", "io/poll", "[method]pollable.block", "(param i32)"),
+    ("poll", "io/poll", "poll", "(param i32 i32 i32)"),
     (
         "drop-timer",
         "io/poll",
@@ -163,6 +182,18 @@ const WASI: &[(&str, &str, &str, &str)] = &[
         "io/streams",
         "[method]output-stream.blocking-write-and-flush",
         "(param i32 i32 i32 i32)",
+    ),
+    (
+        "write-now",
+        "io/streams",
+        "[method]output-stream.write",
+        "(param i32 i32 i32 i32)",
+    ),
+    (
+        "write-zeroes",
+        "io/streams",
+        "[method]output-stream.write-zeroes",
+        "(param i32 i64 i32)",
     ),
     ("exit", "cli/exit", "exit", "(param i32)"),
 ];

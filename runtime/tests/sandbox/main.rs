@@ -398,6 +398,28 @@ async fn a_trap_is_said_in_one_line() {
 }
 
 #[tokio::test]
+async fn a_guest_that_uses_up_its_stack_traps_and_its_last_calls_still_have_room() {
+    let guest = blind_provider_with_more(
+        "(call $log (local.get $job) (i32.const 0) (i32.const 0) (i32.const 1)) (call $down (local.get $job)) unreachable",
+        "(func $down (param $job i32)
+           (call $log (local.get $job) (i32.const 0) (i32.const 0) (i32.const 1))
+           (call $down (local.get $job)))",
+    );
+    let mut calls = 0;
+    let outcome = bench()
+        .run(guest, blind_order(), |_, _| {
+            calls += 1;
+            Answer::Unit
+        })
+        .await;
+    let Failure::Trapped(why) = failure(outcome) else {
+        panic!("not a trap")
+    };
+    assert!(why.contains("stack"), "{why}");
+    assert!(calls > 1000, "{calls}");
+}
+
+#[tokio::test]
 async fn a_guest_that_spins_ends_by_its_cpu_limit() {
     let order = Run {
         limits: GuestLimits {

@@ -5,6 +5,7 @@ pub(super) mod provider {
         path: "../../wit",
         world: "provider",
         imports: { default: trappable },
+        exports: { default: async },
         trappable_error_type: {
             "fleecebox:provider/types.error-code" => crate::stubs::Refused,
         },
@@ -16,6 +17,7 @@ pub(super) mod blind {
         path: "../../wit",
         world: "blind-provider",
         imports: { default: trappable },
+        exports: { default: async },
         with: {
             "fleecebox:provider/types": super::provider::fleecebox::provider::types,
             "fleecebox:provider/volume": super::provider::fleecebox::provider::volume,
@@ -26,14 +28,3 @@ pub(super) mod blind {
 }
 
 pub(super) use provider::fleecebox::provider::{archive, content, job, stored, types, volume};
-
-/// WASI, as far as there is any.
-pub(super) mod wasi {
-    wasmtime::component::bindgen!({
-        path: "src/wasi.wit",
-        world: "parts",
-        imports: { default: trappable },
-    });
-
-    pub(crate) use self::wasi::{cli, clocks, io, random};
-}

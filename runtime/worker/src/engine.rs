@@ -5,8 +5,11 @@ use wasmtime::{Config, Engine, Inlining, OptLevel};
 /// Stack of the guest's own code, in bytes.
 const WASM_STACK: usize = 512 << 10;
 
-/// Stack of the thread that runs guest and stubs, in bytes: several times [`WASM_STACK`], because host code that
-/// overflows the rest ends the process. Compiling runs on it too.
+/// Stack of a call of the guest's, its own code and the stubs, in bytes: several times [`WASM_STACK`], because host code
+/// that overflows the rest ends the process. wasmtime maps it as the call begins, and keeps it for the next one.
+const CALL_STACK: usize = 2 << 20;
+
+/// Stack of the thread that does what is ordered, in bytes. Compiling runs on it.
 pub(super) const THREAD_STACK: usize = 16 << 20;
 
 /// An engine with the features that the contract's baseline needs and no others. Threads, garbage collection and
@@ -16,6 +19,7 @@ pub(super) fn engine() -> wasmtime::Result<Engine> {
     config
         .epoch_interruption(true)
         .max_wasm_stack(WASM_STACK)
+        .async_stack_size(CALL_STACK)
         .concurrency_support(false)
         .wasm_memory64(false)
         // The same component on the same bytes does the same on every machine.

@@ -91,7 +91,7 @@ pub(super) fn fit(
 }
 
 /// Runs `run` once.
-pub(super) fn run(
+pub(super) async fn run(
     engine: &Engine,
     confined: &Confined,
     (socket, payload, file): (Socket, Payload, OwnedFd),
@@ -110,14 +110,15 @@ pub(super) fn run(
         Some(order.volume),
         sizes,
         limits,
-        Surroundings::real(),
+        Surroundings::Real,
     );
     let mut store = store(engine, host);
     let base = order.base.as_deref();
-    let returned = component.map(|component| match order.world {
+    let mut called = async |component: &Component| match order.world {
         World::Provider => {
-            let instance = provider_pre(engine, &component, &order.wasi).map_err(Stop::Link)?;
-            let instance: Provider = instance.instantiate(&mut store).map_err(Stop::Trap)?;
+            let instance = provider_pre(engine, component, &order.wasi).map_err(Stop::Link)?;
+            let instance = instance.instantiate_async(&mut store).await;
+            let instance: Provider = instance.map_err(Stop::Trap)?;
             let grant = provider_exports::backup::Grant {
                 snapshot: Resource::new_own(THE_ONLY_ONE),
                 dirty: Resource::new_own(THE_ONLY_ONE),
@@ -133,11 +134,13 @@ pub(super) fn run(
                     Resource::new_own(THE_ONLY_ONE),
                     base,
                 )
+                .await
                 .map_err(Stop::Trap)
         }
         World::BlindProvider => {
-            let instance = blind_pre(engine, &component, &order.wasi).map_err(Stop::Link)?;
-            let instance = instance.instantiate(&mut store).map_err(Stop::Trap)?;
+            let instance = blind_pre(engine, component, &order.wasi).map_err(Stop::Link)?;
+            let instance = instance.instantiate_async(&mut store).await;
+            let instance = instance.map_err(Stop::Trap)?;
             let grant = blind::exports::fleecebox::provider::blind_backup::Grant {
                 snapshot: Resource::new_own(THE_ONLY_ONE),
                 dirty: Resource::new_own(THE_ONLY_ONE),
@@ -152,9 +155,14 @@ pub(super) fn run(
                     Resource::new_own(THE_ONLY_ONE),
                     base,
                 )
+                .await
                 .map_err(Stop::Trap)
         }
-    });
+    };
+    let returned = match component {
+        Err(failure) => Err(failure),
+        Ok(component) => Ok(called(&component).await),
+    };
     let outcome = match returned {
         Err(failure) => Outcome::Failed(failure),
         Ok(Err(stop)) => Outcome::Failed(stop.failure(&store)?),
@@ -171,7 +179,7 @@ pub(super) fn run(
 
 /// Says how a call of an export ended, after what it wrote.
 fn done(store: &mut Store<Host>, outcome: Outcome) -> Result<(), Lost> {
-    store.data_mut().flush_output()?;
+    store.data().wasi.flush_output()?;
     store.data_mut().tell(&Call::Done(outcome))
 }
 
@@ -184,7 +192,7 @@ fn linger(store: &mut Store<Host>) -> Result<(), Lost> {
 }
 
 /// Opens an image and serves reads of it, until the job process closes the socket or the guest fails.
-pub(super) fn open_image(
+pub(super) async fn open_image(
     engine: &Engine,
     confined: &Confined,
     (socket, payload, file): (Socket, Payload, OwnedFd),
@@ -202,12 +210,13 @@ pub(super) fn open_image(
         None,
         (order.max_read, 0),
         limits,
-        Surroundings::still(order.still),
+        Surroundings::Still(order.still),
     );
     let mut store = store(engine, host);
-    let opened = component.map(|component| {
-        let instance = provider_pre(engine, &component, &order.wasi).map_err(Stop::Link)?;
-        let instance = instance.instantiate(&mut store).map_err(Stop::Trap)?;
+    let mut called = async |component: &Component| {
+        let instance = provider_pre(engine, component, &order.wasi).map_err(Stop::Link)?;
+        let instance = instance.instantiate_async(&mut store).await;
+        let instance = instance.map_err(Stop::Trap)?;
         let image = instance
             .fleecebox_provider_restore()
             .image()
@@ -217,9 +226,14 @@ pub(super) fn open_image(
                 Resource::new_own(THE_ONLY_ONE),
                 &order.receipt,
             )
+            .await
             .map_err(Stop::Trap)?;
         Ok(image.map(|image| (instance, image)))
-    });
+    };
+    let opened = match component {
+        Err(failure) => Err(failure),
+        Ok(component) => Ok(called(&component).await),
+    };
     let (instance, image) = match opened {
         Err(failure) => {
             done(&mut store, Outcome::Failed(failure))?;
@@ -243,7 +257,8 @@ pub(super) fn open_image(
         let read = instance
             .fleecebox_provider_restore()
             .image()
-            .call_read(&mut store, image, offset, length);
+            .call_read(&mut store, image, offset, length)
+            .await;
         let outcome = match read {
             // An instance that did not return is never entered again.
             Err(error) => {
@@ -343,7 +358,7 @@ impl Stop {
 fn reason(error: &wasmtime::Error) -> String {
     let text = match error.downcast_ref::<Trap>() {
         Some(trap) => trap.to_string(),
-        None => format!("{error:#}"),
+        None => wasi::misuse(error).unwrap_or_else(|| format!("{error:#}")),
     };
     let mut line: String = text.lines().collect::<Vec<_>>().join(" ");
     line.truncate(line.floor_char_boundary(MAX_REASON));

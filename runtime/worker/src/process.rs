@@ -2,6 +2,7 @@
 
 use super::confine::{self, Confined};
 use super::stubs::Lost;
+use super::surroundings::{passing_time, standing_time};
 use super::{engine, limits, orders};
 use fleecebox_channel::{Confinement, Order, Payload, Socket, take_over};
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
@@ -37,6 +38,8 @@ enum Unable {
     Engine(wasmtime::Error),
     #[error("the guest's thread could not be started: {0}")]
     Thread(std::io::Error),
+    #[error("what a guest's waits go by could not be made: {0}")]
+    Time(std::io::Error),
     #[error("the guest's thread panicked")]
     Panicked,
     #[error(transparent)]
@@ -96,10 +99,13 @@ fn obey(
         (Order::Compile { length }, None) => orders::compile(&confined, socket, &payload, length),
         (Order::Fit(fit), Some(file)) => orders::fit(engine, &confined, (socket, file), &fit),
         (Order::Run(run), Some(file)) => {
-            orders::run(engine, &confined, (socket, payload, file), run)
+            let time = passing_time().map_err(Unable::Time)?;
+            time.block_on(orders::run(engine, &confined, (socket, payload, file), run))
         }
         (Order::OpenImage(open), Some(file)) => {
-            orders::open_image(engine, &confined, (socket, payload, file), open)
+            let time = standing_time().map_err(Unable::Time)?;
+            let files = (socket, payload, file);
+            time.block_on(orders::open_image(engine, &confined, files, open))
         }
         _ => return Err(Unable::WrongFiles(count)),
     }?)

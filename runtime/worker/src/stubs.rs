@@ -14,13 +14,13 @@ use fleecebox_contract::{
     RawRange, VolumeInfo,
 };
 use serde::de::DeserializeOwned;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use wasmtime::ResourceLimiter;
 use wasmtime::component::Resource;
 
 /// What the guest's store holds.
-#[derive(Debug)]
 pub(super) struct Host {
-    socket: Socket,
+    job: Job,
     payload: Payload,
     context: Context,
     /// Absent for an image, which is never given a snapshot.
@@ -30,6 +30,11 @@ pub(super) struct Host {
     pub(super) limits: Limits,
     pub(super) wasi: wasi::State,
 }
+
+/// The socket to the job process, for the stubs and for what a guest writes as output. There is one thread, and so nobody
+/// ever waits for it.
+#[derive(Debug, Clone)]
+pub(super) struct Job(Arc<Mutex<Socket>>);
 
 /// Why a stub gives the guest no result.
 #[derive(Debug)]
@@ -73,6 +78,36 @@ impl Refused {
     }
 }
 
+impl Job {
+    fn socket(&self) -> MutexGuard<'_, Socket> {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn ask(&self, call: &Call) -> Result<Answer, Refused> {
+        let mut socket = self.socket();
+        socket.send(call)?;
+        match socket.receive()? {
+            Answer::Error(code) => Err(Refused::Guest(code)),
+            answer => Ok(answer),
+        }
+    }
+
+    fn ask_unit(&self, call: &Call) -> Result<(), Refused> {
+        match self.ask(call)? {
+            Answer::Unit => Ok(()),
+            _ => Err(Lost::WrongAnswer.into()),
+        }
+    }
+
+    /// A line of the guest's, cut to what a message takes.
+    pub(super) fn log(&self, level: LogLevel, message: String) -> Result<(), Refused> {
+        self.ask_unit(&Call::Log {
+            level,
+            message: cut(message),
+        })
+    }
+}
+
 impl Host {
     pub(super) fn new(
         socket: Socket,
@@ -83,26 +118,27 @@ impl Host {
         limits: Limits,
         surroundings: Surroundings,
     ) -> Self {
+        let job = Job(Arc::new(Mutex::new(socket)));
         Self {
-            socket,
+            wasi: wasi::State::new(surroundings, &job),
+            job,
             payload,
             context,
             volume,
             max_read,
             max_write,
             limits,
-            wasi: wasi::State::new(surroundings),
         }
     }
 
     /// Sends a call that is answered in another way than by an [`Answer`], or not at all.
     pub(super) fn tell(&mut self, call: &Call) -> Result<(), Lost> {
-        Ok(self.socket.send(call)?)
+        Ok(self.job.socket().send(call)?)
     }
 
     /// Waits for what the job process says by itself.
     pub(super) fn hear<M: DeserializeOwned>(&mut self) -> Result<M, Lost> {
-        Ok(self.socket.receive()?)
+        Ok(self.job.socket().receive()?)
     }
 
     /// Puts bytes where the job process finds them.
@@ -112,27 +148,12 @@ impl Host {
         Ok(length as u32)
     }
 
-    /// A line of the guest's, cut to what a message takes.
-    pub(super) fn log(&mut self, level: LogLevel, message: String) -> Result<(), Refused> {
-        self.ask_unit(&Call::Log {
-            level,
-            message: cut(message),
-        })
+    fn ask(&self, call: &Call) -> Result<Answer, Refused> {
+        self.job.ask(call)
     }
 
-    fn ask(&mut self, call: &Call) -> Result<Answer, Refused> {
-        self.tell(call)?;
-        match self.hear()? {
-            Answer::Error(code) => Err(Refused::Guest(code)),
-            answer => Ok(answer),
-        }
-    }
-
-    fn ask_unit(&mut self, call: &Call) -> Result<(), Refused> {
-        match self.ask(call)? {
-            Answer::Unit => Ok(()),
-            _ => Err(Lost::WrongAnswer.into()),
-        }
+    fn ask_unit(&self, call: &Call) -> Result<(), Refused> {
+        self.job.ask_unit(call)
     }
 
     fn ask_size(&mut self, call: &Call) -> Result<u64, Refused> {
@@ -430,7 +451,7 @@ impl job::HostContext for Host {
             job::Level::Warn => LogLevel::Warn,
             job::Level::Error => LogLevel::Error,
         };
-        Self::log(self, level, message).map_err(Refused::into_trap)
+        self.job.log(level, message).map_err(Refused::into_trap)
     }
 
     fn drop(&mut self, _: Resource<job::Context>) -> wasmtime::Result<()> {

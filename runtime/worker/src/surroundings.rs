@@ -2,115 +2,138 @@
 //! chances that are the same whenever it is opened. By nothing of it can a proof be told from a restore.
 
 use fleecebox_channel::Still;
-use rustix::event::{Timespec, poll};
-use rustix::time::{ClockId, clock_gettime};
-use std::time::{Duration, Instant};
+use getrandom::rand_core::TryRng;
+use std::convert::Infallible;
+use std::time::{Duration, SystemTime};
+use tokio::runtime::{Builder, Runtime};
+use tokio::time::Instant;
+use wasmtime_wasi::{HostMonotonicClock, HostWallClock, WasiCtxBuilder};
 
-/// Longest sleep at once; the wait goes on after it. Far below what a system call takes.
-const NAP: Duration = Duration::from_secs(3600);
+/// What calls of a guest wait by: timers, and nothing else. It is this thread's alone, and has no descriptor.
+pub(super) fn passing_time() -> std::io::Result<Runtime> {
+    Builder::new_current_thread().enable_time().build()
+}
+
+/// The same where time stands: as soon as all that is left to do is to wait for a timer, the clock is put forward to it.
+/// It would never get there by itself.
+pub(super) fn standing_time() -> std::io::Result<Runtime> {
+    let mut time = Builder::new_current_thread();
+    time.enable_time().start_paused(true).build()
+}
 
 /// Time and chance.
+#[derive(Debug)]
 pub(super) enum Surroundings {
     /// Of the machine.
-    Real {
-        /// From when the monotonic clock counts: since when the machine is up is nobody's business.
-        started: Instant,
-    },
+    Real,
     /// Of a backup.
-    Still {
-        /// The time, in seconds since 1970, where nobody sleeps.
-        seconds: u64,
-        /// For how long the instance has slept.
-        slept: Duration,
-        /// Where its random bytes come from, as many as it likes.
-        chance: Box<blake3::OutputReader>,
-    },
+    Still(Still),
 }
 
 impl Surroundings {
-    /// Those of the machine, with a monotonic clock that starts now.
-    pub(super) fn real() -> Self {
-        Self::Real {
-            started: Instant::now(),
-        }
-    }
-
-    /// Those of a backup.
-    pub(super) fn still(still: Still) -> Self {
-        Self::Still {
-            seconds: still.seconds,
-            slept: Duration::ZERO,
-            chance: Box::new(blake3::Hasher::new_keyed(&still.seed).finalize_xof()),
-        }
-    }
-
-    /// The time of day, since 1970.
-    pub(super) fn wall(&self) -> Duration {
+    /// Gives them to an instance. Must be called inside [`passing_time`], or [`standing_time`] if they are of a backup:
+    /// clocks start now.
+    pub(super) fn put_into(self, wasi: &mut WasiCtxBuilder) {
+        let started = Instant::now();
+        wasi.monotonic_clock(SinceStart(started));
         match self {
-            Self::Real { .. } => {
-                let now = clock_gettime(ClockId::Realtime);
-                // Nanoseconds are below a second (clock_gettime(2)).
-                Duration::new(now.tv_sec.unsigned_abs(), now.tv_nsec as u32)
+            // Its random numbers are wasmtime-wasi's.
+            Self::Real => wasi.wall_clock(OfTheMachine),
+            Self::Still(Still { seconds, seed }) => {
+                let mut seeding = Chance::new(&seed, "insecure-seed");
+                wasi.wall_clock(OfABackup { seconds, started })
+                    .secure_random(Chance::new(&seed, "random"))
+                    .insecure_random(Chance::new(&seed, "insecure"))
+                    .insecure_random_seed(u128::from_le_bytes(seeding.next()))
             }
-            Self::Still { seconds, slept, .. } => {
-                Duration::from_secs(*seconds).saturating_add(*slept)
-            }
-        }
-    }
-
-    /// Of the monotonic clock, since the instance's start.
-    pub(super) fn elapsed(&self) -> Duration {
-        match self {
-            Self::Real { started } => started.elapsed(),
-            Self::Still { slept, .. } => *slept,
-        }
-    }
-
-    /// Returns when the monotonic clock shows `due` or more. A clock that stands is put forward: it would never get
-    /// there by itself.
-    pub(super) fn sleep_until(&mut self, due: Duration) {
-        loop {
-            let left = due.saturating_sub(self.elapsed()).min(NAP);
-            if left.is_zero() {
-                return;
-            }
-            if let Self::Still { slept, .. } = self {
-                *slept = due;
-                return;
-            }
-            let wait = Timespec {
-                tv_sec: left.as_secs() as i64,
-                tv_nsec: left.subsec_nanos().into(),
-            };
-            // Ends early by a signal only, and is then begun again. std's sleep is a call that no sandbox may make.
-            let _ = poll(&mut [], Some(&wait));
-        }
-    }
-
-    /// Random bytes; none where the system has none.
-    pub(super) fn random(&mut self, bytes: &mut [u8]) -> Result<(), getrandom::Error> {
-        match self {
-            Self::Real { .. } => getrandom::fill(bytes),
-            Self::Still { chance, .. } => {
-                chance.fill(bytes);
-                Ok(())
-            }
-        }
+        };
     }
 }
 
-impl std::fmt::Debug for Surroundings {
-    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.write_str(match self {
-            Self::Real { .. } => "Real",
-            Self::Still { .. } => "Still",
-        })
+/// Counts from the start of the instance: since when the machine is up is nobody's business.
+struct SinceStart(Instant);
+
+impl HostMonotonicClock for SinceStart {
+    fn resolution(&self) -> u64 {
+        1
+    }
+
+    fn now(&self) -> u64 {
+        // In nanoseconds 584 years, which one that sleeps in an image may have passed.
+        u64::try_from(self.0.elapsed().as_nanos()).unwrap_or(u64::MAX)
+    }
+}
+
+/// What is finer than this is the machine's business too, and to ask for it is a call that no sandbox may make.
+const RESOLUTION: Duration = Duration::from_nanos(1);
+
+struct OfTheMachine;
+
+impl HostWallClock for OfTheMachine {
+    fn resolution(&self) -> Duration {
+        RESOLUTION
+    }
+
+    fn now(&self) -> Duration {
+        let now = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH);
+        now.unwrap_or_default()
+    }
+}
+
+struct OfABackup {
+    /// The time, in seconds since 1970, where nobody sleeps.
+    seconds: u64,
+    started: Instant,
+}
+
+impl HostWallClock for OfABackup {
+    fn resolution(&self) -> Duration {
+        RESOLUTION
+    }
+
+    fn now(&self) -> Duration {
+        Duration::from_secs(self.seconds).saturating_add(self.started.elapsed())
+    }
+}
+
+/// Random bytes of a backup's, as many as anybody likes. Their bytes are the same with every version of every generator.
+struct Chance(blake3::OutputReader);
+
+impl Chance {
+    fn new(seed: &[u8; 32], purpose: &str) -> Self {
+        let mut hasher = blake3::Hasher::new_keyed(seed);
+        Self(hasher.update(purpose.as_bytes()).finalize_xof())
+    }
+
+    fn next<const N: usize>(&mut self) -> [u8; N] {
+        let mut bytes = [0; N];
+        self.0.fill(&mut bytes);
+        bytes
+    }
+}
+
+impl TryRng for Chance {
+    type Error = Infallible;
+
+    fn try_next_u32(&mut self) -> Result<u32, Infallible> {
+        Ok(u32::from_le_bytes(self.next()))
+    }
+
+    fn try_next_u64(&mut self) -> Result<u64, Infallible> {
+        Ok(u64::from_le_bytes(self.next()))
+    }
+
+    fn try_fill_bytes(&mut self, bytes: &mut [u8]) -> Result<(), Infallible> {
+        self.0.fill(bytes);
+        Ok(())
     }
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
+    use wasmtime_wasi::p2::bindings::random::random::Host as _;
+    use wasmtime_wasi::p2::bindings::random::{insecure, insecure_seed};
 
     const BACKUP: Still = Still {
         seconds: 1_800_000_000,
@@ -119,38 +142,61 @@ mod tests {
 
     #[test]
     fn a_still_clock_moves_only_by_sleeping_and_nobody_waits_for_it() {
-        let mut still = Surroundings::still(BACKUP);
-        let began = Instant::now();
-        let day = Duration::from_secs(24 * 3600);
-        assert_eq!(still.elapsed(), Duration::ZERO);
-        assert_eq!(still.wall(), Duration::from_secs(BACKUP.seconds));
-        still.sleep_until(day);
-        still.sleep_until(day / 2);
-        assert_eq!(still.elapsed(), day);
-        assert_eq!(still.wall(), Duration::from_secs(BACKUP.seconds) + day);
-        still.sleep_until(Duration::MAX);
-        assert_eq!(still.wall(), Duration::MAX);
-        assert!(began.elapsed() < day);
+        let began = std::time::Instant::now();
+        standing_time().unwrap().block_on(async {
+            let started = Instant::now();
+            let clock = SinceStart(started);
+            let seconds = BACKUP.seconds;
+            let wall = OfABackup { seconds, started };
+            std::thread::sleep(Duration::from_millis(3));
+            assert_eq!(clock.now(), 0);
+            assert_eq!(wall.now(), Duration::from_secs(seconds));
+            let day = Duration::from_secs(24 * 3600);
+            tokio::time::sleep(day).await;
+            assert_eq!(u128::from(clock.now()), day.as_nanos());
+            tokio::time::sleep_until(started + day / 2).await;
+            assert_eq!(wall.now(), Duration::from_secs(seconds) + day);
+            // As long as a guest can ask for, and then longer than the clock counts.
+            let longest = Duration::from_nanos(u64::MAX);
+            tokio::time::sleep_until(Instant::now() + longest).await;
+            assert_eq!(clock.now(), u64::MAX);
+            assert!(wall.now() > Duration::from_nanos(u64::MAX));
+        });
+        assert!(began.elapsed() < Duration::from_secs(60));
     }
 
     #[test]
-    fn chance_is_the_same_each_time_however_it_is_asked_for() {
-        let drawn = |lengths: &[usize]| {
-            let mut still = Surroundings::still(BACKUP);
-            let mut all = Vec::new();
-            for length in lengths {
-                let mut bytes = vec![0; *length];
-                still.random(&mut bytes).unwrap();
-                all.extend(bytes);
-            }
-            all
-        };
-        assert_eq!(drawn(&[100]), drawn(&[8, 16, 76]));
-        let mut other = [0; 100];
-        let seed = [8; 32];
-        Surroundings::still(Still { seed, ..BACKUP })
-            .random(&mut other)
-            .unwrap();
-        assert_ne!(drawn(&[100]), other);
+    fn a_clock_that_passes_does_so_by_itself() {
+        passing_time().unwrap().block_on(async {
+            let clock = SinceStart(Instant::now());
+            std::thread::sleep(Duration::from_millis(3));
+            assert!(clock.now() >= 3_000_000);
+        });
+    }
+
+    /// Bytes, a number, insecure bytes, and the seed.
+    fn drawn(seed: u8) -> (Vec<u8>, u64, Vec<u8>, (u64, u64)) {
+        let time = standing_time().unwrap();
+        let _inside = time.enter();
+        let mut wasi = WasiCtxBuilder::new();
+        let seed = [seed; 32];
+        Surroundings::Still(Still { seed, ..BACKUP }).put_into(&mut wasi);
+        let mut wasi = wasi.build();
+        let random = wasi.random();
+        (
+            random.get_random_bytes(100).unwrap(),
+            random.get_random_u64().unwrap(),
+            insecure::Host::get_insecure_random_bytes(random, 100).unwrap(),
+            insecure_seed::Host::insecure_seed(random).unwrap(),
+        )
+    }
+
+    #[test]
+    fn chance_is_the_same_each_time_for_one_backup_and_another_for_another() {
+        let (bytes, number, insecure, seed) = drawn(7);
+        assert_eq!(drawn(7), (bytes.clone(), number, insecure.clone(), seed));
+        let other = drawn(8);
+        assert!(other.0 != bytes && other.1 != number && other.2 != insecure && other.3 != seed);
+        assert_ne!(bytes, insecure);
     }
 }

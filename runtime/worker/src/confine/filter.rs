@@ -36,7 +36,8 @@ const ALWAYS: &[libc::c_long] = &[
     libc::SYS_mremap,
     libc::SYS_madvise,
     libc::SYS_brk,
-    // The ticking thread sleeps and looks whether the job process has hung up; both threads wait for each other.
+    // The ticking thread sleeps and looks whether the job process has hung up; both threads wait for each other, and a
+    // guest that sleeps waits for nobody.
     libc::SYS_futex,
     libc::SYS_ppoll,
     // Goes on with a wait that a stop signal interrupted.
