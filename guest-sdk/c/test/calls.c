@@ -13,7 +13,7 @@ static const char *const ERRORS[] = {"cancelled", "discarded",    "exists",     
 static enum { NOTHING_WRONG, GIVES_BACK_WRONG, REFUSES, DOES_NOT_OPEN, COVERS_HALF, LEAKS, SPEAKS } mistake;
 
 struct call {
-    char name[16], word[160];
+    char name[16], word[300];
     fleecebox_extent range;
     int64_t first;
 };
@@ -41,7 +41,7 @@ static void ask(const char *section, answering *answer, void *with)
         assert(sscanf(words, "%15s %n", call.name, &used) == 1);
         if (sscanf(words + used, "%" SCNu64 " %" SCNu64, &call.range.offset, &call.range.length) < 1 ||
             strcmp(call.name, "create") == 0 || strcmp(call.name, "finish") == 0)
-            sscanf(words + used, "%159s %" SCNu64 " %" SCNu64, call.word, &call.range.offset, &call.range.length);
+            sscanf(words + used, "%299s %" SCNu64 " %" SCNu64, call.word, &call.range.offset, &call.range.length);
         int64_t number = -1;
         fleecebox_error error = {0};
         if (!answer(with, &call, &number, &error))
@@ -64,7 +64,7 @@ struct running {
     fleecebox_volume *volume;
     const fleecebox_archive *archive;
     struct {
-        char name[160];
+        char name[300];
         fleecebox_output_stream stream;
     } objects[4];
     unsigned count;

@@ -7,9 +7,9 @@ use std::str::FromStr;
 use std::sync::Arc;
 use time::{Date, Month, OffsetDateTime, PrimitiveDateTime, Time};
 
-/// Longest name of an object or a namespace, in bytes. File systems take 255; this leaves room for what a
+/// Longest name of an object or a namespace, in bytes: the contract's. File systems take 255; this leaves room for what a
 /// store may put around it, and 128 names of this length fit into one page of a block table.
-pub const NAME_LIMIT: usize = 128;
+pub const NAME_LIMIT: usize = fleecebox_contract::MAX_NAME;
 
 /// The text is not a name of the kind that was expected.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]

@@ -4,7 +4,9 @@
 //! it comes from a sandbox that somebody has broken, and ends it.
 
 use super::{Call, Order, Outcome, Payload};
-use fleecebox_contract::{MAX_NAME, MAX_RECEIPT, MAX_REGIONS, MAX_TEXT, World};
+use fleecebox_contract::{
+    MAX_ATTACHMENT_NAME, MAX_RECEIPT, MAX_REGIONS, MAX_SENT_NAME, MAX_TEXT, World,
+};
 
 /// What the sandbox of one order may say.
 #[derive(Debug, Clone, Copy)]
@@ -111,14 +113,14 @@ impl Bounds {
         if !granted {
             return Err(Violation::NotGranted(name));
         }
-        let named = match call {
+        let (named, most) = match call {
             Call::Create { name, .. }
-            | Call::Attachment { name }
             | Call::ObjectSize { name }
-            | Call::ObjectRead { name, .. } => name.len(),
-            _ => 0,
+            | Call::ObjectRead { name, .. } => (name.len(), MAX_SENT_NAME),
+            Call::Attachment { name } => (name.len(), MAX_ATTACHMENT_NAME),
+            _ => (0, 0),
         };
-        for (actual, limit) in [(named as u64, MAX_NAME as u64), self.load(call)] {
+        for (actual, limit) in [(named as u64, most as u64), self.load(call)] {
             if actual > limit {
                 return Err(Violation::TooMuch {
                     call: name,
@@ -322,13 +324,21 @@ mod tests {
                 })
                 .is_err()
         );
-        assert!(
-            bounds
-                .check(&Call::Attachment {
-                    name: "x".repeat(MAX_NAME + 1)
-                })
-                .is_err()
-        );
+        for length in [MAX_ATTACHMENT_NAME, MAX_ATTACHMENT_NAME + 1] {
+            let name = "x".repeat(length);
+            let within = length == MAX_ATTACHMENT_NAME;
+            assert_eq!(bounds.check(&Call::Attachment { name }).is_ok(), within);
+        }
+        for length in [MAX_SENT_NAME, MAX_SENT_NAME + 1] {
+            let encoding = crate::channel::Encoding::Zstd;
+            let name = "x".repeat(length);
+            let create = Call::Create { name, encoding };
+            assert_eq!(bounds.check(&create).is_ok(), length == MAX_SENT_NAME);
+        }
+        for length in [MAX_RECEIPT, MAX_RECEIPT + 1] {
+            let receipt = Call::Done(Outcome::Receipt(vec![0; length]));
+            assert_eq!(bounds.check(&receipt).is_ok(), length == MAX_RECEIPT);
+        }
         assert!(
             image()
                 .check(&Call::Done(Outcome::Bytes { length: 1001 }))

@@ -7,9 +7,9 @@ use std::os::fd::{AsFd, BorrowedFd};
 use std::os::unix::net::UnixStream;
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 
-/// Most bytes in one message. The longest is an order to run, with a receipt of [`fleecebox_contract::MAX_RECEIPT`] as its base
-/// and the operator's settings beside it.
-pub const MAX_MESSAGE: usize = fleecebox_contract::MAX_RECEIPT + (512 << 10);
+/// Most bytes in one message. The longest is an order to run, with a receipt of [`fleecebox_contract::MAX_KEPT_RECEIPT`] as
+/// its base and the operator's settings beside it.
+pub const MAX_MESSAGE: usize = fleecebox_contract::MAX_KEPT_RECEIPT + (512 << 10);
 
 /// Bytes of a frame before its message.
 const HEADER: usize = 4;
@@ -307,7 +307,7 @@ mod tests {
     #[test]
     fn a_receipt_of_the_greatest_length_fits_and_a_longer_message_does_not() {
         let receipt = |length| Call::Done(crate::Outcome::Receipt(vec![1; length]));
-        assert!(frame(&receipt(fleecebox_contract::MAX_RECEIPT)).is_ok());
+        assert!(frame(&receipt(fleecebox_contract::MAX_KEPT_RECEIPT)).is_ok());
         assert!(matches!(
             frame(&receipt(MAX_MESSAGE)),
             Err(SocketError::TooLong { length }) if length > MAX_MESSAGE

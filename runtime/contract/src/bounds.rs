@@ -1,12 +1,22 @@
 //! How much the contract lets pass at once.
 
-/// Most bytes that `run` may return, and so the most that a `base` or a receipt can have: these travel inside a
-/// message and are kept in the manifest. Enough for a provider to say what it did, not for the backup itself.
-pub const MAX_RECEIPT: usize = 1 << 20;
+/// Most bytes that `run` may return (`backup.run` of the contract): it is kept in the manifest. Enough for a provider to say
+/// what it did, not for the backup itself.
+pub const MAX_RECEIPT: usize = 64 << 10;
 
-/// Most bytes in a name that a guest passes. The contract's names are one plain component, and no file system takes
-/// a longer one than this.
-pub const MAX_NAME: usize = 255;
+/// Most bytes of a receipt that a backup may have and a `base` may be: what `run` could return before its bound was
+/// [`MAX_RECEIPT`].
+pub const MAX_KEPT_RECEIPT: usize = 1 << 20;
+
+/// Most bytes in a name of an object (`writer.create` of the contract).
+pub const MAX_NAME: usize = 128;
+
+/// Most bytes of a name in a message. Of one that is too long no more is sent than shows that it is, and so what is no name
+/// for its length is refused where all other names are looked at, in the same way.
+pub const MAX_SENT_NAME: usize = MAX_NAME + 1;
+
+/// Most bytes in the name of an attachment, which is the operator's. There is none with a longer one.
+pub const MAX_ATTACHMENT_NAME: usize = 255;
 
 /// Most bytes in one `log` message or in the text of one `error-code.other`; what is longer is cut.
 pub const MAX_TEXT: usize = 4 << 10;

@@ -1,6 +1,6 @@
 //! How much a provider may have, and which handles.
 
-use crate::contract::{MAX_COMPONENT, Wasi};
+use crate::contract::{MAX_COMPONENT, MAX_RECEIPT, Wasi};
 use serde::{Deserialize, Serialize};
 use std::collections::BTreeSet;
 use std::num::NonZeroU64;
@@ -57,7 +57,7 @@ impl Default for Limits {
             objects: 10_000,
             log_bytes: 1 << 20,
             // It is kept in the manifest.
-            receipt_bytes: 64 << 10,
+            receipt_bytes: MAX_RECEIPT as u32,
             component_bytes: MAX_COMPONENT,
             bandwidth: None,
             fleecing_bytes: None,

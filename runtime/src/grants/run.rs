@@ -8,10 +8,10 @@ use super::put;
 use super::stream::{Failed, Stream};
 use super::target::{HostFailure, Target};
 use crate::archive::{self, ObjectName};
-use crate::channel::{Answer, Call, Outcome};
+use crate::channel::{Answer, Call, Failure, Outcome};
 use crate::contract::{
-    Encoding, ErrorCode, MAX_ATTACHMENT, MAX_PUT, MAX_READ, MAX_REGIONS, MAX_STREAMS, MAX_WRITE,
-    RawRange, World,
+    Encoding, ErrorCode, MAX_ATTACHMENT, MAX_PUT, MAX_READ, MAX_RECEIPT, MAX_REGIONS, MAX_STREAMS,
+    MAX_WRITE, RawRange, World,
 };
 use crate::digest::{self, Digest};
 use crate::extent::Extent;
@@ -226,6 +226,9 @@ impl Run {
                 Call::Done(Outcome::GuestError(code)) => {
                     return Err(RunError::GaveUp(harmless(&code.to_string())));
                 }
+                Call::Done(Outcome::Failed(Failure::TooLarge { length, .. })) => {
+                    return Err(self.too_long(usize::try_from(length).unwrap_or(usize::MAX)));
+                }
                 Call::Done(Outcome::Failed(failure)) => {
                     return Err(RunError::Guest(harmless(&failure.to_string())));
                 }
@@ -272,14 +275,22 @@ impl Run {
 
     fn check_receipt(&self, receipt: Vec<u8>) -> Result<Vec<u8>, RunError> {
         self.account.receipt(receipt.len());
-        let limit = self.account.limits().receipt_bytes;
-        if receipt.len() > limit as usize {
-            return Err(RunError::Receipt {
-                limit,
-                actual: receipt.len(),
-            });
+        if receipt.len() > self.receipt_limit() as usize {
+            return Err(self.too_long(receipt.len()));
         }
         Ok(receipt)
+    }
+
+    /// The policy's, which cannot give more than the contract.
+    fn receipt_limit(&self) -> u32 {
+        self.account.limits().receipt_bytes.min(MAX_RECEIPT as u32)
+    }
+
+    fn too_long(&self, actual: usize) -> RunError {
+        RunError::Receipt {
+            limit: self.receipt_limit(),
+            actual,
+        }
     }
 
     /// The outer error ends the run; the inner one is for the provider.

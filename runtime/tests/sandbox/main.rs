@@ -382,6 +382,137 @@ async fn an_image_is_opened_once_and_read_many_times() {
     process.kill().await;
 }
 
+/// What a guest has at address 16 after a call: whether it failed, and how.
+const RESULT: &str = "(call $ok (i32.const 16) (i32.const 8))";
+
+const INVALID_NAME: (u8, u8) = (1, 4);
+
+#[tokio::test]
+async fn a_name_that_is_too_long_is_no_violation_however_long_it_is_and_is_answered_as_any_other() {
+    let bench = bench();
+    for length in [1, 127, 128, 129, 255, 256, 257, 70_000] {
+        let create = format!(
+            "(call $create (local.get $writer) (i32.const 1024) (i32.const {length}) (i32.const 0) (i32.const 16)) {RESULT}"
+        );
+        let mut named = Vec::new();
+        let outcome = bench
+            .run(
+                blind_provider(&create),
+                blind_order(),
+                |_, call| match call {
+                    Call::Create { name, .. } => {
+                        named.push(name.len());
+                        match name.len() <= MAX_NAME {
+                            true => Answer::Stream(7),
+                            false => Answer::Error(ErrorCode::InvalidName),
+                        }
+                    }
+                    Call::DropStream { .. } => Answer::Unit,
+                    other => panic!("{other:?}"),
+                },
+            )
+            .await;
+        let Outcome::Receipt(result) = outcome else {
+            panic!("{length}: {outcome:?}")
+        };
+        assert_eq!(named, [length.min(MAX_NAME + 1)]);
+        match length <= MAX_NAME {
+            true => assert_eq!(result[0], 0),
+            false => assert_eq!((result[0], result[4]), INVALID_NAME),
+        }
+    }
+}
+
+#[tokio::test]
+async fn an_object_is_asked_for_by_a_name_of_any_length_and_the_job_says_what_is_none() {
+    // The offset says how long the name is.
+    let guest = provider_with_image(
+        OK_EMPTY,
+        &format!(
+            "(call $object-read (global.get $objects) (i32.const 1024) (i32.wrap_i64 (local.get $offset))
+               (i64.const 0) (i32.const 1) (i32.const 16)) {RESULT}"
+        ),
+    );
+    let bench = bench();
+    let mut process = bench.start(guest, open_order(vec![])).await;
+    let mut asked = Vec::new();
+    let opened = to_the_end(&mut process, no_calls).await;
+    assert!(matches!(opened, Outcome::Opened));
+    for length in [128, 129, 255, 256, 70_000] {
+        let (offset, of) = (length, 8);
+        process
+            .read_image(ImageRead { offset, length: of })
+            .unwrap();
+        let job = |_: &Process, call: &Call| {
+            let Call::ObjectRead { name, .. } = call else {
+                panic!("{call:?}")
+            };
+            asked.push(name.len());
+            Answer::Error(match name.len() <= MAX_NAME {
+                true => ErrorCode::NotFound,
+                false => ErrorCode::InvalidName,
+            })
+        };
+        let outcome = to_the_end(&mut process, job).await;
+        assert!(
+            matches!(outcome, Outcome::Bytes { length: 8 }),
+            "{outcome:?}"
+        );
+        let result = process.take_payload(8).unwrap();
+        let expected = match length {
+            128 => (1, 6),
+            _ => INVALID_NAME,
+        };
+        assert_eq!((result[0], result[4]), expected, "{length}");
+    }
+    assert_eq!(asked, [128, 129, 129, 129, 129]);
+    process.kill().await;
+}
+
+fn open_order(receipt: Vec<u8>) -> Order {
+    Order::OpenImage(OpenImage {
+        wasi: BTreeSet::new(),
+        limits: limits(),
+        context: context(),
+        receipt,
+        max_read: MIB,
+        still: Default::default(),
+    })
+}
+
+#[tokio::test]
+async fn a_new_receipt_has_at_most_64_kib_and_an_older_one_of_a_mib_is_still_a_base_and_opens_an_image()
+ {
+    let bench = bench();
+    for (length, over) in [(MAX_RECEIPT, false), (MAX_RECEIPT + 1, true)] {
+        let run = format!("(call $ok (i32.const 1024) (i32.const {length}))");
+        let outcome = bench.run(provider(&run), Order::Run(run_order()), no_calls);
+        match outcome.await {
+            Outcome::Receipt(receipt) if !over => assert_eq!(receipt.len(), 64 << 10),
+            Outcome::Failed(Failure::TooLarge {
+                length: 65_537,
+                limit: 65_536,
+            }) if over => {}
+            other => panic!("{length}: {other:?}"),
+        }
+    }
+    // Returns how long it is.
+    let says = "(i32.store (i32.const 16) (local.get $base-length)) (call $ok (i32.const 16) (i32.const 4))";
+    let order = Order::Run(Run {
+        base: Some(vec![7; MAX_KEPT_RECEIPT]),
+        ..run_order()
+    });
+    let Outcome::Receipt(said) = bench.run(provider(says), order, no_calls).await else {
+        panic!("no receipt")
+    };
+    assert_eq!(said, (MAX_KEPT_RECEIPT as u32).to_le_bytes());
+    let order = open_order(vec![7; MAX_KEPT_RECEIPT]);
+    let mut process = bench.start(provider(OK_EMPTY), order).await;
+    let opened = to_the_end(&mut process, no_calls).await;
+    assert!(matches!(opened, Outcome::Opened), "{opened:?}");
+    process.kill().await;
+}
+
 #[tokio::test]
 async fn a_trap_is_said_in_one_line() {
     let failure = failure(
@@ -494,7 +625,7 @@ async fn a_receipt_past_the_limit_fails_the_run() {
         failure(outcome),
         Failure::TooLarge {
             length: 1048577,
-            limit: 1048576
+            limit: 65536
         }
     );
 }

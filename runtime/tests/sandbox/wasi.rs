@@ -97,6 +97,10 @@ async fn each_part_that_is_not_granted_is_refused_by_name_and_not_even_linked() 
 async fn what_wasi_forbids_ends_the_provider_with_the_reason() {
     let bench = bench();
     let leaks = "(loop $more (drop (call $timer (i64.const 0))) (br $more)) unreachable";
+    let one_too_many = format!(
+        "{} {OK_EMPTY}",
+        "(drop (call $timer (i64.const 0)))".repeat(129)
+    );
     let zeroes = "(call $write-zeroes (call $stdout) (i64.const 4097) (i32.const 16)) unreachable";
     let write_now = "(call $write-now (call $stdout) (i32.const 0) (i32.const 4097) (i32.const 16)) unreachable";
     for (run, reason) in [
@@ -105,6 +109,7 @@ async fn what_wasi_forbids_ends_the_provider_with_the_reason() {
             "it ended itself (wasi:cli/exit) with status 1",
         ),
         (leaks, "more timers and streams at once"),
+        (&one_too_many, "more timers and streams at once"),
         (
             "(call $random-bytes (i64.const 65537) (i32.const 16)) unreachable",
             "requested len 65537 exceeds limit 65536",

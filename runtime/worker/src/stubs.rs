@@ -10,8 +10,8 @@ use super::surroundings::Surroundings;
 use super::wasi;
 use fleecebox_channel::{Answer, Call, Payload, PayloadError, Socket, SocketError};
 use fleecebox_contract::{
-    BitmapMode, Context, Encoding, ErrorCode, LogLevel, MAX_NAME, MAX_REGIONS, MAX_TEXT, Quota,
-    RawRange, VolumeInfo,
+    BitmapMode, Context, Encoding, ErrorCode, LogLevel, MAX_ATTACHMENT_NAME, MAX_REGIONS,
+    MAX_SENT_NAME, MAX_TEXT, Quota, RawRange, VolumeInfo,
 };
 use serde::de::DeserializeOwned;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -333,11 +333,8 @@ impl archive::HostWriter for Host {
         name: String,
         encoding: types::Encoding,
     ) -> Result<Resource<archive::OutputStream>, Refused> {
-        if name.len() > MAX_NAME {
-            return Err(Refused::Guest(ErrorCode::InvalidName));
-        }
         match self.ask(&Call::Create {
-            name,
+            name: sent(name),
             encoding: encoding.into(),
         })? {
             Answer::Stream(number) => Ok(Resource::new_own(number)),
@@ -424,7 +421,7 @@ impl job::HostContext for Host {
         _: Resource<job::Context>,
         name: String,
     ) -> wasmtime::Result<Option<Vec<u8>>> {
-        if name.len() > MAX_NAME {
+        if name.len() > MAX_ATTACHMENT_NAME {
             return Ok(None);
         }
         match self
@@ -463,10 +460,7 @@ impl stored::Host for Host {}
 
 impl stored::HostObjects for Host {
     fn size(&mut self, _: Resource<stored::Objects>, name: String) -> Result<u64, Refused> {
-        if name.len() > MAX_NAME {
-            return Err(Refused::Guest(ErrorCode::NotFound));
-        }
-        self.ask_size(&Call::ObjectSize { name })
+        self.ask_size(&Call::ObjectSize { name: sent(name) })
     }
 
     fn read(
@@ -476,15 +470,12 @@ impl stored::HostObjects for Host {
         offset: u64,
         length: u32,
     ) -> Result<Vec<u8>, Refused> {
-        if name.len() > MAX_NAME {
-            return Err(Refused::Guest(ErrorCode::NotFound));
-        }
         if length > self.max_read {
             return Err(Refused::Guest(ErrorCode::TooLarge));
         }
         self.ask_bytes(
             &Call::ObjectRead {
-                name,
+                name: sent(name),
                 offset,
                 length,
             },
@@ -566,6 +557,12 @@ fn cut(mut text: String) -> String {
     text
 }
 
+/// A name, or as much of it as shows that it is too long to be one.
+fn sent(mut name: String) -> String {
+    name.truncate(name.floor_char_boundary(MAX_SENT_NAME));
+    name
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -577,6 +574,12 @@ mod tests {
             let short = cut(text.clone());
             prop_assert!(short.len() <= MAX_TEXT && text.starts_with(&short));
             prop_assert!(short.len() + 4 > MAX_TEXT || short == text);
+        }
+
+        #[test]
+        fn a_name_is_plain_if_and_only_if_what_is_sent_of_it_is(name in "[a-zä.]{120,140}") {
+            let plain = |name: &str| name.parse::<crate::archive::ObjectName>().is_ok();
+            prop_assert_eq!(plain(&sent(name.clone())), plain(&name));
         }
     }
 }

@@ -247,7 +247,7 @@ fn a_limit_below_what_any_job_needs_or_beyond_all_reach_is_found() {
         ("output-bytes = 65535", "`output-bytes` below the 65536"),
         ("read-bytes = 65535", "`read-bytes` below the 65536"),
         ("log-bytes = 63", "`log-bytes` below the 64"),
-        ("receipt-bytes = 1048577", "`receipt-bytes` can never"),
+        ("receipt-bytes = 65537", "`receipt-bytes` can never"),
         ("component-bytes = 67108865", "`component-bytes` can never"),
         ("fleecing-bytes = 65535", "`fleecing-bytes` below"),
         ("snapshot-seconds = 0", "`snapshot-seconds` a snapshot"),
@@ -262,7 +262,7 @@ fn a_limit_below_what_any_job_needs_or_beyond_all_reach_is_found() {
         ),
     ];
     let sound = "memory = 1114112\ncpu-seconds = 60\nwall-seconds = 60\noutput-bytes = 65536\n\
-        read-bytes = 65536\nlog-bytes = 64\nreceipt-bytes = 1048576\ncomponent-bytes = 67108864\n\
+        read-bytes = 65536\nlog-bytes = 64\nreceipt-bytes = 65536\ncomponent-bytes = 67108864\n\
         fleecing-bytes = 65536\nsnapshot-seconds = 60\nbandwidth = 10\nprogress-per-minute = 600\n";
     let limits = |text: &str| format!("{ACME}[tenant.acme.grant.limits]\n{text}\n");
     assert_eq!(said(&limits(sound)), [""; 0]);
