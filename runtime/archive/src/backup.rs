@@ -3,7 +3,7 @@
 use super::block_table::{BlockTable, BlockTableWriter, PagesFile, TableRoot};
 use super::checks::Author;
 use super::directory;
-use super::encoding::Compressors;
+use super::encoding::{Compressors, ZstdLevel};
 use super::error::Error;
 use super::frame::{FRAME_LIMIT, Frame, ObjectRef};
 use super::index::Index;
@@ -57,7 +57,7 @@ pub struct BackupWriter {
 }
 
 impl BackupWriter {
-    pub(super) fn begin(store: Arc<Store>, id: BackupId) -> Result<Self, Error> {
+    pub(super) fn begin(store: Arc<Store>, id: BackupId, level: ZstdLevel) -> Result<Self, Error> {
         let name = id.to_string();
         let dir = directory::make_dir(&store.backups, &name).map_err(Error::at(id))?;
         let make = || {
@@ -66,7 +66,7 @@ impl BackupWriter {
             Ok(pages)
         };
         let pages = make().inspect_err(|_: &Error| discard(&store, id))?;
-        let compressors = Arc::<Compressors>::default();
+        let compressors = Arc::new(Compressors::at(level));
         Ok(Self {
             id,
             dir,

@@ -5,28 +5,76 @@ use super::frame::{FRAME_LIMIT, STORED_LIMIT};
 use super::lock;
 use fleecebox_contract::Encoding;
 use fleecebox_contract::buffer::Buffer;
+use serde::{Deserialize, Serialize};
+use std::fmt;
 use std::io;
 use std::sync::Mutex;
 use zstd::bulk::{Compressor, Decompressor};
 use zstd::zstd_safe::compress_bound;
 
+/// How hard zstd tries, which is the operator's: from 1, the fastest, to 19, the highest that takes no memory out of all
+/// proportion. What was stored at any level reads alike.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
+#[serde(try_from = "i64", into = "i64")]
+pub struct ZstdLevel(u8);
+
+/// A number that is no [`ZstdLevel`].
+#[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
+#[error("a level of zstd's is a number from 1 to 19, and not {0}")]
+pub struct NotALevel(i64);
+
+impl TryFrom<i64> for ZstdLevel {
+    type Error = NotALevel;
+
+    fn try_from(number: i64) -> Result<Self, NotALevel> {
+        match u8::try_from(number) {
+            Ok(level @ 1..=19) => Ok(Self(level)),
+            _ => Err(NotALevel(number)),
+        }
+    }
+}
+
+impl From<ZstdLevel> for i64 {
+    fn from(ZstdLevel(level): ZstdLevel) -> Self {
+        level.into()
+    }
+}
+
 /// zstd's own default: a higher level costs more time than a link or disk saves.
-const LEVEL: i32 = 3;
+impl Default for ZstdLevel {
+    fn default() -> Self {
+        Self(3)
+    }
+}
+
+impl fmt::Display for ZstdLevel {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        self.0.fmt(f)
+    }
+}
 
 /// Compressors that wait for the next frame: one is several hundred KiB that take long to set up. There are
 /// as many as there have been frames in the making at once.
 #[derive(Default)]
 pub(super) struct Compressors {
+    level: ZstdLevel,
     idle: Mutex<Vec<Compressor<'static>>>,
 }
 
 impl Compressors {
+    pub(super) fn at(level: ZstdLevel) -> Self {
+        Self {
+            level,
+            idle: Mutex::default(),
+        }
+    }
+
     /// One zstd frame that decodes to `data`.
     pub(super) fn compress(&self, data: &[u8]) -> io::Result<Buffer> {
         let idle = lock(&self.idle).pop();
         let mut compressor = match idle {
             Some(compressor) => compressor,
-            None => Compressor::new(LEVEL)?,
+            None => Compressor::new(self.level.0.into())?,
         };
         let mut compressed = Buffer::for_bytes(compress_bound(data.len()));
         compressor.compress_to_buffer(data, &mut *compressed)?;
@@ -81,6 +129,43 @@ mod tests {
         assert_eq!(compressors.compress_if_smaller(&noise).unwrap(), None);
         let stored = compressors.compress_if_smaller(&[7; 4096]).unwrap();
         assert!(stored.is_some_and(|stored| stored.len() < 100));
+    }
+
+    #[test]
+    fn a_higher_level_tries_harder_and_every_level_is_read_alike() {
+        // Words of a few letters, in an order that is no order.
+        let mut state = 1u32;
+        let text: Vec<u8> = std::iter::repeat_with(|| {
+            state = state.wrapping_mul(1_664_525).wrapping_add(1_013_904_223);
+            [&b"alpha "[..], b"beta ", b"gamma ", b"delta\n"][(state >> 30) as usize]
+        })
+        .take(50_000)
+        .flatten()
+        .copied()
+        .collect();
+        let stored = |level| {
+            let level = ZstdLevel::try_from(level).unwrap();
+            let stored = Compressors::at(level).compress(&text).unwrap().to_vec();
+            let length = text.len() as u32;
+            assert_eq!(
+                decode(stored.clone(), length, Encoding::Zstd).unwrap(),
+                text
+            );
+            stored.len()
+        };
+        let [least, usual, most] = [1, 3, 19].map(stored);
+        assert!(least > most, "{least} {usual} {most}");
+        assert_eq!(Compressors::default().compress(&text).unwrap().len(), usual);
+    }
+
+    #[test]
+    fn only_what_is_a_level_is_taken_for_one() {
+        for number in [i64::MIN, -1, 0, 20, 22, 256 + 3, i64::MAX] {
+            assert_eq!(ZstdLevel::try_from(number), Err(NotALevel(number)));
+        }
+        for number in [1, 19] {
+            assert_eq!(ZstdLevel::try_from(number).map(i64::from), Ok(number));
+        }
     }
 
     #[test]

@@ -86,6 +86,7 @@ pub use block_table::{
     BlockTable, BlockTableWriter, Entry, MAX_BLOCK_SIZE, MIN_BLOCK_SIZE, Run, RunContent, TableRoot,
 };
 pub use checks::{BELIEVED, Recheck};
+pub use encoding::{NotALevel, ZstdLevel};
 pub use error::{Damage, Error};
 pub use fleecebox_contract::digest::Digest;
 pub use frame::{FRAME_LIMIT, Frame, NotAFrame, ObjectRef, STORED_LIMIT};
@@ -118,6 +119,7 @@ pub struct Archive {
     root: Dir,
     id: ArchiveId,
     recheck: Recheck,
+    zstd_level: ZstdLevel,
 }
 
 #[derive(Serialize, Deserialize)]
@@ -167,6 +169,7 @@ impl Archive {
             root,
             id: file.id,
             recheck: Recheck::OlderThan(BELIEVED),
+            zstd_level: ZstdLevel::default(),
         })
     }
 
@@ -174,6 +177,17 @@ impl Archive {
     pub fn rechecking(mut self, recheck: Recheck) -> Self {
         self.recheck = recheck;
         self
+    }
+
+    /// The same, where backups are to be compressed at that level.
+    pub fn compressing(mut self, level: ZstdLevel) -> Self {
+        self.zstd_level = level;
+        self
+    }
+
+    /// At which level backups are to be compressed here.
+    pub fn zstd_level(&self) -> ZstdLevel {
+        self.zstd_level
     }
 
     /// Tells this archive from all others.

@@ -4,6 +4,7 @@ use super::backup::BackupWriter;
 use super::block_table::{BlockTable, TableRoot};
 use super::checks::{Author, Checks, Recheck};
 use super::directory;
+use super::encoding::ZstdLevel;
 use super::error::{Damage, Error};
 use super::frame::Frame;
 use super::manifest::{MANIFEST_LIMIT, Manifest};
@@ -116,7 +117,12 @@ impl Namespace {
 
     /// Begins a backup; fails with [`Error::Exists`] where there is one of that id, committed or not.
     pub fn begin(&self, id: BackupId) -> Result<BackupWriter, Error> {
-        BackupWriter::begin(self.store.clone(), id)
+        self.begin_at(id, ZstdLevel::default())
+    }
+
+    /// The same, where what is compressed is so at that level.
+    pub fn begin_at(&self, id: BackupId, level: ZstdLevel) -> Result<BackupWriter, Error> {
+        BackupWriter::begin(self.store.clone(), id, level)
     }
 
     /// All committed backups, by id, and those of which that cannot be said: [`Self::manifest`] says why.

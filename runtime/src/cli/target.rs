@@ -34,7 +34,7 @@ pub(super) fn archive(
         opened => opened,
     };
     let opened = opened.map_err(|error| unusable(path, error))?;
-    Ok(opened.rechecking(configured.recheck()))
+    Ok(as_configured(opened, &configured))
 }
 
 /// As [`archive()`] for a backup, where nothing may be made: none where the folder is empty and would become one.
@@ -50,13 +50,19 @@ pub(super) fn archive_if_made(
     let path = configured.path.clone();
     let dir = archive_folder(&path)?;
     match Archive::open(dir.try_clone().map_err(failed)?) {
-        Ok(archive) => Ok(Some(archive.rechecking(configured.recheck()))),
+        Ok(archive) => Ok(Some(as_configured(archive, &configured))),
         Err(archive::Error::NotAnArchive) => match dir.entries().map_err(failed)?.next() {
             None => Ok(None),
             Some(_) => Err(unusable(&path, archive::Error::NotEmpty)),
         },
         Err(error) => Err(unusable(&path, error)),
     }
+}
+
+fn as_configured(archive: Archive, configured: &config::Archive) -> Archive {
+    archive
+        .rechecking(configured.recheck())
+        .compressing(configured.zstd_level)
 }
 
 fn archive_folder(path: &Path) -> Result<Dir, Failure> {

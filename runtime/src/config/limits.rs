@@ -1,5 +1,6 @@
 //! How much a provider may have, and which handles.
 
+use crate::archive::ZstdLevel;
 use crate::contract::{MAX_COMPONENT, MAX_RECEIPT, Wasi};
 use serde::{Deserialize, Serialize};
 use std::collections::BTreeSet;
@@ -40,6 +41,8 @@ pub struct Limits {
     pub snapshot_seconds: Option<u64>,
     /// Bytes of its volume that a run must cover in a minute of its own time, until nothing is left to be covered.
     pub progress_per_minute: Option<u64>,
+    /// The highest level at which what the provider stores is compressed. None: the archive's, whatever it is.
+    pub zstd_level: Option<ZstdLevel>,
 }
 
 impl Default for Limits {
@@ -63,6 +66,7 @@ impl Default for Limits {
             fleecing_bytes: None,
             snapshot_seconds: None,
             progress_per_minute: None,
+            zstd_level: None,
         }
     }
 }
@@ -79,6 +83,11 @@ impl Limits {
     /// [`Limits::cpu_seconds`], at most a year.
     pub fn cpu(&self) -> Duration {
         Duration::from_secs(self.cpu_seconds.min(LONGEST))
+    }
+
+    /// At which level is compressed in an archive that wants `level`.
+    pub fn zstd_level(&self, level: ZstdLevel) -> ZstdLevel {
+        self.zstd_level.map_or(level, |most| most.min(level))
     }
 }
 

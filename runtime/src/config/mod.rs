@@ -11,7 +11,7 @@ pub use limits::{Grant, Limits};
 pub use lines::Lines;
 pub use tenant::{Names, Rule, Tenant, TenantProvider};
 
-use crate::archive::{BELIEVED, ComponentId, Recheck};
+use crate::archive::{BELIEVED, ComponentId, Recheck, ZstdLevel};
 use crate::qemu::Form;
 use crate::qemu::agent::Freeze;
 use crate::qemu::snapshot::FleecingFormat;
@@ -108,13 +108,20 @@ pub struct Archive {
     /// read again after that, before a backup refers to them; with 0 always. Default: 7.
     #[serde(default = "check_days")]
     pub check_days: u32,
+    /// How hard what backups store here is compressed, where the provider wants it compressed. A limit of the provider's
+    /// holds too. Default: 3.
+    #[serde(default)]
+    pub zstd_level: ZstdLevel,
 }
 
 impl Archive {
     /// One in that folder, and all else as it is unless it is configured.
     pub fn at(path: PathBuf) -> Self {
-        let check_days = check_days();
-        Self { path, check_days }
+        Self {
+            path,
+            check_days: check_days(),
+            zstd_level: ZstdLevel::default(),
+        }
     }
 
     /// Which stored bytes are read again.
@@ -355,6 +362,23 @@ mod tests {
         assert_eq!(recheck(one), Recheck::OlderThan(BELIEVED));
         let never = format!("{one}check-days = 0\n");
         assert_eq!(recheck(&never), Recheck::OlderThan(Duration::ZERO));
+    }
+
+    #[test]
+    fn what_is_stored_is_compressed_at_the_level_that_the_archive_says() {
+        let level = |text: &str| {
+            let text = format!("[archive.main]\npath='/srv'\n{text}");
+            let config = Config::parse(&text, Path::new("f"))?;
+            Ok::<_, ConfigError>(i64::from(config.archive("main")?.zstd_level))
+        };
+        assert_eq!(level("").unwrap(), 3);
+        assert_eq!(level("zstd-level = 1").unwrap(), 1);
+        assert_eq!(level("zstd-level = 19").unwrap(), 19);
+        for wrong in ["0", "20", "-1", "'fast'"] {
+            let refused = level(&format!("zstd-level = {wrong}")).unwrap_err();
+            assert!(refused.to_string().contains("line 3"), "{refused}");
+        }
+        assert_eq!(i64::from(Archive::at("/srv".into()).zstd_level), 3);
     }
 
     #[test]

@@ -261,7 +261,9 @@ impl Attempt<'_> {
         let id = BackupId::random(OffsetDateTime::now_utc())?;
         let (disks, left_out) = subject.disks(monitor, id).await?;
         let prepared = Prepared::new(subject, monitor, journal, standing, disks, id).await?;
-        let writer = match subject.namespace.begin(id) {
+        let limits = &request.provider.limits;
+        let level = limits.zstd_level(subject.archive.zstd_level());
+        let writer = match subject.namespace.begin_at(id, level) {
             Ok(writer) => Arc::new(writer),
             Err(error) => {
                 prepared.give_up().await;

@@ -310,3 +310,32 @@ async fn an_escaped_sandbox_that_does_only_what_it_was_granted_is_a_provider() {
     let summary = done.unwrap_or_else(|error| panic!("{error:?}: {told:?}"));
     assert_eq!(summary.manifest.record.volumes.len(), 1);
 }
+
+#[tokio::test(flavor = "multi_thread")]
+async fn what_is_stored_is_compressed_at_the_archives_level_and_at_most_at_the_providers() {
+    let stored = async |level: i64, limits: &str| {
+        let mut host = Host::new().await;
+        write_words(&host.daemon.at("raw0.img"));
+        let archive = Archive::open(open(&host.folder.path().join("archive"))).unwrap();
+        host.archive = Arc::new(archive.compressing(level.try_into().unwrap()));
+        let (done, _) = host.run("does only what it was granted", limits).await;
+        done.unwrap().manifest.stats.stored_bytes
+    };
+    let most = "[limits]\nzstd-level = 2";
+    let (fast, hard) = (stored(2, "").await, stored(19, "").await);
+    assert!(hard < fast, "{hard} {fast}");
+    assert_eq!(stored(19, most).await, fast);
+    assert_eq!(stored(1, most).await, stored(1, "").await);
+}
+
+/// Fills a disk with a few words in an order that is no order, in which a higher level finds more.
+fn write_words(disk: &Path) {
+    let mut state = 1_u32;
+    let words = std::iter::repeat_with(|| {
+        state = state.wrapping_mul(1_664_525).wrapping_add(1_013_904_223);
+        [&b"alpha "[..], b"beta ", b"gamma ", b"delta\n"][(state >> 30) as usize]
+    });
+    let text: Vec<u8> = words.flatten().copied().take(SIZE as usize).collect();
+    let disk = std::fs::File::options().write(true).open(disk).unwrap();
+    disk.write_all_at(&text, 0).unwrap();
+}

@@ -236,6 +236,16 @@ fn limits(limits: &Limits) -> Vec<(&'static str, String)> {
             "any pace (progress-per-minute)".into(),
         ),
     });
+    rows.push(match limits.zstd_level {
+        Some(most) => (
+            "zstd-level",
+            format!("zstd at no higher a level than {most} (zstd-level)"),
+        ),
+        None => (
+            "zstd-level",
+            "zstd at whatever level the archive has (zstd-level)".into(),
+        ),
+    });
     rows
 }
 
