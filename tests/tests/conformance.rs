@@ -80,6 +80,8 @@ planted! {
     a_handle_that_is_taken_for_granted: "traps-on-errors", "grants", "without a reader, it trapped";
     a_limit_that_traps: "traps-on-errors", "limits", "output-bytes, it trapped";
     a_cancel_that_is_not_heard: "never-gives-up", "cancelled", "more calls before it returned";
+    a_cancel_in_the_midst_of_a_call_that_is_not_heard: "never-gives-up", "cancelled", "midst of call 1, `run` made";
+    a_cancel_in_the_midst_of_a_call_that_traps: "traps-on-errors", "cancelled", "midst of call 1, it trapped";
     a_name_that_is_too_long: "names-an-object-at-length", "full", "nnn\")` failed with `invalid-name`";
     a_receipt_that_is_too_long: "returns-more-than-a-receipt", "full", "the receipt has 65537 bytes, more than 65536";
     a_claim_without_bytes: "claims-without-bytes", "full", "the bytes were here a moment ago";

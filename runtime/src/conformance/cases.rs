@@ -558,22 +558,38 @@ async fn cancelled(subject: &Subject) -> Tried {
     let calls: u32 = counted(runs).values().sum();
     let mut points = vec![0, calls / 2];
     points.dedup();
+    // Told so and left to go on, which shows what it makes of it, and really cancelled, which leaves it a moment.
+    let told = points.iter().map(|&after| {
+        let fault = Fault {
+            call: None,
+            after,
+            lasting: true,
+            code: ErrorCode::Cancelled,
+        };
+        (after, Some(fault), None)
+    });
+    let really = points.iter().map(|&after| (after, None, Some(after)));
     let mut mistakes = Vec::new();
-    for &after in &points {
+    for (after, fault, cut) in told.chain(really) {
         let attempt = Attempt {
-            fault: Some(Fault {
-                call: None,
-                after,
-                lasting: true,
-                code: ErrorCode::Cancelled,
-            }),
+            fault,
+            cut,
             ..subject.attempt()
         };
-        let when = format!("when the job was cancelled at call {}", after + 1);
+        let when = match cut {
+            None => format!("when the job was cancelled at call {}", after + 1),
+            Some(_) => format!(
+                "when the job was cancelled in the midst of call {}",
+                after + 1
+            ),
+        };
         let Err((made, error)) = with(subject, &attempt).await? else {
             continue;
         };
-        mistakes.extend(after_a_refusal(&when, &error));
+        match cut {
+            None => mistakes.extend(after_a_refusal(&when, &error)),
+            Some(_) => mistakes.extend(after_a_cancel(&when, &made)),
+        }
         let refused = made
             .trace
             .iter()
@@ -591,10 +607,24 @@ async fn cancelled(subject: &Subject) -> Tried {
     judged(
         mistakes,
         format!(
-            "cancelled at {} points; `run` returned promptly",
+            "cancelled at {} points, and told so at as many; `run` returned promptly",
             points.len()
         ),
     )
+}
+
+/// A run that was really cancelled. One that does not return in time is ended, which is no mistake: it may be slow.
+fn after_a_cancel(when: &str, made: &Made) -> Option<Mistake> {
+    let mut exchanges = made.trace.iter().flat_map(|it| &it.exchanges);
+    let failure = exchanges.find_map(|exchange| match &exchange.call {
+        Call::Done(Ended::Failed(failure)) => Some(failure),
+        _ => None,
+    })?;
+    Some(Mistake::new(
+        format!("{when}, {failure}"),
+        "the operator would be told of a broken provider instead of a cancelled job",
+        "return the error as it came instead of trapping",
+    ))
 }
 
 async fn limits(subject: &Subject) -> Tried {

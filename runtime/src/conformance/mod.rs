@@ -13,7 +13,7 @@ mod cases;
 mod content;
 mod diagnosis;
 mod stand;
-mod trace;
+pub(crate) mod trace;
 
 pub use diagnosis::Mistake;
 
@@ -82,6 +82,7 @@ impl Subject {
         Attempt {
             provider: self.provider.clone(),
             fault: None,
+            cut: None,
             bad_sector: None,
             id: None,
         }

@@ -1,7 +1,7 @@
 //! A simulated VM, a real archive in a temporary folder, and backups from one to the other through the code of a job.
 
 use super::diagnosis::{self, Mistake};
-use super::trace::{Conversation, Fault, Trace};
+use super::trace::{Conversation, Cut, Fault, Trace};
 use super::{KitError, Subject};
 use crate::archive::{Archive, BackupId, BackupWriter, Manifest, Moment, Namespace};
 use crate::config::Limits;
@@ -10,6 +10,7 @@ use crate::contract::BLOCK_SIZE;
 use crate::event::Events;
 use crate::extent::Extent;
 use crate::grants::account::Account;
+use crate::grants::farewell::Farewells;
 use crate::grants::image::{Image, ImageError, Purpose};
 use crate::grants::run::RunError;
 use crate::job::backup::BackupError;
@@ -54,6 +55,8 @@ pub(super) struct Attempt {
     pub(super) provider: Provider,
     /// A call that fails.
     pub(super) fault: Option<Fault>,
+    /// The call in the midst of which the job is cancelled, by the number of those before it that can fail.
+    pub(super) cut: Option<u32>,
     /// A bad sector of the first disk.
     pub(super) bad_sector: Option<Extent>,
     /// Its id, where it must not be a fresh one.
@@ -142,9 +145,14 @@ impl<'a> Stand<'a> {
             .collect();
         let socket = self.folder.path().join(format!("{id}.nbd"));
         let server = Server::start(socket, exports.clone())?;
-        let trace = match &attempt.fault {
-            Some(fault) => Trace::with_fault(fault.clone()),
-            None => Trace::default(),
+        let cancel = self.subject.cancel.child_token();
+        let trace = match (&attempt.fault, attempt.cut) {
+            (Some(fault), _) => Trace::with_fault(fault.clone()),
+            (None, Some(after)) => Trace::with_cut(Cut {
+                after,
+                cancel: cancel.clone(),
+            }),
+            (None, None) => Trace::default(),
         };
         let program = self.subject.program.clone().watched_by(trace.clone());
         let (events, _) = Events::channel();
@@ -163,9 +171,10 @@ impl<'a> Stand<'a> {
             moment: Moment::One,
             left_out: Vec::new(),
             events: &events,
-            cancel: &self.subject.cancel,
+            cancel: &cancel,
+            farewells: Farewells::default(),
         };
-        let stop = self.subject.cancel.child_token();
+        let stop = cancel.child_token();
         let ran = transfer
             .run(server.socket(), volumes.iter().zip(&choices), &stop)
             .await;
@@ -197,6 +206,7 @@ impl<'a> Stand<'a> {
             Err(error) => Err(error),
         };
         transfer.abandon().await;
+        transfer.farewells.over().await;
         if self.subject.cancel.is_cancelled() {
             return Err(KitError::Cancelled);
         }

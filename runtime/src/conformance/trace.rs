@@ -5,61 +5,79 @@ use crate::channel::{Answer, Call, ImageRead, Order};
 use crate::contract::ErrorCode;
 use crate::sandbox::{self, Bytes, Witness};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use tokio_util::sync::CancellationToken;
 
 /// Follows every process that a program starts. Clones share one list. It grows with each call, so it is
 /// for jobs of a few MiB.
 #[derive(Debug, Clone, Default)]
-pub(super) struct Trace(Arc<Mutex<State>>);
+pub(crate) struct Trace(Arc<Mutex<State>>);
 
 #[derive(Debug, Default)]
 struct State {
     conversations: Vec<Conversation>,
     fault: Option<Fault>,
-    /// Calls of the fault's kind so far.
+    cut: Option<Cut>,
+    /// Calls of the fault's kind so far, or those that can fail.
     met: u32,
 }
 
 /// All calls of one process.
 #[derive(Debug, Clone, Default)]
-pub(super) struct Conversation {
+pub(crate) struct Conversation {
     /// The volume of a run; none for an opened image.
-    pub(super) volume: Option<String>,
+    pub(crate) volume: Option<String>,
     /// In order.
-    pub(super) exchanges: Vec<Exchange>,
+    pub(crate) exchanges: Vec<Exchange>,
 }
 
 /// A call and its answer.
 #[derive(Debug, Clone)]
-pub(super) struct Exchange {
+pub(crate) struct Exchange {
     /// What was asked.
-    pub(super) call: Call,
+    pub(crate) call: Call,
     /// Missing where the process was ended first, and for [`Call::Done`].
-    pub(super) answer: Option<Answer>,
+    pub(crate) answer: Option<Answer>,
 }
 
 /// A call that fails without reaching the host: to the provider it is as if the host could not do it.
 #[derive(Debug, Clone)]
-pub(super) struct Fault {
+pub(crate) struct Fault {
     /// [`Call::name`] of the calls that may fail; any, where it is none.
-    pub(super) call: Option<&'static str>,
+    pub(crate) call: Option<&'static str>,
     /// How many of them are let through first.
-    pub(super) after: u32,
+    pub(crate) after: u32,
     /// Whether all later ones fail too.
-    pub(super) lasting: bool,
+    pub(crate) lasting: bool,
     /// What the provider is told.
-    pub(super) code: ErrorCode,
+    pub(crate) code: ErrorCode,
+}
+
+/// A call in the midst of which the job is cancelled.
+#[derive(Debug, Clone)]
+pub(crate) struct Cut {
+    /// How many that can fail are made first.
+    pub(crate) after: u32,
+    /// Cancels the job.
+    pub(crate) cancel: CancellationToken,
 }
 
 impl Trace {
     /// A trace in which `fault` happens.
-    pub(super) fn with_fault(fault: Fault) -> Self {
+    pub(crate) fn with_fault(fault: Fault) -> Self {
         let trace = Self::default();
         trace.state().fault = Some(fault);
         trace
     }
 
+    /// A trace in which `cut` happens.
+    pub(crate) fn with_cut(cut: Cut) -> Self {
+        let trace = Self::default();
+        trace.state().cut = Some(cut);
+        trace
+    }
+
     /// Everything so far.
-    pub(super) fn conversations(&self) -> Vec<Conversation> {
+    pub(crate) fn conversations(&self) -> Vec<Conversation> {
         self.state().conversations.clone()
     }
 
@@ -103,6 +121,7 @@ struct Listener {
 impl sandbox::Listener for Listener {
     fn called(&self, call: &Call, _: Bytes<'_>) -> Option<ErrorCode> {
         let mut state = self.trace.state();
+        state.cut(call);
         let refused = state.refuses(call);
         if let Some(conversation) = state.conversations.get_mut(self.conversation) {
             let call = call.clone();
@@ -123,6 +142,16 @@ impl sandbox::Listener for Listener {
 }
 
 impl State {
+    fn cut(&mut self, call: &Call) {
+        let Some(cut) = self.cut.as_ref().filter(|_| call.can_fail()) else {
+            return;
+        };
+        if self.met == cut.after {
+            cut.cancel.cancel();
+        }
+        self.met = self.met.saturating_add(1);
+    }
+
     fn refuses(&mut self, call: &Call) -> Option<ErrorCode> {
         let fault = self.fault.as_ref()?;
         let meant = fault.call.is_none_or(|name| name == call.name());

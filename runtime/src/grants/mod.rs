@@ -5,6 +5,7 @@
 //! [`run`] serves one run on one volume; [`image`] serves one opened image at read-back, verify and restore.
 
 pub mod account;
+pub mod farewell;
 pub mod image;
 mod names;
 mod pace;

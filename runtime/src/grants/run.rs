@@ -1,6 +1,7 @@
 //! One run of a provider on one volume: answers its calls until it returns, then looks at what it covered.
 
 use super::account::Account;
+use super::farewell::{Farewells, cancelled};
 use super::names;
 use super::pace::{Pace, TooSlow};
 use super::provider_log::{ProviderLog, harmless};
@@ -43,6 +44,8 @@ pub struct Terms {
     pub account: Arc<Account>,
     /// `job.context.attachment`.
     pub attachments: Arc<BTreeMap<String, Vec<u8>>>,
+    /// Where a run that is cancelled goes.
+    pub farewells: Farewells,
 }
 
 /// Why a run did not back its volume up.
@@ -113,7 +116,8 @@ pub enum RunError {
 const SETTLE_TIME: Duration = Duration::from_secs(5);
 
 /// Serves `process` until it is done or has to be stopped; returns its receipt. Whatever happens, the process is gone
-/// when this returns, and no task of the run is left, unless it hangs in an archive that does not answer.
+/// when this returns, or among the `farewells` of a job that was cancelled, and no task of the run is left, unless it hangs
+/// in an archive that does not answer.
 pub async fn run(
     mut process: Process,
     target: Arc<Target>,
@@ -123,10 +127,14 @@ pub async fn run(
     let account = Arc::clone(&terms.account);
     let wall = account.limits().wall();
     let seconds = account.limits().wall_seconds;
+    let farewells = terms.farewells.clone();
     let mut run = Run::new(Arc::clone(&target), terms);
     let deadline = Instant::now() + wall;
     let mut ended = within(deadline, seconds, cancel, run.serve(&mut process)).await;
-    account.sandbox(process.kill().await);
+    match ended {
+        Err(RunError::Cancelled) => farewells.begin(process, run.owed.take(), Arc::clone(&account)),
+        _ => account.sandbox(process.kill().await),
+    }
     let mut settling = pin!(run.settle());
     if ended.is_ok() {
         // What is under way is a part of what the provider did.
@@ -195,6 +203,8 @@ struct Run {
     streams: BTreeMap<u32, Stream>,
     next_stream: u32,
     buffer: Vec<u8>,
+    /// What the call that is being answered is answered if the run is cancelled meanwhile.
+    owed: Option<Answer>,
 }
 
 impl Run {
@@ -214,6 +224,7 @@ impl Run {
             streams: BTreeMap::new(),
             next_stream: 0,
             buffer: Vec::new(),
+            owed: None,
             target,
             terms,
         }
@@ -235,6 +246,7 @@ impl Run {
                 Call::Done(_) => return Err(RunError::Protocol),
                 call => call,
             };
+            self.owed = Some(cancelled(&call));
             let answer = match self.answer(call, process).await? {
                 Ok(answer) => answer,
                 Err(code) => {
@@ -243,6 +255,7 @@ impl Run {
                 }
             };
             process.answer(&answer)?;
+            self.owed = None;
         }
     }
 

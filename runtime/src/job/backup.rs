@@ -23,6 +23,7 @@ use crate::archive::{self, Archive, BackupId, Manifest, Moment, NamespaceName, R
 use crate::config::{Provider, Vm};
 use crate::event::Events;
 use crate::grants::account::Account;
+use crate::grants::farewell::Farewells;
 use crate::qemu::snapshot::Readers;
 use crate::qemu::{Monitor, PointInTime};
 use crate::sandbox::{Cache, Program};
@@ -286,6 +287,7 @@ impl Attempt<'_> {
             left_out,
             events,
             cancel: self.cancel,
+            farewells: Farewells::new(subject.signals.at_once.clone()),
         };
         let backup = Backup {
             request,
@@ -343,6 +345,7 @@ impl Backup<'_> {
             left.extend(self.transfer.abandon().await);
         }
         self.prepared.close(&mut left).await;
+        self.transfer.farewells.over().await;
         let manifest = committed.map_err(|error| {
             self.prepared.tell_left(&left);
             match error {

@@ -9,8 +9,12 @@ mod stand_in;
 
 use super::backup::{BackupError, Places, Request, Summary, backup};
 use super::selection::Selection;
+use super::signals::Signals;
 use super::volume_run::VolumeError;
 use crate::archive::Archive;
+use crate::channel::{Answer, Call, Outcome};
+use crate::conformance::trace::{Cut, Trace};
+use crate::contract::ErrorCode;
 use crate::config::{Provider, Vm};
 use crate::event::{Event, Events};
 use crate::grants::account::Account;
@@ -71,6 +75,17 @@ impl Host {
 
     /// One job, and what it told.
     async fn run(&self, escape: &str, more: &str) -> (Result<Summary, BackupError>, Vec<Event>) {
+        self.signalled(escape, more, &Signals::default(), &self.program)
+            .await
+    }
+
+    async fn signalled(
+        &self,
+        escape: &str,
+        more: &str,
+        signals: &Signals,
+        program: &Program,
+    ) -> (Result<Summary, BackupError>, Vec<Event>) {
         let provider: Provider = toml::from_str(&format!(
             "component = 'none'\n{more}\n[settings]\nescape = \"{escape}\"\n"
         ))
@@ -99,11 +114,10 @@ impl Host {
             vm_state: place("state"),
             fleecing: place("fleecing"),
             cache: Cache::new(place("cache").0),
-            program: self.program.clone(),
+            program: program.clone(),
         };
         let (events, mut told) = Events::channel();
-        let never = super::signals::Signals::default();
-        let job = backup(request, places, &events, &never);
+        let job = backup(request, places, &events, signals);
         let done = tokio::time::timeout(LIMIT, job).await;
         let mut heard = Vec::new();
         while let Ok(event) = told.try_recv() {
@@ -309,6 +323,87 @@ async fn an_escaped_sandbox_that_does_only_what_it_was_granted_is_a_provider() {
     let (done, told) = host.run("does only what it was granted", "").await;
     let summary = done.unwrap_or_else(|error| panic!("{error:?}: {told:?}"));
     assert_eq!(summary.manifest.record.volumes.len(), 1);
+}
+
+/// A job that is cancelled in the midst of its run's fourth call, what was asked and answered, how long after the cancel
+/// the VM's snapshot was gone, and how long after it the job ended.
+async fn cancelled(host: &Host, escape: &str, twice: bool) -> (Trace, Duration, Duration) {
+    let signals = Signals::default();
+    let (after, cancel) = (3, signals.end.clone());
+    let trace = Trace::with_cut(Cut { after, cancel });
+    let program = host.program.clone().watched_by(trace.clone());
+    let fleecing = host.folder.path().join("fleecing");
+    let (end, at_once) = (signals.end.clone(), signals.at_once.clone());
+    let watch = async move {
+        end.cancelled().await;
+        let began = Instant::now();
+        if twice {
+            // What it then leaves is the next run's.
+            at_once.cancel();
+            return (began, Duration::ZERO);
+        }
+        while !names(&fleecing).is_empty() {
+            tokio::time::sleep(Duration::from_millis(5)).await;
+        }
+        (began, began.elapsed())
+    };
+    let job = async {
+        let (done, _) = host.signalled(escape, "", &signals, &program).await;
+        let cancelled = matches!(done, Err(BackupError::Cancelled { .. }));
+        assert!(cancelled, "{escape}: {done:?}");
+        Instant::now()
+    };
+    let ((began, gone), ended) = tokio::join!(watch, job);
+    (trace, gone, ended - began)
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn every_call_of_a_cancelled_run_is_answered_so_until_it_returns() {
+    let host = Host::new().await;
+    let (trace, ..) = cancelled(&host, "returns when it is cancelled", false).await;
+    let all = trace.conversations();
+    let [run] = &all[..] else {
+        panic!("{all:?}");
+    };
+    let told = Some(Answer::Error(ErrorCode::Cancelled));
+    let late = run.exchanges.iter().skip_while(|it| it.answer != told);
+    let late: Vec<_> = late.collect();
+    // The first that it is told so, nine others that can fail, three that cannot, and its return.
+    assert_eq!(late.len(), 14, "{late:?}");
+    let returned = Call::Done(Outcome::GuestError(ErrorCode::Cancelled));
+    assert_eq!(late[13].call, returned);
+}
+
+/// On a machine that is busy with other things a teardown can take a second by itself.
+const TRIES: usize = 5;
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_cancelled_run_that_goes_on_is_ended_after_a_second_for_which_the_vm_does_not_wait() {
+    let host = Host::new().await;
+    let mut seen = Vec::new();
+    for _ in 0..TRIES {
+        let (_, gone, ended) = cancelled(&host, "asks on after a cancel", false).await;
+        assert!(ended >= Duration::from_secs(1), "{ended:?}");
+        if gone < Duration::from_secs(1) {
+            return;
+        }
+        seen.push((gone, ended));
+    }
+    panic!("the snapshot was kept for as long as the run: {seen:?}");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_second_signal_leaves_a_cancelled_run_no_time() {
+    let host = Host::new().await;
+    let mut seen = Vec::new();
+    for _ in 0..TRIES {
+        let (.., ended) = cancelled(&host, "asks on after a cancel", true).await;
+        if ended < Duration::from_secs(1) {
+            return;
+        }
+        seen.push(ended);
+    }
+    panic!("it was waited for: {seen:?}");
 }
 
 #[tokio::test(flavor = "multi_thread")]

@@ -16,6 +16,7 @@ use crate::config::Provider;
 use crate::contract::World;
 use crate::event::Events;
 use crate::grants::account::Account;
+use crate::grants::farewell::Farewells;
 use crate::qemu::snapshot::Volume;
 use crate::sandbox::Program;
 use crate::volume::bandwidth::Bandwidth;
@@ -80,6 +81,8 @@ pub struct Transfer<'a> {
     pub events: &'a Events,
     /// Ends the job early.
     pub cancel: &'a CancellationToken,
+    /// The runs that this has ended.
+    pub farewells: Farewells,
 }
 
 impl Transfer<'_> {
@@ -124,6 +127,7 @@ impl Transfer<'_> {
                     encoders: &encoders,
                     events: self.events,
                     stop,
+                    farewells: &self.farewells,
                 };
                 async move {
                     let covered = volume_run::run(order).await;

@@ -15,6 +15,7 @@ use crate::event::{Event, Events};
 use crate::extent::{Extent, ExtentSet};
 use crate::grants;
 use crate::grants::account::Account;
+use crate::grants::farewell::Farewells;
 use crate::grants::run::{RunError, Terms};
 use crate::grants::target::{HostFailure, Target};
 use crate::nbd;
@@ -70,6 +71,8 @@ pub struct Order<'a> {
     pub events: &'a Events,
     /// Ends the run early.
     pub stop: &'a CancellationToken,
+    /// Where the provider then goes.
+    pub farewells: &'a Farewells,
 }
 
 /// A volume whose every dirty block is covered.
@@ -181,6 +184,7 @@ pub async fn run(order: Order<'_>) -> Result<Covered, VolumeError> {
         own_names: order.own_names,
         account: Arc::clone(order.account),
         attachments: Arc::clone(order.attachments),
+        farewells: order.farewells.clone(),
     };
     let receipt = grants::run::run(process, Arc::clone(&target), terms, order.stop).await?;
     let after = tokio::select! {

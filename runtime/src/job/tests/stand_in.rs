@@ -7,7 +7,7 @@ mod native;
 use crate::channel::{
     Answer, Call, Confinement, MAX_MESSAGE, Order, Outcome, Payload, Run, Socket, take_over,
 };
-use crate::contract::{Encoding, Interface, LogLevel, RawRange};
+use crate::contract::{Encoding, ErrorCode, Interface, LogLevel, RawRange};
 use fleecebox_worker::confine::enter;
 use native::{calls, fill_page_tables, parent, system_call};
 use std::io::{Read, Write};
@@ -75,6 +75,51 @@ fn take_the_place() -> Option<()> {
     )
 }
 
+/// Asks until it is told that the job was cancelled, sees that every later call fails the same way, and returns so.
+fn until_cancelled(ask: &mut impl FnMut(&Call) -> Option<Answer>) -> Option<()> {
+    let cancelled = Answer::Error(ErrorCode::Cancelled);
+    while ask(&Call::NextRegions { limit: 1 })? != cancelled {}
+    let range = RawRange {
+        offset: 0,
+        length: 65536,
+    };
+    let (stream, offset, length) = (0, 0, 4096);
+    let (name, encoding) = ("late".to_owned(), Encoding::Identity);
+    for late in [
+        Call::NextRegions { limit: 0 },
+        Call::Discard(range),
+        Call::Read { offset, length },
+        Call::Put(range, encoding),
+        Call::Create { name, encoding },
+        Call::Write { stream, length },
+        Call::Splice { stream, range },
+        Call::Claim { stream, range },
+        Call::Finish { stream },
+    ] {
+        if ask(&late)? != cancelled {
+            return None;
+        }
+    }
+    let (level, message) = (LogLevel::Info, "cancelled".to_owned());
+    for (silent, answer) in [
+        (Call::DropStream { stream }, Answer::Unit),
+        (Call::Log { level, message }, Answer::Unit),
+        (
+            Call::Attachment {
+                name: "late".into(),
+            },
+            Answer::Nothing,
+        ),
+    ] {
+        if ask(&silent)? != answer {
+            return None;
+        }
+    }
+    // Nobody answers this.
+    ask(&Call::Done(Outcome::GuestError(ErrorCode::Cancelled)));
+    Some(())
+}
+
 /// Says what no stub says, or says it when and as often as it likes.
 fn misbehave(
     escape: &str,
@@ -131,6 +176,10 @@ fn misbehave(
             let message = "\u{1b}[2J".repeat(800);
             let level = LogLevel::Error;
             ask(&Call::Log { level, message })?;
+        },
+        "returns when it is cancelled" => return until_cancelled(&mut ask),
+        "asks on after a cancel" => loop {
+            ask(&Call::NextRegions { limit: 1 })?;
         },
         "ends at once" => return Some(()),
         "says that all is done" => return socket.send(&receipt).ok(),
