@@ -423,14 +423,14 @@ async fn what_is_stored_is_compressed_at_the_archives_level_and_at_most_at_the_p
     assert_eq!(stored(1, most).await, stored(1, "").await);
 }
 
-/// Fills a disk with a few words in an order that is no order, in which a higher level finds more.
+/// Begins a disk with a few words in an order that is no order, in which a higher level finds more. The rest is as it was.
 fn write_words(disk: &Path) {
     let mut state = 1_u32;
     let words = std::iter::repeat_with(|| {
         state = state.wrapping_mul(1_664_525).wrapping_add(1_013_904_223);
         [&b"alpha "[..], b"beta ", b"gamma ", b"delta\n"][(state >> 30) as usize]
     });
-    let text: Vec<u8> = words.flatten().copied().take(SIZE as usize).collect();
+    let text: Vec<u8> = words.flatten().copied().take(2 << 20).collect();
     let disk = std::fs::File::options().write(true).open(disk).unwrap();
     disk.write_all_at(&text, 0).unwrap();
 }

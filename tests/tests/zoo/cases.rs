@@ -140,7 +140,7 @@ pub(super) fn cases() -> Vec<Case> {
             "returns-much",
             "returns-far-too-much",
             "2000000",
-            "it returned 2000000 bytes where 1048576 are allowed",
+            "receipt has 2000000 bytes, more than its limit of 65536 (receipt-bytes)",
         ),
         kind(
             "returns-much",
