@@ -330,7 +330,7 @@ mod tests {
             assert_eq!(bounds.check(&Call::Attachment { name }).is_ok(), within);
         }
         for length in [MAX_SENT_NAME, MAX_SENT_NAME + 1] {
-            let encoding = crate::channel::Encoding::Zstd;
+            let encoding = fleecebox_contract::Encoding::Zstd;
             let name = "x".repeat(length);
             let create = Call::Create { name, encoding };
             assert_eq!(bounds.check(&create).is_ok(), length == MAX_SENT_NAME);

@@ -3,7 +3,8 @@
 //! It holds nothing of the VM's or the archive's meanwhile, and nothing waits for it but the very end of the job.
 
 use super::account::Account;
-use crate::channel::{Answer, Call, ErrorCode};
+use crate::channel::{Answer, Call};
+use crate::contract::ErrorCode;
 use crate::sandbox::{self, Process};
 use std::sync::Arc;
 use std::time::Duration;

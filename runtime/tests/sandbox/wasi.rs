@@ -146,7 +146,7 @@ async fn the_most_that_wasi_allows_is_allowed() {
         (
             // Without an end of the line: the messages are as long as one may be.
             "(call $print (call $stdout) (i32.const 65536) (i32.const 4096) (i32.const 16))".into(),
-            4096_usize.div_ceil(fleecebox::channel::MAX_TEXT),
+            4096_usize.div_ceil(fleecebox::contract::MAX_TEXT),
         ),
     ] {
         let component = provider_with_wasi(&format!("{run} {OK_EMPTY}"));

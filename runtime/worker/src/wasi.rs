@@ -9,8 +9,8 @@
 
 use super::stubs::{Host, Job, Lost, Refused};
 use super::surroundings::Surroundings;
-use fleecebox_contract::{LogLevel, MAX_TEXT, Wasi};
 use bytes::Bytes;
+use fleecebox_contract::{LogLevel, MAX_TEXT, Wasi};
 use std::collections::BTreeSet;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use tokio::io::AsyncWrite;
