@@ -1,69 +1,23 @@
-//! The storage of one disk hangs: an NBD server that is stopped, under a storage daemon and under a machine. Whatever a
-//! job does then, the monitor answers and the other disk goes on. It is an order and no time: the storage hangs until
-//! the monitor and the other disk have answered.
+//! The storage of one disk hangs: an NBD server that is stopped, under a storage daemon and under a machine, the disk in
+//! the backup or not. Whatever a job does then, the monitor answers and the other disk goes on. It is an order and no
+//! time: the storage hangs until the monitor and the other disk have answered.
 
 use std::path::PathBuf;
-use std::process::{Child, Command, Stdio};
+use std::process::Command;
 use std::thread::JoinHandle;
 use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};
 use fleecebox_tests::{
-    Backup, Disk, Emulator, Fleecebox, MIB, Monitors, NbdClient, Order, QemuState, Qmp, Random,
+    Backup, Disk, Emulator, FarStorage, Fleecebox, MIB, Monitors, NbdClient, Order, QemuState, Qmp,
     Running, Site, StorageDaemon, eventually,
 };
 use rustix::process::{Pid, Signal, kill_process};
 use serde_json::json;
-use tempfile::TempDir;
 
 const SIZE: u64 = 8 * MIB;
 const BLOCK: usize = 64 << 10;
 const LIMIT: Duration = Duration::from_secs(60);
-
-/// Serves an image to QEMU, or does not.
-struct Server {
-    child: Child,
-    socket: PathBuf,
-    folder: TempDir,
-}
-
-impl Server {
-    fn start() -> Result<Self> {
-        let folder = TempDir::with_prefix("fleecebox-far-")?;
-        let (image, socket) = (
-            folder.path().join("far.raw"),
-            folder.path().join("far.sock"),
-        );
-        Random::new(1).fill_file(&image, SIZE / MIB)?;
-        let child = Command::new("qemu-nbd")
-            .args(["-f", "raw", "-x", "far", "-t", "-e", "8", "-k"])
-            .arg(&socket)
-            .arg(&image)
-            .stdin(Stdio::null())
-            .spawn()
-            .context("cannot run qemu-nbd (Debian's package qemu-utils)")?;
-        eventually("the NBD server", LIMIT, || {
-            Ok(socket.exists().then_some(()))
-        })?;
-        Ok(Self {
-            child,
-            socket,
-            folder,
-        })
-    }
-
-    fn send(&self, signal: Signal) -> Result<()> {
-        let pid = Pid::from_raw(self.child.id().cast_signed()).context("no process")?;
-        Ok(kill_process(pid, signal)?)
-    }
-}
-
-impl Drop for Server {
-    fn drop(&mut self) {
-        let _ = self.child.kill();
-        let _ = self.child.wait();
-    }
-}
 
 /// QEMU, whichever it is.
 enum Qemu {
@@ -78,15 +32,15 @@ struct Scene {
     site: Site,
     order: Order,
     before: QemuState,
-    server: Server,
+    server: FarStorage,
 }
 
 impl Scene {
     fn daemon() -> Result<Self> {
-        let server = Server::start()?;
+        let server = FarStorage::start(SIZE / MIB)?;
         let daemon = StorageDaemon::start_with_writer_exports(&[Disk::raw("near", SIZE)])?;
         let mut qmp = daemon.control()?;
-        qmp.execute("blockdev-add", far(&server))?;
+        qmp.execute("blockdev-add", server.node("far"))?;
         qmp.execute("block-export-add", json!({"type": "nbd", "id": "writer-far", "node-name": "far", "name": "far", "writable": true}))?;
         drop(qmp);
         let site = Site::new()?;
@@ -106,7 +60,7 @@ impl Scene {
     }
 
     fn machine(form: &str) -> Result<Self> {
-        let server = Server::start()?;
+        let server = FarStorage::start(SIZE / MIB)?;
         let machine = Emulator::running(|folder| {
             let near = folder.join("near.raw");
             std::fs::File::create(&near)?.set_len(SIZE)?;
@@ -117,19 +71,16 @@ impl Scene {
                 "-device",
                 "virtio-blk-pci,id=dnear,drive=near",
                 "-blockdev",
-                &far(&server).to_string(),
+                &server.node("far").to_string(),
                 "-device",
                 "virtio-blk-pci,id=dfar,drive=far",
             ];
             Ok(words.map(Into::into).to_vec())
         })?;
-        let users = server.folder.path().join("users.sock");
+        let users = server.path("users.sock");
         let mut qmp = machine.control()?;
         let address = json!({"type": "unix", "data": {"path": users}});
         qmp.execute("nbd-server-start", json!({"addr": address}))?;
-        for node in ["near", "far"] {
-            qmp.execute("block-export-add", json!({"type": "nbd", "id": format!("writer-{node}"), "node-name": node, "name": node, "writable": false}))?;
-        }
         drop(qmp);
         let site = Site::new()?;
         site.configure(&format!("[vm.web]\npoint-in-time = '{form}'\n"))?;
@@ -147,6 +98,16 @@ impl Scene {
         })
     }
 
+    /// The disk whose storage hangs is none of the backup's.
+    fn without_far(self) -> Self {
+        let disks = vec!["near".into()];
+        let order = Order {
+            disks,
+            ..self.order
+        };
+        Self { order, ..self }
+    }
+
     fn monitors(&self) -> &Monitors {
         match &self.qemu {
             Qemu::Daemon(daemon) => daemon.monitors(),
@@ -162,21 +123,37 @@ impl Scene {
     fn lives(&self) -> Result<()> {
         let mut qmp = self.control()?;
         qmp.execute("query-block-exports", json!({}))?;
-        NbdClient::connect(&self.users, "near")?.read(0, &mut [0; BLOCK])?;
+        match &self.qemu {
+            Qemu::Daemon(_) => {
+                NbdClient::connect(&self.users, "near")?.read(0, &mut [0; BLOCK])?;
+            }
+            Qemu::Machine(_) => device_reads(&mut qmp, "dnear", "read")?,
+        }
         qmp.execute("query-named-block-nodes", json!({}))?;
         Ok(())
     }
 
     /// Stops the storage with a request of a user's in it.
-    fn hang(&self) -> Result<JoinHandle<Result<()>>> {
-        self.server.send(Signal::STOP)?;
-        let mut user = NbdClient::connect(&self.users, "far")?;
-        let waits = std::thread::spawn(move || Ok(user.read(MIB, &mut [0; BLOCK])?));
+    fn hang(&self) -> Result<Waiting<'_>> {
+        self.server.hang()?;
+        let waiting = match &self.qemu {
+            Qemu::Daemon(_) => {
+                let mut user = NbdClient::connect(&self.users, "far")?;
+                let reads = move || Ok(user.read(MIB, &mut [0; BLOCK])?);
+                Waiting::Client(std::thread::spawn(reads))
+            }
+            Qemu::Machine(machine) => {
+                let mut qmp = machine.control()?;
+                let done = reads_of(&mut qmp, "dfar")?;
+                device_reads(&mut qmp, "dfar", "aio_read")?;
+                Waiting::Device { machine, done }
+            }
+        };
         // Time to send it; QEMU has taken it when it answers what comes later.
         std::thread::sleep(Duration::from_millis(200));
         self.lives()?;
-        ensure!(!waits.is_finished(), "the storage does not hang");
-        Ok(waits)
+        ensure!(!waiting.is_over()?, "the storage does not hang");
+        Ok(waiting)
     }
 
     /// Starts a backup that stops itself at `step`.
@@ -211,9 +188,54 @@ impl Scene {
     }
 }
 
-fn far(server: &Server) -> serde_json::Value {
-    json!({"driver": "nbd", "node-name": "far", "export": "far",
-        "server": {"type": "unix", "path": server.socket}})
+/// A request to the storage that hangs.
+enum Waiting<'a> {
+    /// Of whoever uses an export.
+    Client(JoinHandle<Result<()>>),
+    /// Of a device, which had `done` so many before.
+    Device { machine: &'a Emulator, done: u64 },
+}
+
+impl Waiting<'_> {
+    fn is_over(&self) -> Result<bool> {
+        match self {
+            Self::Client(user) => Ok(user.is_finished()),
+            Self::Device { machine, done } => {
+                Ok(reads_of(&mut machine.control()?, "dfar")? > *done)
+            }
+        }
+    }
+
+    /// Waits until it was answered.
+    fn end(self) -> Result<()> {
+        match self {
+            Self::Client(user) => user.join().ok().context("the user broke")?,
+            Self::Device { .. } => eventually("the device's read", LIMIT, || {
+                Ok(self.is_over()?.then_some(()))
+            }),
+        }
+    }
+}
+
+/// Lets a device read as its guest would, by `read`, which waits, or `aio_read`.
+fn device_reads(qmp: &mut Qmp, device: &str, how: &str) -> Result<()> {
+    let path = format!("/machine/peripheral/{device}/virtio-backend");
+    let line = format!("qemu-io -d {path} \"{how} {MIB} {BLOCK}\"");
+    let said = qmp.execute("human-monitor-command", json!({"command-line": line}))?;
+    ensure!(said == "", "{line}: {said}");
+    Ok(())
+}
+
+/// Reads that a device has done.
+fn reads_of(qmp: &mut Qmp, device: &str) -> Result<u64> {
+    let all = qmp.execute("query-blockstats", json!({}))?;
+    let mut all = all.as_array().context("no list")?.iter();
+    let is_meant = |entry: &&serde_json::Value| {
+        let qdev = entry["qdev"].as_str().unwrap_or_default();
+        qdev.split('/').any(|part| part == device)
+    };
+    let meant = all.find(is_meant).context("no such device")?;
+    meant["stats"]["rd_operations"].as_u64().context("no count")
 }
 
 fn wait_for_state(running: &Running, state: char) -> Result<()> {
@@ -273,16 +295,16 @@ fn gives_up(scene: &Scene, step: &str) -> Result<()> {
     let next = next.finish()?;
     ensure!(next.code() == Some(11), "{next:?}");
     scene.lives()?;
-    ensure!(!user.is_finished(), "the storage did not hang all the time");
+    ensure!(!user.is_over()?, "the storage did not hang all the time");
 
-    scene.server.send(Signal::CONT)?;
+    scene.server.go_on()?;
     let ended = running.finish()?;
     ensure!(
         ended.stderr.contains("its watchdog ended the snapshot"),
         "{}",
         ended.stderr
     );
-    user.join().ok().context("the user broke")??;
+    user.end()?;
     scene.goes_on()
 }
 
@@ -297,8 +319,29 @@ fn giving_up_stops_no_storage_daemon() -> Result<()> {
 
 #[test]
 fn giving_up_stops_no_machine() -> Result<()> {
-    // A filter takes no disk that somebody else reads by an export, as this test's user does.
     gives_up(&Scene::machine("job")?, "running")
+}
+
+#[test]
+fn giving_up_stops_no_machine_that_has_filters() -> Result<()> {
+    let scene = Scene::machine("filter")?;
+    for step in ["running", "releasing", "switching-bitmaps"] {
+        gives_up(&scene, step).with_context(|| format!("stopped at {step}"))?;
+    }
+    Ok(())
+}
+
+#[test]
+fn giving_up_stops_nothing_while_a_disk_hangs_that_is_not_in_the_backup() -> Result<()> {
+    let scene = Scene::daemon()?.without_far();
+    for step in ["running", "switching-bitmaps"] {
+        gives_up(&scene, step).with_context(|| format!("daemon, stopped at {step}"))?;
+    }
+    for (form, step) in [("job", "running"), ("filter", "switching-bitmaps")] {
+        let scene = Scene::machine(form)?.without_far();
+        gives_up(&scene, step).with_context(|| format!("{form}, stopped at {step}"))?;
+    }
+    Ok(())
 }
 
 #[test]
@@ -309,10 +352,10 @@ fn a_committed_backup_waits_for_storage_that_hangs_before_it_switches_bitmaps() 
     send(&running, Signal::CONT)?;
     waits(&running)?;
     scene.lives()?;
-    ensure!(!user.is_finished(), "the storage did not hang all the time");
-    scene.server.send(Signal::CONT)?;
+    ensure!(!user.is_over()?, "the storage did not hang all the time");
+    scene.server.go_on()?;
     let backup = Backup::told_by(&running.finish()?.assert_success())?;
-    user.join().ok().context("the user broke")??;
+    user.end()?;
     QemuState::read(scene.monitors())?.assert_restored(&scene.before, |_| true);
     scene.site.check_no_fleecing_images()?;
     let next = scene.site.backup(&scene.order)?;
@@ -331,9 +374,9 @@ fn the_watchdog_of_a_killed_job_ends_its_snapshot_once_the_storage_answers() -> 
         if let Some(user) = user {
             running.wait_for_line(LIMIT, |line| line.contains("as soon as the storage"))?;
             scene.lives()?;
-            ensure!(!user.is_finished(), "the storage did not hang all the time");
-            scene.server.send(Signal::CONT)?;
-            user.join().ok().context("the user broke")??;
+            ensure!(!user.is_over()?, "the storage did not hang all the time");
+            scene.server.go_on()?;
+            user.end()?;
         }
         let ended = running.finish()?;
         ensure!(ended.signal() == Some(9), "{ended:?}");

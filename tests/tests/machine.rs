@@ -7,9 +7,10 @@ use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};
 use fleecebox_tests::{
-    At, Backup, Emulator, Fault, MIB, Proxy, QemuState, Qmp, Random, Site, Stage, What, compare,
-    eventually,
+    At, Backup, Emulator, Fault, MIB, Order, Proxy, QemuState, Qmp, Random, Site, Stage, What,
+    compare, eventually,
 };
+use rustix::process::{Pid, Signal, kill_process};
 use serde_json::json;
 
 const SIZE: u64 = 4 * MIB;
@@ -270,6 +271,48 @@ fn a_vm_that_stands_still_stays_so_and_one_without_its_disks_is_refused() -> Res
     vm.quit()?;
     vm.start(&["-incoming", "defer"])?;
     refused(&vm, "inmigrate")
+}
+
+/// The storage of such a disk is asked by an export, which keeps its node from being removed.
+#[test]
+fn a_disk_that_is_not_in_the_backup_may_be_unplugged_and_is_named() -> Result<()> {
+    let site = Site::new()?;
+    let vm = Emulator::running(|folder| {
+        let mut arguments = one_disk(folder)?;
+        let other =
+            json!({"driver": "null-co", "node-name": "nb", "size": SIZE, "read-zeroes": true});
+        for (option, value) in [
+            ("-device", "virtio-scsi-pci,id=scsi".into()),
+            ("-blockdev", other.to_string()),
+            ("-device", "scsi-hd,bus=scsi.0,id=vb,drive=nb".into()),
+        ] {
+            arguments.extend([option.into(), value]);
+        }
+        Ok(arguments)
+    })?;
+    let order = Order {
+        disks: vec!["va".into()],
+        ..site.order_for(&vm.monitors().product, "chunked")?
+    };
+    let backup = site.backup_command(&order);
+    let running = backup.env("FLEECEBOX_STOP_AT", "running").start()?;
+    reads_the_snapshot(&site)?;
+    let mut qmp = vm.control()?;
+    qmp.execute("device_del", json!({"id": "vb"}))?;
+    let removed = |qmp: &mut Qmp| qmp.execute("blockdev-del", json!({"node-name": "nb"}));
+    eventually("the device to go", LIMIT, || {
+        let devices = qmp.execute("query-block", json!({}))?.to_string();
+        Ok((!devices.contains(r#""node-name":"nb""#)).then_some(()))
+    })?;
+    ensure!(removed(&mut qmp).is_err(), "nothing had the node");
+    let job = Pid::from_raw(running.process().pid).context("no process")?;
+    eventually("the backup to end", LIMIT, || {
+        let _ = kill_process(job, Signal::CONT);
+        Ok(running.said().contains("node nb").then_some(()))
+    })?;
+    running.finish()?.assert_success();
+    removed(&mut qmp)?;
+    Ok(())
 }
 
 /// EFI's read-only code and its variables on flash, an empty drive, a read-only disk, and a disk.

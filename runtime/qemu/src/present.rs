@@ -215,6 +215,12 @@ impl Graph {
         users.map(|node| node.name.as_str()).collect()
     }
 
+    /// Whether there is the node `name`, and neither a node nor a device, an export or a job has it.
+    pub(super) fn is_unused(&self, name: &str) -> bool {
+        let id = self.id(name);
+        id.is_some_and(|id| !self.edges.iter().any(|edge| edge.child == id))
+    }
+
     /// Whether the node `name` is a part of no other node.
     pub(super) fn is_top(&self, name: &str) -> bool {
         let Some(id) = self.id(name) else {

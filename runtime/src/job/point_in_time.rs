@@ -585,6 +585,11 @@ impl<'a> Prepared<'a> {
         if errors.is_empty() {
             self.journal.server_stopped();
         }
+        for (disk, node) in point.unplugged(self.monitor).await.unwrap_or_default() {
+            self.subject.events.warn(format!(
+                "disk {disk}, which is not in the backup, was unplugged while it ran, and could not be closed, as the backup asked its storage whether it answers: QEMU still has its node {node} open (QMP blockdev-del closes it)"
+            ));
+        }
         left.extend(errors.iter().map(ToString::to_string));
         left.extend(self.remove_fleecing());
         left

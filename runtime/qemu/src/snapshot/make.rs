@@ -1,15 +1,15 @@
 //! The steps to a point in time, in their order, and the way back.
 
 use super::{
-    CBW_TIMEOUT_SECONDS, Cause, FleecingFormat, Form, NbdServer, Nodes, Plan, Readers, Request,
-    UndoError, id, remains,
+    CBW_TIMEOUT_SECONDS, Cause, FleecingFormat, Form, NbdServer, Nodes, Plan, Probe, Readers,
+    Request, UndoError, id, remains,
 };
 use crate::agent::{Agent, AgentError, Freeze};
 use crate::backup_access::{self, AccessError};
 use crate::bitmap::{self, Tracking};
 use crate::descriptor;
 use crate::filter;
-use crate::ids::{JobId, Role};
+use crate::ids::{JobId, OwnId, Role};
 use crate::machine::{self, Unusable};
 use crate::monitor::{Monitor, MonitorError};
 use crate::present;
@@ -17,6 +17,7 @@ use crate::removal::{self, ServerFate};
 use crate::schema::Schema;
 use crate::standstill::{self, Stopped};
 use serde_json::{Value, json};
+use std::collections::BTreeMap;
 use std::os::fd::AsFd;
 use std::path::Path;
 use std::time::Duration;
@@ -127,14 +128,14 @@ pub(super) async fn make(
             })?;
     }
     for (index, plan) in (0..).zip(&request.plans) {
-        add_probe(monitor, request, index, plan)
+        add_probe(monitor, request.job, index, &plan.disk.node)
             .await
             .map_err(|source| Cause::Export {
                 disk: plan.disk.name.clone(),
                 source,
             })?;
     }
-    Ok(())
+    add_probes_of_others(monitor, request, nodes).await
 }
 
 /// Takes back what [`make`] got done: everything is looked for, so it need not say how far it came.
@@ -440,18 +441,66 @@ async fn add_export(
     added.map(drop)
 }
 
-/// The export that stays until all else is gone, to ask the disk's storage by.
-async fn add_probe(
+/// To remove anything, QEMU waits for the requests to all disks: those that are not in the point in time are given an
+/// export as well. What only other people's jobs use is not: they could not remove it when they have ended.
+async fn add_probes_of_others(
     monitor: &Monitor,
     request: &Request,
+    nodes: &mut Nodes,
+) -> Result<(), Cause> {
+    let others = others(monitor, request).await.map_err(Cause::Monitor)?;
+    for (index, (node, disk)) in (0..).skip(request.plans.len()).zip(others) {
+        match add_probe(monitor, request.job, index, &node).await {
+            Ok(()) => {
+                let export = id(request.job, Role::Probe, index);
+                nodes.others.push((node, Probe { disk, export }));
+            }
+            // Where nobody may read, it goes unasked.
+            Err(error) if error.is_refusal() => {}
+            Err(error) => return Err(Cause::Monitor(error)),
+        }
+    }
+    Ok(())
+}
+
+/// The nodes that devices and exports have, but those of the point in time, each with what its user calls it.
+async fn others(
+    monitor: &Monitor,
+    request: &Request,
+) -> Result<BTreeMap<String, String>, MonitorError> {
+    let graph = present::graph(monitor).await?;
+    let mut others = BTreeMap::new();
+    for export in present::exports(monitor).await? {
+        if OwnId::parse(&export.id).is_none() {
+            others.insert(export.node.clone(), export.node);
+        }
+    }
+    for device in present::devices(monitor).await? {
+        if let Some(inserted) = &device.inserted {
+            let name = device.id().unwrap_or(&inserted.name);
+            others.insert(inserted.name.clone(), name.into());
+        }
+    }
+    others.retain(|node, _| {
+        let mut disks = request.plans.iter().map(|plan| &plan.disk.node);
+        // What lies above a disk is a filter, ours or QEMU's.
+        !disks.any(|disk| disk == node || graph.is_below(disk, node))
+    });
+    Ok(others)
+}
+
+/// The export that stays until all else is gone, to ask the storage of `node` by.
+async fn add_probe(
+    monitor: &Monitor,
+    job: JobId,
     index: u16,
-    plan: &Plan,
+    node: &str,
 ) -> Result<(), MonitorError> {
-    let export = id(request.job, Role::Probe, index);
+    let export = id(job, Role::Probe, index);
     let arguments = json!({
         "type": "nbd",
         "id": export,
-        "node-name": plan.disk.node,
+        "node-name": node,
         "name": export,
         "writable": false,
     });

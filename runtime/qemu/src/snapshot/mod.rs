@@ -1,7 +1,8 @@
 //! The point in time of all disks, in one transaction, and the exports that read as of it.
 //!
 //! Each disk has an export of its own beside the one of the point in time, until [`PointInTime::finish`], by which its
-//! storage can be asked whether it answers: a drain of storage that hangs stops the whole VM.
+//! storage can be asked whether it answers: a drain of storage that hangs stops the whole VM. QEMU drains all that it
+//! has, so what is not in the point in time has one as well.
 //!
 //! [`take`] either makes all of it or takes back what it made. If its future is dropped half-way,
 //! things stay inside QEMU (see [`super::leftovers`]) and the guest may stay frozen (see
@@ -164,6 +165,8 @@ struct Nodes {
     access: Vec<String>,
     /// What Proxmox's QEMU holds, from when it was asked to.
     held: Option<backup_access::Held>,
+    /// The exports of what is not in the point in time, each with its node.
+    others: Vec<(String, Probe)>,
 }
 
 impl Nodes {
@@ -178,6 +181,7 @@ impl Nodes {
             fleecing: all(Role::Fleecing).collect(),
             access: all(Role::Access).collect(),
             held: None,
+            others: Vec::new(),
         };
         if request.form == Form::BackupAccess {
             for (name, plan) in nodes.fleecing.iter_mut().zip(&request.plans) {
@@ -422,7 +426,9 @@ impl PointInTime {
             disk: volume.plan.disk.name.clone(),
             export: id(self.job, Role::Probe, index),
         };
-        (0..).zip(&self.volumes).map(probe).collect()
+        let own = (0..).zip(&self.volumes).map(probe);
+        let others = self.nodes.others.iter().map(|(_, probe)| probe.clone());
+        own.chain(others).collect()
     }
 
     /// Takes everything down but what [`PointInTime::finish`] does, and the bitmaps, which [`super::bitmap::accept`] or
@@ -449,6 +455,25 @@ impl PointInTime {
             ..Remains::default()
         };
         removal::remove(monitor, &remains, self.server).await
+    }
+
+    /// Disks that are not in the point in time and were unplugged meanwhile, each with its node: our export kept whoever
+    /// did it from removing that. To be asked after [`PointInTime::finish`].
+    ///
+    /// # Errors
+    /// Those of [`Monitor::query`].
+    pub async fn unplugged(
+        &self,
+        monitor: &Monitor,
+    ) -> Result<Vec<(String, String)>, MonitorError> {
+        if self.nodes.others.is_empty() {
+            return Ok(Vec::new());
+        }
+        let graph = present::graph(monitor).await?;
+        let others = self.nodes.others.iter();
+        let unused = others.filter(|(node, _)| graph.is_unused(node));
+        let named = unused.map(|(node, probe)| (probe.disk.clone(), node.clone()));
+        Ok(named.collect())
     }
 
     fn remains(&self) -> Remains {
@@ -484,7 +509,9 @@ fn remains<'a>(
             .into_iter()
             .flat_map(all)
             .collect(),
-        probes: all(Role::Probe).collect(),
+        probes: all(Role::Probe)
+            .chain(nodes.others.iter().map(|(_, probe)| probe.export.clone()))
+            .collect(),
         backup_access: nodes.held.clone(),
         access: match form {
             // They go with the rest that QEMU set up.
