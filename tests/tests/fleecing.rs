@@ -48,6 +48,34 @@ fn images_in_qcow2_keep_the_old_data_and_go() -> Result<()> {
     Ok(())
 }
 
+/// qcow2 writes a table for each 512 MiB in which anything is discarded: 128 MiB of them for this disk, at some 10 s for
+/// a TiB.
+#[test]
+fn what_is_clean_of_a_large_disk_costs_no_room_in_a_qcow2_image() -> Result<()> {
+    const LARGE: u64 = 1 << 40;
+    let daemon = StorageDaemon::start_with_writer_exports(&[Disk::raw("da", LARGE)])?;
+    let site = Site::new()?;
+    let order = site.order(&daemon, "chunked")?;
+    let mut access = daemon.writer_access("da")?;
+    access.write(0, &vec![1; MIB as usize])?;
+    site.backup(&order)?;
+    site.configure("[vm.web]\nfleecing-format = 'qcow2'\n")?;
+    for (byte, at) in [(2, 0), (3, LARGE / 2)] {
+        access.write(at, &vec![byte; 64 << 10])?;
+        let outcome = site.backup_command(&order).run()?.assert_success();
+        let told = outcome.document()?;
+        let (peak, steps) = (&told["fleecing_peak_bytes"], &told["step_seconds"]);
+        eprintln!("64 KiB of 1 TiB: {peak} bytes, {steps}");
+        ensure!(peak.as_u64().is_some_and(|peak| peak < 16 * MIB), "{peak}");
+        ensure!(
+            told["volumes"][0]["base"].is_string() && !outcome.stderr.contains("not shrink"),
+            "{told}: {}",
+            outcome.stderr
+        );
+    }
+    Ok(())
+}
+
 #[test]
 fn a_backup_that_passes_a_limit_is_given_up_and_the_vm_writes_on() -> Result<()> {
     let daemon = StorageDaemon::start_with_writer_exports(&[Disk::raw("da", SIZE)])?;

@@ -176,7 +176,12 @@ impl<'a> Stand<'a> {
         };
         let stop = cancel.child_token();
         let ran = transfer
-            .run(server.socket(), volumes.iter().zip(&choices), &stop)
+            .run(
+                server.socket(),
+                |_| std::future::ready(()),
+                volumes.iter().zip(&choices),
+                &stop,
+            )
             .await;
         let mut given_back = None;
         let result = match ran {

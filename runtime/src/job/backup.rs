@@ -373,7 +373,8 @@ impl Backup<'_> {
         let stop = self.cancel.child_token();
         let choices = self.prepared.disks().iter().map(|(_, choice)| choice);
         let volumes = point.volumes.iter().zip(choices);
-        let runs = self.transfer.run(&point.socket, volumes, &stop);
+        let make_room = |index| self.prepared.make_room(point, index);
+        let runs = self.transfer.run(&point.socket, make_room, volumes, &stop);
         let bounds = Bounds::of(&self.request.vm, &self.request.provider.limits);
         let covered = 'runs: {
             tokio::pin!(runs);

@@ -389,6 +389,10 @@ impl Export<'_> {
         ready: impl FnOnce(&Held),
     ) -> (Verdict, bool, Option<ExportError>) {
         let failed = |error| (Verdict::Failure, false, Some(error));
+        // What is clean is not given back here, but by the tool, if it likes.
+        for (index, _) in (0..).zip(&point.volumes) {
+            prepared.make_room(point, index).await;
+        }
         if let Err(error) = prepared.step(Step::Running) {
             return failed(error.into());
         }

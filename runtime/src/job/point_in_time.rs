@@ -250,6 +250,17 @@ impl<'a> Prepared<'a> {
         &self.disks
     }
 
+    /// Lets what is given back leave the fleecing image of a disk, after what is clean of it was.
+    pub async fn make_room(&self, point: &PointInTime, index: u16) {
+        if let Err(error) = point.make_room(self.monitor, index).await {
+            let disk = self.disks.get(usize::from(index));
+            self.subject.events.warn(format!(
+                "{}: its fleecing image does not shrink while it is read: {error}",
+                disk.map_or("", |(disk, _)| &disk.name)
+            ));
+        }
+    }
+
     /// Most bytes that the fleecing images took up.
     pub fn fleecing_peak(&self) -> u64 {
         self.fleecing.peak()

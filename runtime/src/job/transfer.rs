@@ -86,10 +86,12 @@ pub struct Transfer<'a> {
 }
 
 impl Transfer<'_> {
-    /// Runs the provider on every volume side by side; the first failure stops the others, and so does `stop`.
-    pub async fn run(
+    /// Runs the provider on every volume side by side; the first failure stops the others, and so does `stop`. When what
+    /// is clean of the `index`th volume has been given back, `make_room(index)` is run.
+    pub async fn run<R: Future<Output = ()>>(
         &self,
         socket: &Path,
+        make_room: impl Fn(u16) -> R,
         volumes: impl ExactSizeIterator<Item = (&Volume, &Choice)>,
         stop: &CancellationToken,
     ) -> Result<Vec<Covered>, BackupError> {
@@ -106,11 +108,13 @@ impl Transfer<'_> {
         let own = |number| (accounts.len() > 1).then_some(number);
         let runs = volumes
             .iter()
-            .enumerate()
-            .map(|(number, &(volume, choice))| {
+            .zip(0u16..)
+            .map(|(&(volume, choice), index)| {
+                let number = usize::from(index);
+                let made_room = make_room(index);
                 let order = volume_run::Order {
-                    socket,
                     disks,
+                    socket,
                     volume,
                     choice,
                     provider_name: self.provider_name,
@@ -130,7 +134,7 @@ impl Transfer<'_> {
                     farewells: &self.farewells,
                 };
                 async move {
-                    let covered = volume_run::run(order).await;
+                    let covered = volume_run::run(order, made_room).await;
                     if covered.is_err() {
                         stop.cancel();
                     }

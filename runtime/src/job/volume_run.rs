@@ -35,10 +35,10 @@ use crate::contract::BLOCK_SIZE;
 
 /// What one volume's run needs.
 pub struct Order<'a> {
-    /// Of the NBD server.
-    pub socket: &'a Path,
     /// How many disks of it are read side by side.
     pub disks: usize,
+    /// Of the NBD server.
+    pub socket: &'a Path,
     /// Its export.
     pub volume: &'a Volume,
     /// What it builds on.
@@ -128,14 +128,19 @@ impl VolumeError {
     }
 }
 
-/// Runs the provider on one volume and checks that the snapshot was intact to the end.
-pub async fn run(order: Order<'_>) -> Result<Covered, VolumeError> {
+/// Runs the provider on one volume and checks that the snapshot was intact to the end. `made_room` is awaited once what
+/// is clean has been given back.
+pub async fn run(
+    order: Order<'_>,
+    made_room: impl Future<Output = ()>,
+) -> Result<Covered, VolumeError> {
     let disk = &order.volume.plan.disk;
     let prepare = async {
         let opened = open_volume(&order).await?;
         let canary = Canary::choose(&opened.frozen.plan);
         let before = canary.read(&opened.frozen.reader).await?;
         discard::clean(&opened.frozen, canary).await?;
+        made_room.await;
         Ok::<_, VolumeError>((opened, canary, before))
     };
     let (opened, canary, before) = tokio::select! {

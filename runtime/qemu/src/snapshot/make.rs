@@ -250,7 +250,7 @@ async fn add_fleecing(
     let added = match request.format {
         FleecingFormat::Raw => added,
         FleecingFormat::Qcow2 => match added {
-            Ok(()) => format_qcow2(monitor, request.job, index, plan.disk.size, node).await,
+            Ok(()) => format_qcow2(monitor, request.job, index, plan, node).await,
             error => error,
         },
     };
@@ -269,9 +269,10 @@ async fn format_qcow2(
     monitor: &Monitor,
     job: JobId,
     index: u16,
-    size: u64,
+    plan: &Plan,
     node: &str,
 ) -> Result<(), MonitorError> {
+    let size = plan.disk.size;
     let (image, create) = (id(job, Role::Image, index), id(job, Role::Create, index));
     let mut events = monitor.events();
     let options = json!({ "driver": "qcow2", "file": image, "size": size });
@@ -296,8 +297,16 @@ async fn format_qcow2(
         }
         events.nudge(Duration::from_millis(20)).await;
     }
-    let qcow2 = json!({ "driver": "qcow2", "node-name": node, "discard": "unmap", "file": image });
-    monitor.execute_raw("blockdev-add", qcow2).await.map(drop)
+    // Until [`super::PointInTime::make_room`].
+    let shrinks = plan.bitmap.old().is_none();
+    let added = monitor.execute_raw("blockdev-add", qcow2(node, &image, shrinks));
+    added.await.map(drop)
+}
+
+/// The node of such an image, and whether what is discarded leaves it.
+pub(super) fn qcow2(node: &str, image: &str, shrinks: bool) -> Value {
+    let discard = if shrinks { "unmap" } else { "ignore" };
+    json!({ "driver": "qcow2", "node-name": node, "discard": discard, "file": image })
 }
 
 /// The moment itself.
