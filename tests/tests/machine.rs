@@ -273,6 +273,68 @@ fn a_vm_that_stands_still_stays_so_and_one_without_its_disks_is_refused() -> Res
     refused(&vm, "inmigrate")
 }
 
+/// As after libvirt's restore of saved memory: until the VM is continued its disks are not quite QEMU's.
+#[test]
+fn disks_that_qemu_holds_inactive_are_refused_by_name_before_anything_is_done() -> Result<()> {
+    let site = Site::new()?;
+    let mut vm = Emulator::running(one_disk)?;
+    let memory = json!({"uri": format!("file:{}", vm.path("memory").display())});
+    let mut qmp = vm.control()?;
+    qmp.execute("stop", json!({}))?;
+    qmp.execute("migrate", memory.clone())?;
+    eventually("the memory to be saved", LIMIT, || {
+        let state = qmp.execute("query-migrate", json!({}))?;
+        Ok((state["status"] == "completed").then_some(()))
+    })?;
+    drop(qmp);
+    vm.quit()?;
+    vm.start(&["-S", "-incoming", "defer"])?;
+    let mut qmp = vm.control()?;
+    let late = json!([{"capability": "late-block-activate", "state": true}]);
+    qmp.execute("migrate-set-capabilities", json!({"capabilities": late}))?;
+    qmp.execute("migrate-incoming", memory)?;
+    eventually("the memory to be loaded", LIMIT, || {
+        let state = qmp.execute("query-status", json!({}))?;
+        Ok((state["status"] == "paused").then_some(()))
+    })?;
+    drop(qmp);
+
+    let before = QemuState::read(vm.monitors())?;
+    let proxy = Proxy::start(vm.monitors())?;
+    let order = site.order_for(proxy.socket(), "chunked")?;
+    for dry in [true, false] {
+        let backup = site.backup_command(&order);
+        let backup = if dry { backup.arg("--dry-run") } else { backup };
+        let refused = backup.run()?;
+        ensure!(
+            refused.code() == Some(2)
+                && refused.stderr.contains("holds disk va (node na) inactive"),
+            "{refused:?}"
+        );
+    }
+    // What changes nothing, and the claim of a job that looks.
+    let harmless = |command: &String| {
+        let words = [
+            "query-",
+            "qom-",
+            "qmp_capabilities",
+            "object-",
+            "getfd",
+            "chardev-",
+        ];
+        words.iter().any(|word| command.contains(word))
+    };
+    let commands = proxy.commands();
+    let harm: Vec<_> = commands.iter().filter(|it| !harmless(it)).collect();
+    ensure!(harm.is_empty(), "{harm:?}");
+    QemuState::read(vm.monitors())?.assert_restored(&before, |_| true);
+    site.check_no_fleecing_images()?;
+
+    vm.control()?.execute("cont", json!({}))?;
+    let order = site.order_for(&vm.monitors().product, "chunked")?;
+    site.backup(&order).map(drop)
+}
+
 /// The storage of such a disk is asked by an export, which keeps its node from being removed.
 #[test]
 fn a_disk_that_is_not_in_the_backup_may_be_unplugged_and_is_named() -> Result<()> {
