@@ -105,6 +105,17 @@ impl Libvirt {
         Ok(String::from_utf8(output.stdout)?)
     }
 
+    /// The `virsh` that reaches it, as the words of a shell.
+    pub fn shell(&self) -> String {
+        let socket = self.folder.path().join("run/libvirt-sock");
+        format!(
+            "LD_LIBRARY_PATH={} {} -q -c 'qemu+unix:///system?socket={}'",
+            self.unpacked.join("usr/lib/x86_64-linux-gnu").display(),
+            self.unpacked.join("usr/bin/virsh").display(),
+            socket.display()
+        )
+    }
+
     /// Defines a domain with empty qcow2 disks of so many bytes each, and starts it paused.
     ///
     /// # Errors
@@ -176,6 +187,11 @@ impl Domain<'_> {
         let mut all = vec![*command, &self.name];
         all.extend(arguments);
         self.libvirt.virsh(&all)
+    }
+
+    /// As [`Libvirt::shell`].
+    pub fn shell(&self) -> String {
+        self.libvirt.shell()
     }
 
     /// The monitors beside libvirt's own.

@@ -8,7 +8,7 @@ use std::time::Duration;
 
 type Case = fn(&mut Scene) -> Result<()>;
 
-pub(super) const ALL: [(&str, Case); 19] = [
+pub(super) const ALL: [(&str, Case); 22] = [
     ("restart", restart),
     ("snapshot", snapshot),
     ("snapshots", snapshots),
@@ -28,6 +28,9 @@ pub(super) const ALL: [(&str, Case); 19] = [
     ("checkpoint", checkpoint),
     ("push-backup", push_backup),
     ("everything", everything),
+    ("started", started),
+    ("started-without-stop", started_without_stop),
+    ("saved-memory", saved_memory),
 ];
 
 const LIMIT: Duration = Duration::from_secs(60);
@@ -333,5 +336,68 @@ fn everything(scene: &mut Scene) -> Result<()> {
     scene.virsh(&["destroy"])?;
     scene.virsh(&["start", "--paused"])?;
     scene.write()?;
+    scene.goes_on()
+}
+
+/// As the configuration's page has it.
+const STARTS: &str =
+    "virsh dominfo $domain | grep -q 'Managed save: *no' && virsh start --paused $domain";
+
+fn state(scene: &Scene) -> Result<String> {
+    Ok(scene.virsh(&["domstate", "--reason"])?.trim().into())
+}
+
+/// `virsh start --paused` has more to do when QEMU's monitor is there: whoever ends QEMU by then makes it fail.
+fn started(scene: &mut Scene) -> Result<()> {
+    scene.write()?;
+    scene.virsh(&["destroy"])?;
+    scene.is_started_by(STARTS, Some("virsh destroy $domain"))?;
+    for _ in 0..3 {
+        scene.back_up_stopped()?;
+        let state = state(scene)?;
+        ensure!(state == "shut off (destroyed)", "{state}");
+    }
+    scene.virsh(&["start", "--paused"])?;
+    scene.goes_on()
+}
+
+/// QEMU is told to quit, of which libvirt hears by the end of its connection.
+fn started_without_stop(scene: &mut Scene) -> Result<()> {
+    scene.write()?;
+    scene.virsh(&["destroy"])?;
+    scene.is_started_by(STARTS, None)?;
+    for _ in 0..3 {
+        scene.back_up_stopped()?;
+        eventually("libvirt to see the end", LIMIT, || {
+            let state = state(scene)?;
+            ensure!(state != "shut off (failed)", "{state}");
+            Ok(state.starts_with("shut off").then_some(()))
+        })?;
+    }
+    scene.virsh(&["start", "--paused"])?;
+    scene.goes_on()
+}
+
+/// A start would consume it: the domain is left alone. Once it is restored and paused, QEMU holds the disks inactive.
+fn saved_memory(scene: &mut Scene) -> Result<()> {
+    scene.write()?;
+    scene.virsh(&["managedsave"])?;
+    scene.is_started_by(STARTS, Some("virsh destroy $domain"))?;
+    let said = scene.is_refused()?;
+    ensure!(said.contains("did not start it"), "{said}");
+    let (now, info) = (state(scene)?, scene.virsh(&["dominfo"])?);
+    ensure!(now == "shut off (saved)", "{now}");
+    let saved = |line: &str| line.starts_with("Managed save:") && line.ends_with("yes");
+    ensure!(info.lines().any(saved), "{info}");
+
+    scene.virsh(&["start", "--paused"])?;
+    let said = scene.is_refused()?;
+    ensure!(
+        said.contains("inactive") && said.contains("continue the VM first"),
+        "{said}"
+    );
+    // Its memory is that of a machine without a system, which writes nothing.
+    scene.virsh(&["resume"])?;
+    scene.virsh(&["suspend"])?;
     scene.goes_on()
 }

@@ -2,6 +2,7 @@
 
 use anyhow::{Context, Result, ensure};
 use fleecebox_tests::{Backup, Domain, Libvirt, MIB, Order, QemuState, Site, compare};
+use serde_json::json;
 
 /// Of each disk, in bytes.
 const SIZE: u64 = 64 * MIB;
@@ -86,6 +87,47 @@ impl<'a> Scene<'a> {
         Ok(())
     }
 
+    /// Lets the product start and stop the domain by these lines of a shell, in which `virsh` is this libvirt's
+    /// and `$domain` the domain.
+    pub(super) fn is_started_by(&self, start: &str, stop: Option<&str>) -> Result<()> {
+        let words = |line: &str| {
+            let virsh = format!("virsh() {{ {} \"$@\"; }}; {line}", self.domain.shell());
+            json!(["sh", "-c", virsh.replace("$domain", &self.domain.name)])
+        };
+        let stop = stop.map(|stop| format!("stop = {}\n", words(stop)));
+        let stop = stop.unwrap_or_default();
+        let start = words(start);
+        let config = format!("[vm.web]\nstart = {start}\n{stop}");
+        self.site.configure(&config)
+    }
+
+    /// A backup that is made by starting the domain and stopping it again.
+    pub(super) fn back_up_stopped(&mut self) -> Result<()> {
+        let outcome = self.site.backup_command(&self.order).run()?;
+        ensure!(outcome.code() == Some(0), "{}", outcome.stderr);
+        ensure!(
+            outcome.stderr.contains("the VM is stopped again"),
+            "{}",
+            outcome.stderr
+        );
+        self.site.check_no_fleecing_images()?;
+        self.backups.push(Backup::told_by(&outcome)?);
+        Ok(())
+    }
+
+    /// A backup is refused as somebody's mistake, and nothing is left of it. Returns its words.
+    pub(super) fn is_refused(&self) -> Result<String> {
+        let outcome = self.site.backup_command(&self.order).run()?;
+        ensure!(
+            outcome.code() == Some(2),
+            "{:?}: {}",
+            outcome.code(),
+            outcome.stderr
+        );
+        self.site.check_no_fleecing_images()?;
+        Ok(outcome.stderr)
+    }
+
     /// How each backup was read: `full` or `incr` for each disk.
     pub(super) fn told(&self) -> String {
         let of = |backup: &Backup| {
@@ -117,7 +159,6 @@ impl<'a> Scene<'a> {
     /// Removes the product's bitmaps from all nodes of the domain.
     pub(super) fn drop_bitmaps(&self) -> Result<()> {
         use fleecebox_tests::Qmp;
-        use serde_json::json;
         let state = QemuState::read(self.domain.monitors())?;
         let mut qmp = Qmp::connect(&self.domain.monitors().control)?;
         for bitmap in state.bitmaps() {
