@@ -25,8 +25,11 @@ mount -t proc proc /proc
 # It may lie below one of those.
 mkdir -p "$folder"
 mount --bind . "$folder"
-# Where KVM does not work, each look at it takes a minute.
-[ ! -e /dev/kvm ] || mount --bind /dev/null /dev/kvm
+# Where KVM does not work, each look at it takes a minute. Nobody may open what stands in its place: by what can be opened
+# libvirt believes in KVM, and asks QEMU again for all that it can do whenever it needs to know.
+: >layers/none
+chmod 000 layers/none
+[ ! -e /dev/kvm ] || mount --bind layers/none /dev/kvm
 ldconfig
 
 mkdir -p /var/lib/libvirt/qemu /var/log/libvirt/qemu /var/cache/libvirt run
