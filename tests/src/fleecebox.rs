@@ -334,7 +334,9 @@ impl Running {
         eventually("no watchdog", FAMILY_LIMIT, || {
             Ok((self.kill_watchdogs()? == 0).then_some(()))
         })?;
-        self.outcome()
+        let outcome = self.outcome()?;
+        outcome.assert_unbroken();
+        Ok(outcome)
     }
 
     /// Returns how many there were.
@@ -357,7 +359,9 @@ impl Running {
     /// As [`Running::finish`].
     pub fn kill_alone(mut self) -> Result<Outcome> {
         self.child.kill()?;
-        self.outcome()
+        let outcome = self.outcome()?;
+        outcome.assert_unbroken();
+        Ok(outcome)
     }
 
     /// Waits for the end of the job process, whose watchdog may go on, and gives its exit code.
@@ -383,7 +387,17 @@ impl Running {
     ///
     /// # Panics
     /// If it panicked or printed a backtrace.
-    pub fn finish(mut self) -> Result<Outcome> {
+    pub fn finish(self) -> Result<Outcome> {
+        let outcome = self.finish_broken()?;
+        outcome.assert_unbroken();
+        Ok(outcome)
+    }
+
+    /// As [`Running::finish`], for a job that is made to panic.
+    ///
+    /// # Errors
+    /// As [`Running::finish`].
+    pub fn finish_broken(mut self) -> Result<Outcome> {
         let ended = eventually("fleecebox to end", RUN_LIMIT, || {
             Ok(self.child.try_wait()?)
         });
@@ -407,8 +421,6 @@ impl Running {
         let printed = self.output.lock();
         let stdout = printed.text(|stream| stream == Stream::Out);
         let stderr = printed.text(|stream| stream == Stream::Err);
-        let crash = SIGNS_OF_A_CRASH.iter().find(|sign| stderr.contains(**sign));
-        assert!(crash.is_none(), "fleecebox broke ({status}):\n{stderr}");
         Ok(Outcome {
             status,
             stdout,
@@ -442,6 +454,13 @@ pub struct Outcome {
 }
 
 impl Outcome {
+    #[track_caller]
+    fn assert_unbroken(&self) {
+        let Self { status, stderr, .. } = self;
+        let crash = SIGNS_OF_A_CRASH.iter().find(|sign| stderr.contains(**sign));
+        assert!(crash.is_none(), "fleecebox broke ({status}):\n{stderr}");
+    }
+
     /// The exit code; `None` if a signal ended it.
     pub fn code(&self) -> Option<i32> {
         self.status.code()

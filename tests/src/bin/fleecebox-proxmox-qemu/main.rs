@@ -63,7 +63,19 @@ fn main() -> Result<()> {
 }
 
 fn serve(arguments: &Arguments, access: &Mutex<Access>, client: &UnixStream) -> Result<()> {
-    let mut qemu = UnixStream::connect(&arguments.qemu).context("the storage daemon is gone")?;
+    let qemu = UnixStream::connect(&arguments.qemu).context("the storage daemon is gone")?;
+    let served = exchange(arguments, access, client, &qemu);
+    // Whatever ended it: QEMU waits with the next one for as long as this one is there.
+    let _ = qemu.shutdown(std::net::Shutdown::Both);
+    served
+}
+
+fn exchange(
+    arguments: &Arguments,
+    access: &Mutex<Access>,
+    client: &UnixStream,
+    mut qemu: &UnixStream,
+) -> Result<()> {
     let (answered, answers) = channel();
     // Events come in between, and no line may be cut by another.
     let writer = Arc::new(Mutex::new(client.try_clone()?));
@@ -88,7 +100,6 @@ fn serve(arguments: &Arguments, access: &Mutex<Access>, client: &UnixStream) -> 
             }
         }
     }
-    let _ = qemu.shutdown(std::net::Shutdown::Both);
     Ok(())
 }
 
