@@ -4,6 +4,7 @@
 //! bytes and not a disk. Times of the product are its own, per step, and begin with the export being up, as the peers'
 //! do.
 
+mod answers;
 mod neighbour;
 mod peer;
 mod product;
@@ -114,7 +115,7 @@ fn main() -> Result<()> {
     )?;
     if wanted("incremental") {
         let folder = report_path()?.with_file_name("");
-        let other = "name what is to be measured: splice, put, memory, start, neighbour";
+        let other = "name what is to be measured: splice, put, memory, start, neighbour, answers";
         check_room(&folder, FLEECING_ROOM, other)?;
     }
 
@@ -137,6 +138,10 @@ fn main() -> Result<()> {
         if wanted(&name) {
             times.push(neighbour::cost(&name, provider)?);
         }
+    }
+
+    if wanted("answers") {
+        times.extend(answers::longest_waits()?);
     }
 
     let report = report_path()?;

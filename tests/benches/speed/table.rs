@@ -118,6 +118,13 @@ impl Memory {
     }
 }
 
+/// Prints the longest of times that have no goal, and gives them as JSON.
+pub(crate) fn longest(name: &str, seconds: &[f64]) -> Value {
+    let (_, most) = bounds(seconds);
+    println!("{name}: {:.1} ms", most * 1000.0);
+    json!({"name": name, "seconds": seconds, "longest": most})
+}
+
 fn bounds(values: &[f64]) -> (f64, f64) {
     let least = values.iter().copied().fold(f64::INFINITY, f64::min);
     let most = values.iter().copied().fold(0.0, f64::max);
