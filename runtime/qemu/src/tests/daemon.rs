@@ -98,7 +98,15 @@ impl Daemon {
     }
 
     pub(crate) async fn monitor(&self) -> Monitor {
-        Monitor::connect(&self.at("qmp.sock")).await.unwrap()
+        // It serves one client at a time, and may still be busy with seeing the last one go.
+        let deadline = Instant::now() + Duration::from_secs(20);
+        loop {
+            match Monitor::connect(&self.at("qmp.sock")).await {
+                Ok(monitor) => return monitor,
+                Err(error) => assert!(Instant::now() < deadline, "{error}"),
+            }
+            tokio::time::sleep(Duration::from_millis(10)).await;
+        }
     }
 
     /// A stranger's NBD server on `guest.sock` with one writable export per disk, named after it: the
