@@ -86,12 +86,12 @@ fn a_backup_that_passes_a_limit_is_given_up_and_the_vm_writes_on() -> Result<()>
     let before = QemuState::read(daemon.monitors())?;
     for (limit, words) in [
         (
-            "fleecing-max-bytes = 1048576",
-            "more than the 1048576 of `fleecing-max-bytes`",
+            "fleecing-bytes = '1MiB'",
+            "more than the 1048576 of `fleecing-bytes`",
         ),
         (
-            "snapshot-max-seconds = 2",
-            "more seconds than the 2 of `snapshot-max-seconds`",
+            "snapshot-seconds = 2",
+            "more seconds than the 2 of `snapshot-seconds`",
         ),
     ] {
         site.configure(&format!("[vm.web]\n{limit}\n"))?;

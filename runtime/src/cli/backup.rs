@@ -5,6 +5,7 @@ use super::vm::{self, VmArguments};
 use super::{AllowWasi, Failure, Sandboxes, Session, Status, installed, recording, target, text};
 use crate::archive::{ComponentId, LeftOut};
 use crate::config::Vm;
+use crate::config::size;
 use crate::contract::MAX_ATTACHMENT;
 use crate::grants::account::Account;
 use crate::job::audit::{Granted, Job, Record};
@@ -51,7 +52,7 @@ pub(super) struct Backup {
     #[arg(long)]
     full: bool,
     /// Most bytes of the disks to read in a second, over the whole job, such as 100MiB; a provider's own limit holds too
-    #[arg(long, value_name = "BYTES", value_parser = text::rate)]
+    #[arg(long, value_name = "BYTES", value_parser = size::rate)]
     bandwidth: Option<NonZeroU64>,
     /// Only say what would happen to each disk; nothing is changed in QEMU or in the archive
     #[arg(long)]

@@ -1,5 +1,6 @@
 //! How much a provider may have, and which handles.
 
+use super::size;
 use crate::archive::ZstdLevel;
 use crate::contract::{MAX_COMPONENT, MAX_RECEIPT, Wasi};
 use serde::{Deserialize, Serialize};
@@ -16,30 +17,39 @@ use std::time::Duration;
 #[serde(deny_unknown_fields, rename_all = "kebab-case", default)]
 pub struct Limits {
     /// Sum of the linear memories of all instances that there are at the same time, in bytes.
+    #[serde(deserialize_with = "size::bytes")]
     pub memory: u64,
     /// CPU time of all sandbox processes, in seconds.
     pub cpu_seconds: u64,
     /// Time from start to end of one run, waits included, in seconds.
     pub wall_seconds: u64,
     /// Bytes stored, counted before encoding so that it does not tell how well they compress.
+    #[serde(deserialize_with = "size::bytes")]
     pub output_bytes: u64,
     /// Bytes of volumes read on the provider's behalf, the host's own copies included.
+    #[serde(deserialize_with = "size::bytes")]
     pub read_bytes: u64,
     /// Objects created.
     pub objects: u32,
     /// Bytes logged; what is beyond is dropped and counted.
+    #[serde(deserialize_with = "size::bytes")]
     pub log_bytes: u64,
     /// Length of what one `run` returns, in bytes.
+    #[serde(deserialize_with = "size::bytes")]
     pub receipt_bytes: u32,
     /// Length of the component, in bytes.
+    #[serde(deserialize_with = "size::bytes")]
     pub component_bytes: u64,
     /// Bytes of volumes read in a second, over all volumes together. None: as fast as it goes.
+    #[serde(deserialize_with = "size::optional")]
     pub bandwidth: Option<NonZeroU64>,
     /// Bytes that the fleecing images may take up together. Beyond it the job is given up and the guest goes on.
+    #[serde(deserialize_with = "size::optional")]
     pub fleecing_bytes: Option<u64>,
     /// How long the snapshot may live, in seconds. After it the job is given up and the guest goes on.
     pub snapshot_seconds: Option<u64>,
     /// Bytes of its volume that a run must cover in a minute of its own time, until nothing is left to be covered.
+    #[serde(deserialize_with = "size::optional")]
     pub progress_per_minute: Option<u64>,
     /// The highest level at which what the provider stores is compressed. None: the archive's, whatever it is.
     pub zstd_level: Option<ZstdLevel>,

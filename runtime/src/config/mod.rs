@@ -5,6 +5,7 @@
 
 mod limits;
 mod lines;
+pub mod size;
 mod tenant;
 
 pub use limits::{Grant, Limits};
@@ -65,10 +66,17 @@ pub struct Vm {
     #[serde(default)]
     pub fleecing_format: FleecingFormat,
     /// Most bytes that the fleecing images of a backup may take up together; past it the backup is given up.
-    pub fleecing_max_bytes: Option<u64>,
+    #[serde(
+        default,
+        alias = "fleecing-max-bytes",
+        deserialize_with = "size::optional"
+    )]
+    pub fleecing_bytes: Option<u64>,
     /// Most seconds that a backup may hold its snapshot; past it the backup is given up.
-    pub snapshot_max_seconds: Option<u64>,
+    #[serde(alias = "snapshot-max-seconds")]
+    pub snapshot_seconds: Option<u64>,
     /// Most bytes of the disks that a backup may read in a second, over the whole job. A provider's limit holds too.
+    #[serde(default, deserialize_with = "size::optional")]
     pub bandwidth: Option<NonZeroU64>,
     /// The disks to back up, by device id, qdev id or node name. Default: all that QEMU reports by device.
     #[serde(default)]

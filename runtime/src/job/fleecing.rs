@@ -145,15 +145,15 @@ impl Bounds {
         let smaller = |bounds: [Option<Bound>; 2]| bounds.into_iter().flatten().min();
         Self {
             bytes: smaller([
-                vm.fleecing_max_bytes
-                    .map(|bytes| Bound(bytes, "fleecing-max-bytes")),
+                vm.fleecing_bytes
+                    .map(|bytes| Bound(bytes, "fleecing-bytes")),
                 limits
                     .fleecing_bytes
                     .map(|bytes| Bound(bytes, "fleecing-bytes")),
             ]),
             seconds: smaller([
-                vm.snapshot_max_seconds
-                    .map(|seconds| Bound(seconds, "snapshot-max-seconds")),
+                vm.snapshot_seconds
+                    .map(|seconds| Bound(seconds, "snapshot-seconds")),
                 limits
                     .snapshot_seconds
                     .map(|seconds| Bound(seconds, "snapshot-seconds")),
