@@ -1,6 +1,7 @@
 //! `fleecebox restore`.
 
 mod destination;
+pub(super) mod error;
 mod in_use;
 mod place;
 mod qemu_img;
@@ -16,7 +17,7 @@ use crate::job::audit::Job;
 use crate::job::replay::{self, Order, ReplayError};
 use anyhow::anyhow;
 use clap::{Args, ValueEnum};
-use destination::{Destination, Insistence, explained};
+use destination::{Destination, Insistence, Users, unwritten};
 use serde_json::json;
 use std::path::PathBuf;
 use std::sync::Arc;
@@ -110,8 +111,12 @@ impl Restore {
             });
             let outcome = async {
                 let size = volume.root.size();
-                let output =
-                    Destination::open(&path, size, self.format, insistence, session).await?;
+                let users = Users {
+                    config: &session.config,
+                    events: &events,
+                };
+                let opened = Destination::open(&path, size, self.format, insistence, users);
+                let output = opened.await.map_err(Failure::of)?;
                 let order = Order {
                     namespace,
                     manifest,
@@ -126,12 +131,7 @@ impl Restore {
                     all_findings: false,
                 };
                 let findings = replay::replay(order).await.map_err(|error| match error {
-                    ReplayError::Output(error) => {
-                        let error = anyhow::Error::from(explained(error));
-                        Failure::Failed(
-                            error.context(format!("{} cannot be written", path.display())),
-                        )
-                    }
+                    ReplayError::Output(error) => Failure::of(unwritten(&path, error)),
                     error => Failure::of(error),
                 })?;
                 if let Some(finding) = findings.first() {
@@ -141,7 +141,8 @@ impl Restore {
                         _ => Failure::Unusable(said),
                     });
                 }
-                output.complete(self.format, session).await
+                let completed = output.complete(self.format, &events, &session.cancel);
+                completed.await.map_err(Failure::of)
             };
             match outcome.await {
                 Ok(()) => written.push((volume.name.clone(), path)),

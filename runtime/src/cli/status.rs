@@ -1,5 +1,6 @@
 //! The exit statuses, one table for all commands, and which error means which.
 
+use super::restore::error::DestinationError;
 use crate::archive;
 use crate::conformance::KitError;
 use crate::grants::run::RunError;
@@ -92,6 +93,7 @@ fn of_cause(cause: &(dyn Error + 'static)) -> Option<Status> {
         .or_else(|| on(cause, of_recover))
         .or_else(|| on(cause, of_tracking))
         .or_else(|| on(cause, of_replay))
+        .or_else(|| on(cause, of_destination))
         .or_else(|| on(cause, of_kit))
         .or_else(|| on(cause, of_slot))
         .or_else(|| on(cause, of_archive))
@@ -210,6 +212,14 @@ fn of_replay(error: &ReplayError) -> Status {
     match error {
         ReplayError::Cancelled => Status::Cancelled,
         _ => Status::Failed,
+    }
+}
+
+fn of_destination(error: &DestinationError) -> Status {
+    match error {
+        DestinationError::InUse { .. } => Status::Busy,
+        DestinationError::Cancelled => Status::Cancelled,
+        error => mistake_if(error.is_mistake()),
     }
 }
 
