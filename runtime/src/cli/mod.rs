@@ -15,7 +15,6 @@ mod new;
 mod policy;
 mod progress;
 mod providers;
-mod reading;
 mod recording;
 mod recover;
 mod remove;

@@ -16,7 +16,7 @@ pub(super) struct Show {
 
 impl Show {
     pub(super) fn run(self, session: &Session) -> Result<(), Failure> {
-        let (_, manifest) = self.stored.find(session)?;
+        let manifest = self.stored.find(session)?.manifest;
         show!(
             "{}",
             serde_json::to_string_pretty(&*manifest).map_err(target::failed)?

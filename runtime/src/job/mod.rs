@@ -1,4 +1,5 @@
-//! Jobs, each one thing from start to end: [`backup`], [`export`], and [`replay`] for restore and verify.
+//! Jobs, each one thing from start to end: [`backup`], [`export`], [`mod@restore`] and [`verify`], which both go by
+//! [`replay`].
 //! [`claims`] is what the proof of a backup and replaying one have in common.
 
 pub mod audit;
@@ -6,6 +7,7 @@ pub mod backup;
 pub mod base;
 pub mod claims;
 pub mod component;
+pub mod context;
 pub mod doubts;
 pub mod dry_run;
 pub mod ending;
@@ -18,15 +20,19 @@ mod mark;
 pub mod point_in_time;
 pub mod power;
 pub mod prove;
+pub mod reading;
 pub mod recover;
 pub mod replay;
+pub mod restore;
 pub mod selection;
 pub mod signals;
 pub mod slots;
 pub mod storage;
+pub mod stored;
 pub mod subject;
 pub mod tracking;
 pub mod transfer;
+pub mod verify;
 pub mod volume_run;
 
 #[cfg(test)]

@@ -1,11 +1,31 @@
 //! Why a volume is not restored.
 
+use super::super::replay::{Finding, ReplayError};
 use std::io;
 use std::path::PathBuf;
 
+/// Why a volume is not restored.
+#[derive(Debug, thiserror::Error)]
+pub enum RestoreError {
+    /// It cannot go where it is to go.
+    #[error(transparent)]
+    Destination(#[from] DestinationError),
+    /// It does not come back as it was backed up.
+    #[error("volume {volume}: {finding}")]
+    Found {
+        /// Its name.
+        volume: String,
+        /// What is wrong.
+        finding: Finding,
+    },
+    /// Reading it ended early.
+    #[error(transparent)]
+    ReadBack(ReplayError),
+}
+
 /// Why a volume cannot go where it is to go.
 #[derive(Debug, thiserror::Error)]
-pub(crate) enum DestinationError {
+pub enum DestinationError {
     /// The path leads to nothing that may be written.
     #[error("{path} cannot be written: {source}", path = path.display())]
     Place {
@@ -113,7 +133,7 @@ pub(crate) enum DestinationError {
 
 impl DestinationError {
     /// Whether the user can mend it.
-    pub(crate) fn is_mistake(&self) -> bool {
+    pub fn is_mistake(&self) -> bool {
         match self {
             Self::Place { .. }
             | Self::Exists { .. }
@@ -135,7 +155,7 @@ impl DestinationError {
 
 /// Why a path leads to no place for a file.
 #[derive(Debug, thiserror::Error)]
-pub(crate) enum PlaceError {
+pub enum PlaceError {
     /// The system says no.
     #[error(transparent)]
     Io(#[from] io::Error),
@@ -168,7 +188,7 @@ impl From<rustix::io::Errno> for PlaceError {
 
 /// Why there is no qcow2 image.
 #[derive(Debug, thiserror::Error)]
-pub(crate) enum ConvertError {
+pub enum ConvertError {
     /// The program is not there.
     #[error("qemu-img, which writes qcow2, cannot be run (Debian: qemu-utils): {0}")]
     NotRun(#[source] io::Error),

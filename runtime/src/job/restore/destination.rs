@@ -29,11 +29,11 @@ const ZERO_PIECE: u64 = 1 << 30;
 
 /// What may be done to what is there already.
 #[derive(Debug, Clone, Copy)]
-pub(super) struct Insistence {
+pub struct Insistence {
     /// An existing file is replaced, a block device overwritten.
-    pub(super) force: bool,
+    pub force: bool,
     /// Even what somebody has open.
-    pub(super) even_if_in_use: bool,
+    pub even_if_in_use: bool,
 }
 
 /// What is asked before something is overwritten, and where is told what cannot be asked.
