@@ -3,33 +3,33 @@
 use super::diagnosis::{self, Mistake};
 use super::trace::{Conversation, Fault, Trace};
 use super::{KitError, Subject};
-use crate::archive::{Archive, BackupId, BackupWriter, Manifest, Moment, Namespace};
+use crate::archive::{
+    Archive, BackupId, BackupWriter, DiskRecord, Manifest, Moment, Namespace, NamespaceName,
+};
 use crate::config::Limits;
 use crate::config::{Config, Provider};
-use crate::contract::BLOCK_SIZE;
 use crate::event::Events;
 use crate::extent::Extent;
 use crate::grants::account::Account;
 use crate::grants::image::{Image, ImageError, Purpose};
 use crate::grants::run::RunError;
 use crate::job::backup::BackupError;
-use crate::job::base::{self, Choice, Owner};
+use crate::job::base::{Base, Recorded};
 use crate::job::claims::{self, Claims, segment_of};
 use crate::job::prove::ProofError;
 use crate::job::recover;
 use crate::job::replay;
 use crate::job::transfer::Transfer;
-use crate::job::volume_run::{Covered, VolumeError, guest_limits};
+use crate::job::volume_run::{Covered, Uncovered, VolumeError, guest_limits};
 use crate::policy::Restores;
-use crate::qemu::snapshot::{Plan, Volume};
 use crate::sandbox::Program;
-use crate::simulator::{Disk, Export, Server};
+use crate::simulator::{Disk, Export, Server, Switch};
 use cap_std::ambient_authority;
 use cap_std::fs::Dir;
 use std::collections::BTreeMap;
 use std::fs::File;
 use std::os::unix::fs::FileExt;
-use std::path::PathBuf;
+use std::path::Path;
 use std::sync::Arc;
 use tempfile::TempDir;
 use time::OffsetDateTime;
@@ -43,8 +43,36 @@ pub(super) struct Stand<'a> {
     /// What the VM's disks hold now.
     pub(super) disks: Vec<Disk>,
     namespace: Arc<Namespace>,
-    owner: Owner,
+    name: NamespaceName,
     folder: TempDir,
+}
+
+/// What one disk's next backup builds on, and what becomes of its bitmaps. Each is named by the backup that it started
+/// with.
+struct Choice {
+    switch: Switch,
+    base: Option<Base>,
+    /// Why there is none, where there was a bitmap.
+    reason: Option<String>,
+    /// A bitmap that nothing can be built on any more.
+    stale: Option<String>,
+}
+
+impl Choice {
+    fn uncovered(&self, export: &Export, socket: &Path) -> Uncovered {
+        Uncovered {
+            source: export.source(socket),
+            base: self.base.clone(),
+            reason: self.reason.clone(),
+            disk: DiskRecord {
+                format: "memory".into(),
+                identity: format!("memory:{}", export.name()),
+                layers: Vec::new(),
+                mark: None,
+            },
+            bitmap: self.switch.start.clone(),
+        }
+    }
 }
 
 /// What is special about one backup.
@@ -83,16 +111,11 @@ impl<'a> Stand<'a> {
             .parse()
             .map_err(|_| KitError::Own("a constant is no name of a namespace"))?;
         let namespace = Arc::new(archive.create_namespace(&name)?);
-        let owner = Owner {
-            archive: archive.id(),
-            namespace: name,
-            vm: VM.into(),
-        };
         Ok(Self {
             subject,
             disks,
             namespace,
-            owner,
+            name,
             folder,
         })
     }
@@ -110,38 +133,25 @@ impl<'a> Stand<'a> {
         };
         let mut choices = Vec::new();
         for disk in &self.disks {
-            let choice = base::choose(&self.owner, &disk.described(), id, BLOCK_SIZE, |id| {
-                recover::recorded(&self.namespace, id)
-            })?;
-            choices.push(choice);
+            choices.push(self.choose(disk, id)?);
         }
-        let described: Vec<_> = self.disks.iter().map(Disk::described).collect();
         let mut exports: Vec<Export> = self
             .disks
             .iter_mut()
             .zip(&choices)
-            .map(|(disk, choice)| disk.freeze(&choice.bitmap))
+            .map(|(disk, choice)| disk.freeze(&choice.switch))
             .collect();
         if let (Some(bad), false) = (attempt.bad_sector, exports.is_empty()) {
             let first = exports.remove(0);
             exports.insert(0, first.unreadable(bad));
         }
-        let volumes: Vec<_> = exports
-            .iter()
-            .zip(described.iter().zip(&choices))
-            .map(|(export, (disk, choice))| Volume {
-                export: export.name().into(),
-                dirty_context: export.dirty_context().map(Into::into),
-                plan: Plan {
-                    disk: disk.clone(),
-                    fleecing: PathBuf::new(),
-                    descriptor: None,
-                    bitmap: choice.bitmap.clone(),
-                },
-            })
-            .collect();
         let socket = self.folder.path().join(format!("{id}.nbd"));
         let server = Server::start(socket, exports.clone())?;
+        let volumes: Vec<_> = exports
+            .iter()
+            .zip(&choices)
+            .map(|(export, choice)| choice.uncovered(export, server.socket()))
+            .collect();
         let trace = match &attempt.fault {
             Some(fault) => Trace::with_fault(fault.clone()),
             None => Trace::default(),
@@ -166,16 +176,11 @@ impl<'a> Stand<'a> {
             cancel: &self.subject.cancel,
         };
         let stop = self.subject.cancel.child_token();
-        let ran = transfer
-            .run(server.socket(), volumes.iter().zip(&choices), &stop)
-            .await;
+        let ran = transfer.run(&volumes, &stop).await;
         let mut given_back = None;
         let result = match ran {
             Ok(covered) => match transfer.prove(&covered).await {
-                Ok(()) => {
-                    let disks = described.iter().zip(&choices);
-                    transfer.commit(covered, disks).await
-                }
+                Ok(()) => transfer.commit(covered, &volumes).await,
                 Err(error) => {
                     if let (BackupError::Proof { volume, source }, Some(writer)) =
                         (&error, &transfer.writer)
@@ -209,15 +214,72 @@ impl<'a> Stand<'a> {
         })
     }
 
+    /// The kit's disks have one image and never more than one bitmap that records, so that only the archive and the
+    /// disk's size decide.
+    fn choose(&self, disk: &Disk, id: BackupId) -> Result<Choice, KitError> {
+        let start = Some(id.to_string());
+        let Some(since) = disk.recording().next().map(str::to_owned) else {
+            return Ok(Choice {
+                switch: Switch { stop: None, start },
+                base: None,
+                reason: None,
+                stale: None,
+            });
+        };
+        Ok(match self.base(disk, &since)? {
+            Ok(base) => Choice {
+                switch: Switch {
+                    stop: Some(since),
+                    start,
+                },
+                base: Some(base),
+                reason: None,
+                stale: None,
+            },
+            Err(reason) => Choice {
+                switch: Switch { stop: None, start },
+                base: None,
+                reason: Some(reason),
+                stale: Some(since),
+            },
+        })
+    }
+
+    /// The backup `since` as a base for `disk`, or why it is none.
+    fn base(&self, disk: &Disk, since: &str) -> Result<Result<Base, String>, KitError> {
+        let id = since.parse();
+        let id = id.map_err(|_| KitError::Own("a bitmap of its own names no backup"))?;
+        let manifest = match recover::recorded(&self.namespace, id)? {
+            Recorded::Committed(manifest) => manifest,
+            Recorded::Damaged { reason } => {
+                return Ok(Err(format!("the base {id} is damaged: {reason}")));
+            }
+            Recorded::Absent => {
+                return Ok(Err(format!("the archive holds no backup {id} to build on")));
+            }
+        };
+        let mut volumes = manifest.record.volumes.iter();
+        let volume = volumes.find(|it| it.name == disk.name()).cloned();
+        Ok(match volume {
+            Some(volume) if volume.root.size() == disk.size() => Ok(Base { manifest, volume }),
+            Some(volume) => Err(format!(
+                "it had {} bytes in the base {id} and has {} now",
+                volume.root.size(),
+                disk.size()
+            )),
+            None => Err(format!("the base {id} does not hold it")),
+        })
+    }
+
     fn settle(&mut self, choices: &[Choice], committed: bool) {
         for (disk, choice) in self.disks.iter_mut().zip(choices) {
             if committed {
-                disk.accept(&choice.bitmap);
-                for stale in &choice.stale {
+                disk.accept(&choice.switch);
+                if let Some(stale) = &choice.stale {
                     disk.forget(stale);
                 }
             } else {
-                disk.back_out(&choice.bitmap);
+                disk.back_out(&choice.switch);
             }
         }
     }
@@ -281,7 +343,7 @@ impl<'a> Stand<'a> {
     pub(super) fn forget(&self, manifest: &Manifest) -> Result<(), KitError> {
         let path = format!(
             "archive/namespaces/{}/backups/{}",
-            self.owner.namespace, manifest.backup
+            self.name, manifest.backup
         );
         Ok(std::fs::remove_dir_all(self.folder.path().join(path))?)
     }

@@ -18,7 +18,7 @@ use super::selection::Selection;
 use super::signals::Signals;
 use super::subject::{self, Subject};
 use super::transfer::Transfer;
-use super::volume_run::{Covered, VolumeError};
+use super::volume_run::{Covered, Uncovered, VolumeError};
 use crate::archive::{self, Archive, BackupId, Manifest, Moment, NamespaceName, Recheck};
 use crate::config::{Provider, Vm};
 use crate::event::Events;
@@ -321,8 +321,9 @@ impl Backup<'_> {
         };
         let since = Instant::now();
         self.prepared.mark(&point).await;
-        let read = AssertUnwindSafe(self.read_all(&point)).catch_unwind().await;
-        let read = read.unwrap_or_else(|panic| Err(panicked(&*panic)));
+        let volumes = self.prepared.uncovered(&point);
+        let read = AssertUnwindSafe(self.read_all(&point, &volumes)).catch_unwind();
+        let read = read.await.unwrap_or_else(|panic| Err(panicked(&*panic)));
         let fleecing_peak = self.prepared.fleecing_peak();
         let mut left = self.prepared.release(&point).await;
         self.transfer.moment = self.prepared.moment(&point);
@@ -330,7 +331,8 @@ impl Backup<'_> {
         self.request.account.snapshot(snapshot, fleecing_peak);
         let committed = match read {
             Ok(covered) => {
-                let made = AssertUnwindSafe(self.prove_and_commit(covered)).catch_unwind();
+                let made =
+                    AssertUnwindSafe(self.prove_and_commit(covered, &volumes)).catch_unwind();
                 made.await.unwrap_or_else(|panic| Err(panicked(&*panic)))
             }
             Err(error) => Err(error),
@@ -363,12 +365,14 @@ impl Backup<'_> {
     }
 
     /// Runs the provider on every volume side by side; the first failure stops the others.
-    async fn read_all(&mut self, point: &PointInTime) -> Result<Vec<Covered>, BackupError> {
+    async fn read_all(
+        &mut self,
+        point: &PointInTime,
+        volumes: &[Uncovered],
+    ) -> Result<Vec<Covered>, BackupError> {
         self.prepared.step(Step::Running)?;
         let stop = self.cancel.child_token();
-        let choices = self.prepared.disks().iter().map(|(_, choice)| choice);
-        let volumes = point.volumes.iter().zip(choices);
-        let runs = self.transfer.run(&point.socket, volumes, &stop);
+        let runs = self.transfer.run(volumes, &stop);
         let bounds = Bounds::of(&self.request.vm, &self.request.provider.limits);
         let covered = 'runs: {
             tokio::pin!(runs);
@@ -385,13 +389,15 @@ impl Backup<'_> {
         Ok(covered)
     }
 
-    async fn prove_and_commit(&mut self, covered: Vec<Covered>) -> Result<Manifest, BackupError> {
+    async fn prove_and_commit(
+        &mut self,
+        covered: Vec<Covered>,
+        volumes: &[Uncovered],
+    ) -> Result<Manifest, BackupError> {
         self.prepared.step(Step::Proving)?;
         self.transfer.prove(&covered).await?;
         self.prepared.step(Step::Committing)?;
-        let disks = self.prepared.disks().iter();
-        let disks = disks.map(|(disk, choice)| (disk, choice));
-        let manifest = self.transfer.commit(covered, disks).await?;
+        let manifest = self.transfer.commit(covered, volumes).await?;
         // The backup is there, whether or not the journal can say so: the archive decides.
         if let Err(error) = self.prepared.step(Step::Committed) {
             self.events.warn(error.to_string());

@@ -14,7 +14,7 @@ use super::extra::Extra;
 use super::fleecing::{Bounds, VirtualFile};
 use super::journal::{Journal, JournalError, Step};
 use super::lineage;
-use super::point_in_time::{PointError, Prepared};
+use super::point_in_time::{PointError, Prepared, sources};
 use super::recover;
 use super::selection::Selection;
 use super::signals::Signals;
@@ -30,10 +30,11 @@ use crate::contract::{BitmapMode, GuestLimits, World};
 use crate::event::Events;
 use crate::extent::Extent;
 use crate::nbd;
-use crate::qemu::snapshot::{Readers, Volume};
+use crate::qemu::snapshot::Readers;
 use crate::qemu::{Monitor, MonitorError, PointInTime};
 use crate::volume::open;
 use crate::volume::reader::Reader;
+use crate::volume::source::Source;
 use cap_std::fs::Dir;
 use control::Control;
 use futures_util::FutureExt;
@@ -406,10 +407,9 @@ impl Export<'_> {
             return (verdict, false, None);
         }
         // A tool's "success" is about what it read; whether that was the point in time is for us to say.
-        for volume in &point.volumes {
-            let read = read_first_block(&point.socket, volume).await;
-            if let Err(source) = read {
-                let disk = volume.plan.disk.name.clone();
+        for disk in sources(point) {
+            if let Err(source) = read_first_block(&disk).await {
+                let disk = disk.name;
                 return failed(ExportError::Unreadable { disk, source });
             }
         }
@@ -426,12 +426,11 @@ impl Export<'_> {
         id: BackupId,
     ) -> Result<Held, ExportError> {
         let mut volumes = Vec::new();
-        for ((volume, (disk, choice)), index) in point.volumes.iter().zip(prepared.disks()).zip(0..)
-        {
+        for ((source, (disk, choice)), index) in sources(point).zip(prepared.disks()).zip(0..) {
             let file = match self.request.mechanism {
                 Mechanism::Nbd => None,
                 Mechanism::FileHandle => {
-                    let made = self.add_file(prepared, point, index, volume).await;
+                    let made = self.add_file(prepared, point, index, &source).await;
                     let disk = disk.name.clone();
                     Some(made.map_err(|source| ExportError::File { disk, source })?)
                 }
@@ -442,9 +441,9 @@ impl Export<'_> {
                 format: disk.format.clone(),
                 base: choice.base.as_ref().map(|base| base.manifest.backup),
                 reason: choice.reason.clone(),
-                uri: nbd_uri(&point.socket, &volume.export),
-                nbd_export: volume.export.clone(),
-                dirty_context: volume.dirty_context.clone(),
+                uri: nbd_uri(&source.socket, &source.export),
+                nbd_export: source.export,
+                dirty_context: source.dirty_context,
                 file: file.as_ref().map(|file| file.path.clone()),
                 regions: file.map(|file| file.regions),
             });
@@ -467,7 +466,7 @@ impl Export<'_> {
         prepared: &Prepared<'_>,
         point: &PointInTime,
         index: u16,
-        volume: &Volume,
+        source: &Source,
     ) -> Result<VirtualFile, FileError> {
         #[derive(Serialize)]
         struct Regions {
@@ -479,9 +478,7 @@ impl Export<'_> {
             offset: u64,
             length: u64,
         }
-        let context = volume.dirty_context.as_deref();
-        let frozen =
-            open::open(&point.socket, &volume.export, context, BLOCK_SIZE, 1, None).await?;
+        let frozen = open::open(source, BLOCK_SIZE, 1, None).await?;
         frozen.reader.disconnect().await;
         let region = |extent: Extent| Region {
             offset: extent.start(),
@@ -491,9 +488,8 @@ impl Export<'_> {
             size: frozen.plan.size(),
             dirty: frozen.plan.dirty().iter().map(region).collect(),
         };
-        let name = &volume.plan.disk.name;
         let regions = serde_json::to_vec_pretty(&regions).map_err(io::Error::other)?;
-        let file = prepared.add_virtual_file(name, index, &regions)?;
+        let file = prepared.add_virtual_file(&source.name, index, &regions)?;
         point
             .add_file(self.monitor, index, &file.path)
             .await
@@ -574,12 +570,12 @@ fn record(
 }
 
 /// The block that a tool leaves: while it can be read, the snapshot was not broken.
-async fn read_first_block(socket: &Path, volume: &Volume) -> Result<(), nbd::Error> {
-    let length = volume.plan.disk.size.min(u64::from(BLOCK_SIZE));
+async fn read_first_block(disk: &Source) -> Result<(), nbd::Error> {
+    let length = disk.size.min(u64::from(BLOCK_SIZE));
     let Some(first) = Extent::between(0, length) else {
         return Ok(());
     };
-    let reader = Reader::connect(socket, &volume.export, 1, None).await?;
+    let reader = Reader::connect(&disk.socket, &disk.export, 1, None).await?;
     let read = reader.read_on_first(first).await;
     reader.disconnect().await;
     read.map(drop)

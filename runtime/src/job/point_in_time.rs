@@ -11,12 +11,14 @@ use super::ending::Ending;
 use super::extra::{self, Attached, ExtraError};
 use super::fleecing::{Bounds, Fleecing, FleecingError, GivenUp, VirtualFile};
 use super::journal::{Journal, JournalError, Record, Step};
+use super::lineage;
 use super::mark;
 use super::power::PowerError;
 use super::recover::RecoverError;
 use super::storage::{Storage, Unanswered};
 use super::subject::{Subject, tell_choice};
-use crate::archive::{BackupId, Moment};
+use super::volume_run::Uncovered;
+use crate::archive::{BackupId, DiskRecord, Moment};
 use crate::contract::BLOCK_SIZE;
 use crate::event::Event;
 use crate::policy::Denied;
@@ -32,6 +34,7 @@ use crate::qemu::{
     self, Agent, JobId, MachineError, Monitor, MonitorError, Plan, PointInTime, Schema,
     SnapshotError, Watchdog, machine,
 };
+use crate::volume::source::Source;
 use std::io;
 use std::os::fd::AsFd;
 use std::path::Path;
@@ -95,6 +98,17 @@ pub enum PointError {
     /// The system gives no random bytes.
     #[error("no random bytes: {0}")]
     Random(#[from] getrandom::Error),
+}
+
+/// The disks of a point in time, as NBD clients find them.
+pub fn sources(point: &PointInTime) -> impl Iterator<Item = Source> {
+    point.volumes.iter().map(|volume| Source {
+        name: volume.plan.disk.name.clone(),
+        size: volume.plan.disk.size,
+        socket: point.socket.clone(),
+        export: volume.export.clone(),
+        dirty_context: volume.dirty_context.clone(),
+    })
 }
 
 impl From<SnapshotError> for PointError {
@@ -248,6 +262,21 @@ impl<'a> Prepared<'a> {
     /// The disks, each with what it builds on.
     pub fn disks(&self) -> &[(qemu::Disk, Choice)] {
         &self.disks
+    }
+
+    /// The disks as of `point`, for a backup.
+    pub fn uncovered(&self, point: &PointInTime) -> Vec<Uncovered> {
+        let each = |(source, (disk, choice)): (Source, &(qemu::Disk, Choice))| Uncovered {
+            source,
+            base: choice.base.clone(),
+            reason: choice.reason.clone(),
+            disk: DiskRecord {
+                mark: choice.mark,
+                ..lineage::record(disk)
+            },
+            bitmap: choice.bitmap.new_bitmap().map(ToString::to_string),
+        };
+        sources(point).zip(&self.disks).map(each).collect()
     }
 
     /// Most bytes that the fleecing images took up.

@@ -3,26 +3,22 @@
 //! run each volume → prove → commit. Whoever made the point in time does the rest; the conformance kit makes one of
 //! disks in memory.
 
-use super::base::Choice;
 use super::component::Component;
-use super::lineage;
 use super::prove::{self, ProofError};
-use super::volume_run::{self, Covered};
+use super::volume_run::{self, Covered, Uncovered};
 use crate::archive::{
-    self, BackupId, BackupRecord, BackupWriter, ComponentId, DiskRecord, LeftOut, Manifest, Moment,
-    Namespace, Proof, ProviderRecord, VolumeRecord,
+    self, BackupId, BackupRecord, BackupWriter, ComponentId, LeftOut, Manifest, Moment, Namespace,
+    Proof, ProviderRecord, VolumeRecord,
 };
 use crate::config::Provider;
 use crate::contract::World;
 use crate::event::Events;
 use crate::grants::account::Account;
-use crate::qemu::snapshot::Volume;
 use crate::sandbox::Program;
 use crate::volume::bandwidth::Bandwidth;
 use bytes::Bytes;
 use std::collections::BTreeMap;
 use std::io;
-use std::path::Path;
 use std::sync::Arc;
 use std::time::Duration;
 use time::OffsetDateTime;
@@ -86,8 +82,7 @@ impl Transfer<'_> {
     /// Runs the provider on every volume side by side; the first failure stops the others, and so does `stop`.
     pub async fn run(
         &self,
-        socket: &Path,
-        volumes: impl ExactSizeIterator<Item = (&Volume, &Choice)>,
+        volumes: &[Uncovered],
         stop: &CancellationToken,
     ) -> Result<Vec<Covered>, BackupError> {
         let encoders = Arc::new(Semaphore::new(
@@ -97,42 +92,35 @@ impl Transfer<'_> {
         let bandwidth = self.provider.limits.bandwidth;
         let bandwidth = bandwidth.map(|rate| Arc::new(Bandwidth::new(rate, stop.clone())));
         let writer = self.writer()?;
-        let disks = volumes.len();
-        let volumes: Vec<_> = volumes.collect();
-        let accounts = self.accounts(&volumes);
+        let accounts = self.accounts(volumes);
         let own = |number| (accounts.len() > 1).then_some(number);
-        let runs = volumes
-            .iter()
-            .enumerate()
-            .map(|(number, &(volume, choice))| {
-                let order = volume_run::Order {
-                    socket,
-                    disks,
-                    volume,
-                    choice,
-                    provider_name: self.provider_name,
-                    provider: self.provider,
-                    component: self.component,
-                    program: self.program,
-                    namespace: &self.namespace,
-                    writer,
-                    backup: self.id,
-                    attachments: &attachments,
-                    own_names: own(number),
-                    account: accounts.get(number).unwrap_or(self.account),
-                    bandwidth: &bandwidth,
-                    encoders: &encoders,
-                    events: self.events,
-                    stop,
-                };
-                async move {
-                    let covered = volume_run::run(order).await;
-                    if covered.is_err() {
-                        stop.cancel();
-                    }
-                    covered.map_err(|source| (volume.plan.disk.name.clone(), source))
+        let runs = volumes.iter().enumerate().map(|(number, volume)| {
+            let order = volume_run::Order {
+                volume,
+                disks: volumes.len(),
+                provider_name: self.provider_name,
+                provider: self.provider,
+                component: self.component,
+                program: self.program,
+                namespace: &self.namespace,
+                writer,
+                backup: self.id,
+                attachments: &attachments,
+                own_names: own(number),
+                account: accounts.get(number).unwrap_or(self.account),
+                bandwidth: &bandwidth,
+                encoders: &encoders,
+                events: self.events,
+                stop,
+            };
+            async move {
+                let covered = volume_run::run(order).await;
+                if covered.is_err() {
+                    stop.cancel();
                 }
-            });
+                covered.map_err(|source| (volume.source.name.clone(), source))
+            }
+        });
         let ended = futures_util::future::join_all(runs).await;
         if self.cancel.is_cancelled() {
             return Err(BackupError::Cancelled { left: false });
@@ -148,13 +136,12 @@ impl Transfer<'_> {
 
     /// One account for each volume where instances of the provider must not see each other: who may not see the bytes must
     /// not tell time, and whatever two instances share is a clock. None where all volumes have the job's.
-    fn accounts(&self, volumes: &[(&Volume, &Choice)]) -> Vec<Arc<Account>> {
+    fn accounts(&self, volumes: &[Uncovered]) -> Vec<Arc<Account>> {
         let sees = self.component.world == World::Provider && self.provider.grant.read;
         if sees || volumes.len() < 2 {
             return Vec::new();
         }
-        let size = |(volume, _): &(&Volume, &Choice)| volume.plan.disk.size;
-        let sizes: Vec<u64> = volumes.iter().map(size).collect();
+        let sizes: Vec<u64> = volumes.iter().map(|volume| volume.source.size).collect();
         let accounts = self.account.split(&sizes);
         accounts.into_iter().map(Arc::new).collect()
     }
@@ -188,14 +175,14 @@ impl Transfer<'_> {
         Ok(())
     }
 
-    /// Makes the backup happen. `disks` are those of `covered`, in its order, with what was chosen for each.
-    pub async fn commit<'d>(
+    /// Makes the backup happen. `volumes` are those that were `covered`, in that order.
+    pub async fn commit(
         &mut self,
         covered: Vec<Covered>,
-        disks: impl Iterator<Item = (&'d crate::qemu::Disk, &'d Choice)>,
+        volumes: &[Uncovered],
     ) -> Result<Manifest, BackupError> {
         let component = self.bytes.clone();
-        let record = self.record(covered, disks, ComponentId::of(&component));
+        let record = self.record(covered, volumes, ComponentId::of(&component));
         // Every run has ended, so this is the last holder.
         let writer = self
             .writer
@@ -237,25 +224,22 @@ impl Transfer<'_> {
         self.writer.as_ref().ok_or_else(not_held)
     }
 
-    fn record<'d>(
+    fn record(
         &self,
         covered: Vec<Covered>,
-        disks: impl Iterator<Item = (&'d crate::qemu::Disk, &'d Choice)>,
+        volumes: &[Uncovered],
         component: ComponentId,
     ) -> BackupRecord {
         let volumes = covered
             .into_iter()
-            .zip(disks)
-            .map(|(volume, (disk, choice))| VolumeRecord {
+            .zip(volumes)
+            .map(|(volume, before)| VolumeRecord {
                 name: volume.name,
-                disk: DiskRecord {
-                    mark: choice.mark,
-                    ..lineage::record(disk)
-                },
+                disk: before.disk.clone(),
                 mode: volume.mode,
                 base: volume.base,
                 fallback: volume.reason,
-                bitmap: choice.bitmap.new_bitmap().map(ToString::to_string),
+                bitmap: before.bitmap.clone(),
                 root: volume.root,
                 receipt: volume.receipt,
                 dirty_bytes: volume.dirty_bytes,

@@ -1,10 +1,10 @@
 //! One volume of a backup: from its export to covered blocks.
 
-use super::base::{Base, Choice};
+use super::base::Base;
 use super::claims::context_id;
 use super::component::Component;
 use crate::archive::{
-    self, BackupId, BackupWriter, BlockTable, Entry, Namespace, RunContent, TableRoot,
+    self, BackupId, BackupWriter, BlockTable, DiskRecord, Entry, Namespace, RunContent, TableRoot,
 };
 use crate::channel::{Order as SandboxOrder, Run};
 use crate::config::Limits;
@@ -18,30 +18,40 @@ use crate::grants::account::Account;
 use crate::grants::run::{RunError, Terms};
 use crate::grants::target::{HostFailure, Target};
 use crate::nbd;
-use crate::qemu::snapshot::Volume;
 use crate::sandbox::{self, Process, Program};
 use crate::volume::bandwidth::Bandwidth;
 use crate::volume::canary::Canary;
 use crate::volume::frozen::Frozen;
+use crate::volume::source::Source;
 use crate::volume::{discard, open, sample};
 use std::collections::BTreeMap;
-use std::path::Path;
 use std::sync::Arc;
 use tokio::sync::Semaphore;
 use tokio_util::sync::CancellationToken;
 
 use crate::contract::BLOCK_SIZE;
 
+/// A volume before its run.
+#[derive(Debug, Clone)]
+pub struct Uncovered {
+    /// Its bytes.
+    pub source: Source,
+    /// What it builds on, where its source tells what changed since.
+    pub base: Option<Base>,
+    /// Why it builds on nothing, where it could.
+    pub reason: Option<String>,
+    /// For the manifest: the disk.
+    pub disk: DiskRecord,
+    /// For the manifest: the bitmap that starts at this point in time.
+    pub bitmap: Option<String>,
+}
+
 /// What one volume's run needs.
 pub struct Order<'a> {
-    /// Of the NBD server.
-    pub socket: &'a Path,
-    /// How many disks of it are read side by side.
+    /// The volume.
+    pub volume: &'a Uncovered,
+    /// How many are read side by side.
     pub disks: usize,
-    /// Its export.
-    pub volume: &'a Volume,
-    /// What it builds on.
-    pub choice: &'a Choice,
     /// The provider's name.
     pub provider_name: &'a str,
     /// Its settings, limits and grants.
@@ -127,7 +137,7 @@ impl VolumeError {
 
 /// Runs the provider on one volume and checks that the snapshot was intact to the end.
 pub async fn run(order: Order<'_>) -> Result<Covered, VolumeError> {
-    let disk = &order.volume.plan.disk;
+    let disk = &order.volume.source;
     let prepare = async {
         let opened = open_volume(&order).await?;
         let canary = Canary::choose(&opened.frozen.plan);
@@ -146,7 +156,7 @@ pub async fn run(order: Order<'_>) -> Result<Covered, VolumeError> {
 
     let (writer, plan) = (Arc::clone(order.writer), Arc::clone(&frozen));
     let (size, base) = (disk.size, opened.base);
-    let manifest = order.choice.base.as_ref();
+    let manifest = order.volume.base.as_ref();
     let manifest = manifest.map(|base| Arc::clone(&base.manifest));
     let table = file_work(&order, move || {
         if let Some(manifest) = manifest {
@@ -205,7 +215,7 @@ pub async fn run(order: Order<'_>) -> Result<Covered, VolumeError> {
         name: disk.name.clone(),
         mode: opened.mode,
         base: order
-            .choice
+            .volume
             .base
             .as_ref()
             .filter(|_| opened.base.is_some())
@@ -242,19 +252,14 @@ struct Opened {
 
 /// Opens the export; an incremental whose sample of clean blocks differs from its base becomes a full read.
 async fn open_volume(order: &Order<'_>) -> Result<Opened, VolumeError> {
-    let open = |context| {
+    let Uncovered { source, base, .. } = order.volume;
+    let in_full = source.clone().in_full();
+    let open = |source| {
         let bandwidth = order.bandwidth.clone();
-        open::open(
-            order.socket,
-            &order.volume.export,
-            context,
-            BLOCK_SIZE,
-            order.disks,
-            bandwidth,
-        )
+        open::open(source, BLOCK_SIZE, order.disks, bandwidth)
     };
-    if let (Some(base), Some(context)) = (&order.choice.base, &order.volume.dirty_context) {
-        let mut frozen = open(Some(context.as_str())).await?;
+    if let (Some(base), Some(_)) = (base, &source.dirty_context) {
+        let mut frozen = open(source).await?;
         match distrusted(order.namespace, base, &mut frozen).await? {
             None => {
                 return Ok(Opened {
@@ -265,11 +270,10 @@ async fn open_volume(order: &Order<'_>) -> Result<Opened, VolumeError> {
                 });
             }
             Some(reason) => {
-                order.events.warn(format!(
-                    "{}: {reason}; it is read in full",
-                    order.volume.plan.disk.name
-                ));
-                let frozen = open(None).await?;
+                order
+                    .events
+                    .warn(format!("{}: {reason}; it is read in full", source.name));
+                let frozen = open(&in_full).await?;
                 return Ok(Opened {
                     frozen,
                     mode: BitmapMode::New,
@@ -279,12 +283,12 @@ async fn open_volume(order: &Order<'_>) -> Result<Opened, VolumeError> {
             }
         }
     }
-    let frozen = open(None).await?;
+    let frozen = open(&in_full).await?;
     Ok(Opened {
         frozen,
         mode: BitmapMode::New,
         base: None,
-        reason: order.choice.reason.clone(),
+        reason: order.volume.reason.clone(),
     })
 }
 
@@ -400,7 +404,7 @@ fn last_kept(table: &BlockTable, clean: &[Extent]) -> Result<Option<Extent>, arc
 }
 
 async fn start(order: &Order<'_>, mode: BitmapMode) -> Result<Process, VolumeError> {
-    let disk = &order.volume.plan.disk;
+    let disk = &order.volume.source;
     let world = order.component.world;
     let run = Run {
         world,
@@ -456,7 +460,7 @@ fn plain(name: &str) -> String {
 /// What this very provider returned for this volume in the base; another provider's receipt says nothing to it.
 fn base_receipt(order: &Order<'_>, mode: BitmapMode) -> Option<Vec<u8>> {
     let base = order
-        .choice
+        .volume
         .base
         .as_ref()
         .filter(|_| mode == BitmapMode::Reuse)?;
