@@ -11,8 +11,8 @@ use crate::job::journal::JournalError;
 use crate::job::point_in_time::PointError;
 use crate::job::power::PowerError;
 use crate::job::prove::ProofError;
+use crate::job::read_back::{Finding, ProviderError, ReadBackError};
 use crate::job::recover::RecoverError;
-use crate::job::replay::{Finding, ProviderError, ReplayError};
 use crate::job::restore::{DestinationError, RestoreError};
 use crate::job::slots::SlotError;
 use crate::job::stored::FindError;
@@ -102,7 +102,7 @@ fn of_cause(cause: &(dyn Error + 'static)) -> Option<Status> {
         .or_else(|| on(cause, of_point))
         .or_else(|| on(cause, of_recover))
         .or_else(|| on(cause, of_tracking))
-        .or_else(|| on(cause, of_replay))
+        .or_else(|| on(cause, of_read_back))
         .or_else(|| on(cause, of_restore))
         .or_else(|| on(cause, of_find))
         .or_else(|| on(cause, of_kit))
@@ -219,9 +219,9 @@ fn of_slot(error: &SlotError) -> Status {
     }
 }
 
-fn of_replay(error: &ReplayError) -> Status {
+fn of_read_back(error: &ReadBackError) -> Status {
     match error {
-        ReplayError::Cancelled => Status::Cancelled,
+        ReadBackError::Cancelled => Status::Cancelled,
         _ => Status::Failed,
     }
 }
@@ -230,7 +230,7 @@ fn of_restore(error: &RestoreError) -> Status {
     match error {
         RestoreError::Destination(error) => of_destination(error),
         RestoreError::Found { finding, .. } => Status::of_finding(finding),
-        RestoreError::ReadBack(error) => of_replay(error),
+        RestoreError::ReadBack(error) => of_read_back(error),
     }
 }
 

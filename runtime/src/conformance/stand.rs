@@ -17,8 +17,8 @@ use crate::job::backup::BackupError;
 use crate::job::base::{Base, Recorded};
 use crate::job::claims::{self, Claims, segment_of};
 use crate::job::prove::ProofError;
+use crate::job::read_back;
 use crate::job::recover;
-use crate::job::replay;
 use crate::job::transfer::Transfer;
 use crate::job::volume_run::{Covered, Uncovered, VolumeError, guest_limits};
 use crate::policy::Restores;
@@ -316,7 +316,7 @@ impl<'a> Stand<'a> {
         let file = Arc::new(file);
         let (events, _) = Events::channel();
         let config = Config::default();
-        let order = replay::Order {
+        let order = read_back::Order {
             namespace: &self.namespace,
             manifest,
             volume,
@@ -329,7 +329,9 @@ impl<'a> Stand<'a> {
             cancel: &self.subject.cancel,
             all_findings: false,
         };
-        let findings = replay::replay(order).await.map_err(|e| e.to_string())?;
+        let findings = read_back::read_back(order)
+            .await
+            .map_err(|e| e.to_string())?;
         if let Some(finding) = findings.first() {
             return Err(finding.to_string());
         }

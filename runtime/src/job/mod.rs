@@ -1,6 +1,6 @@
 //! Jobs, each one thing from start to end: [`backup`], [`export`], [`mod@restore`] and [`verify`], which both go by
-//! [`replay`].
-//! [`claims`] is what the proof of a backup and replaying one have in common.
+//! [`read_back`].
+//! [`claims`] is what the proof of a backup and reading one back have in common.
 
 pub mod audit;
 pub mod backup;
@@ -20,9 +20,10 @@ mod mark;
 pub mod point_in_time;
 pub mod power;
 pub mod prove;
+pub mod read_back;
 pub mod reading;
 pub mod recover;
-pub mod replay;
+
 pub mod restore;
 pub mod selection;
 pub mod signals;

@@ -2,8 +2,8 @@
 
 use super::context::Context;
 use super::doubts::{self, Doubt};
+use super::read_back::{self, Finding, Order, ReadBackError};
 use super::reading::Reading;
-use super::replay::{self, Finding, Order, ReplayError};
 use crate::archive::{self, ObjectName};
 use crate::sandbox::Cache;
 
@@ -43,7 +43,7 @@ pub async fn verify(
     reading: &Reading<'_>,
     cache: &Cache,
     context: Context,
-) -> Result<Verified, ReplayError> {
+) -> Result<Verified, ReadBackError> {
     let mut found = Vec::new();
     let read = read_all(reading, cache, &context, &mut found).await;
     let by = format!("verify of {}", reading.manifest.backup);
@@ -70,7 +70,7 @@ async fn read_all(
     cache: &Cache,
     context: &Context,
     found: &mut Vec<Found>,
-) -> Result<(), ReplayError> {
+) -> Result<(), ReadBackError> {
     for volume in &reading.manifest.record.volumes {
         let order = Order {
             namespace: reading.namespace,
@@ -85,13 +85,13 @@ async fn read_all(
             cancel: &context.cancel,
             all_findings: true,
         };
-        let findings = replay::replay(order).await?.into_iter();
+        let findings = read_back::read_back(order).await?.into_iter();
         found.extend(findings.map(|finding| Found::Volume {
             name: volume.name.clone(),
             finding,
         }));
     }
-    let objects = replay::check_objects(reading.namespace, reading.manifest, &context.cancel);
+    let objects = read_back::check_objects(reading.namespace, reading.manifest, &context.cancel);
     let wrong = objects.await?.into_iter();
     found.extend(wrong.map(|(name, error)| Found::Object { name, error }));
     Ok(())

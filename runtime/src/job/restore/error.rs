@@ -1,6 +1,6 @@
 //! Why a volume is not restored.
 
-use super::super::replay::{Finding, ReplayError};
+use super::super::read_back::{Finding, ReadBackError};
 use std::io;
 use std::path::PathBuf;
 
@@ -20,7 +20,7 @@ pub enum RestoreError {
     },
     /// Reading it ended early.
     #[error(transparent)]
-    ReadBack(ReplayError),
+    ReadBack(ReadBackError),
 }
 
 /// Why a volume cannot go where it is to go.

@@ -14,8 +14,8 @@ pub use destination::Insistence;
 pub use error::{ConvertError, DestinationError, PlaceError, RestoreError};
 
 use super::context::Context;
+use super::read_back::{self, Order, ReadBackError};
 use super::reading::Reading;
-use super::replay::{self, Order, ReplayError};
 use crate::archive::VolumeRecord;
 use crate::config::Config;
 use crate::event::Event;
@@ -104,10 +104,12 @@ impl Restore<'_> {
             cancel,
             all_findings: false,
         };
-        let findings = replay::replay(order).await.map_err(|error| match error {
-            ReplayError::Output(error) => unwritten(path, error).into(),
-            error => RestoreError::ReadBack(error),
-        })?;
+        let findings = read_back::read_back(order)
+            .await
+            .map_err(|error| match error {
+                ReadBackError::Output(error) => unwritten(path, error).into(),
+                error => RestoreError::ReadBack(error),
+            })?;
         if let Some(finding) = findings.into_iter().next() {
             let volume = volume.name.clone();
             return Err(RestoreError::Found { volume, finding });

@@ -146,7 +146,7 @@ pub enum ProviderError {
 
 /// Why reading ended early, findings aside.
 #[derive(Debug, thiserror::Error)]
-pub enum ReplayError {
+pub enum ReadBackError {
     /// The output cannot be written.
     #[error("writing failed: {0}")]
     Output(#[from] io::Error),
@@ -159,12 +159,12 @@ pub enum ReplayError {
 }
 
 /// Reads the volume; returns what was found wrong, at most [`FINDINGS`].
-pub async fn replay(order: Order<'_>) -> Result<Vec<Finding>, ReplayError> {
+pub async fn read_back(order: Order<'_>) -> Result<Vec<Finding>, ReadBackError> {
     let (sender, mut runs) = mpsc::channel(QUEUE);
     let namespace = Arc::clone(order.namespace);
     let root = order.volume.root;
     let walk = spawn_blocking(move || walk(&namespace, root, &sender));
-    let mut replay = Replay {
+    let mut under_way = UnderWay {
         order,
         known: VecDeque::new(),
         claimed: BTreeMap::new(),
@@ -175,38 +175,37 @@ pub async fn replay(order: Order<'_>) -> Result<Vec<Finding>, ReplayError> {
         asked: JoinSet::new(),
         copied: Arc::default(),
     };
-    let result = replay.read(&mut runs).await;
+    let result = under_way.read(&mut runs).await;
     runs.close();
-    replay.placed.shutdown().await;
-    replay.asked.shutdown().await;
-    let copied = replay.copied.load(Ordering::Relaxed);
+    under_way.placed.shutdown().await;
+    under_way.asked.shutdown().await;
+    let copied = under_way.copied.load(Ordering::Relaxed);
     if copied > 0 {
-        replay.order.events.warn(format!(
+        under_way.order.events.warn(format!(
             "{}: {copied} damaged pieces were read from copies that a later backup stored",
-            replay.order.volume.name
+            under_way.order.volume.name
         ));
     }
     if let Err(error) = walk.await? {
-        replay.findings.push(Finding::Table(error));
+        under_way.findings.push(Finding::Table(error));
     }
     result?;
-    replay.findings.truncate(FINDINGS);
-    Ok(replay.findings)
+    under_way.findings.truncate(FINDINGS);
+    Ok(under_way.findings)
 }
 
-/// Sends the runs that hold data, cut to what is read at once.
 /// Compares what the provider wrote of each object with its digest: also bytes that no volume's blocks lead to. Returns
 /// what is not as it was, with the object's name.
 pub async fn check_objects(
     namespace: &Namespace,
     manifest: &Manifest,
     cancel: &CancellationToken,
-) -> Result<Vec<(ObjectName, archive::Error)>, ReplayError> {
+) -> Result<Vec<(ObjectName, archive::Error)>, ReadBackError> {
     let objects = Arc::new(namespace.objects(manifest));
     let mut found = Vec::new();
     for info in &manifest.objects {
         if cancel.is_cancelled() {
-            return Err(ReplayError::Cancelled);
+            return Err(ReadBackError::Cancelled);
         }
         let (objects, name) = (Arc::clone(&objects), info.name.clone());
         if let Err(error) = spawn_blocking(move || objects.verify(&name)).await? {
@@ -219,6 +218,7 @@ pub async fn check_objects(
     Ok(found)
 }
 
+/// Sends the runs that hold data, cut to what is read at once.
 fn walk(
     namespace: &Namespace,
     root: archive::TableRoot,
@@ -235,7 +235,7 @@ fn walk(
     Ok(())
 }
 
-struct Replay<'a> {
+struct UnderWay<'a> {
     order: Order<'a>,
     /// What providers can be asked for; what was used last comes last.
     known: VecDeque<Arc<Claims>>,
@@ -247,7 +247,7 @@ struct Replay<'a> {
     segment: u64,
     findings: Vec<Finding>,
     placed: JoinSet<Result<Result<u64, Finding>, io::Error>>,
-    asked: JoinSet<Result<Vec<Finding>, ReplayError>>,
+    asked: JoinSet<Result<Vec<Finding>, ReadBackError>>,
     /// Runs that were read from copies of damaged frames.
     copied: Arc<AtomicU64>,
 }
@@ -255,12 +255,12 @@ struct Replay<'a> {
 /// Blocks that are wanted of one segment, by their indices.
 type Wanted = BTreeMap<u64, Digest>;
 
-impl Replay<'_> {
-    async fn read(&mut self, runs: &mut mpsc::Receiver<Run>) -> Result<(), ReplayError> {
+impl UnderWay<'_> {
+    async fn read(&mut self, runs: &mut mpsc::Receiver<Run>) -> Result<(), ReadBackError> {
         let at_once = std::thread::available_parallelism().map_or(2, std::num::NonZero::get) * 2;
         while let Some(run) = runs.recv().await {
             if self.order.cancel.is_cancelled() {
-                return Err(ReplayError::Cancelled);
+                return Err(ReadBackError::Cancelled);
             }
             match run.content {
                 RunContent::Zero => {}
@@ -290,7 +290,7 @@ impl Replay<'_> {
         backup: BackupId,
         blocks: Range<u64>,
         digests: Vec<Digest>,
-    ) -> Result<(), ReplayError> {
+    ) -> Result<(), ReadBackError> {
         let block = u64::from(self.order.volume.root.block_size());
         for (index, digest) in blocks.zip(digests) {
             let segment = segment_of(index * block);
@@ -306,7 +306,7 @@ impl Replay<'_> {
     }
 
     /// Asks for all claims that wait.
-    async fn ask_for_claims(&mut self) -> Result<(), ReplayError> {
+    async fn ask_for_claims(&mut self) -> Result<(), ReadBackError> {
         self.waiting = 0;
         for (backup, segments) in std::mem::take(&mut self.claimed) {
             let claims = match self.claims(backup).await {
@@ -341,7 +341,7 @@ impl Replay<'_> {
         Ok(())
     }
 
-    async fn next_asked(&mut self) -> Result<(), ReplayError> {
+    async fn next_asked(&mut self) -> Result<(), ReadBackError> {
         if let Some(done) = self.asked.join_next().await {
             self.findings.extend(done??);
         }
@@ -408,7 +408,7 @@ impl Replay<'_> {
         });
     }
 
-    async fn next_placed(&mut self) -> Result<(), ReplayError> {
+    async fn next_placed(&mut self) -> Result<(), ReadBackError> {
         if let Some(done) = self.placed.join_next().await {
             match done?? {
                 Ok(bytes) => self.order.events.send(Event::Advance { bytes }),
@@ -532,7 +532,7 @@ struct Ask {
 }
 
 impl Ask {
-    async fn give_back(self, mut wanted: Wanted) -> Result<Vec<Finding>, ReplayError> {
+    async fn give_back(self, mut wanted: Wanted) -> Result<Vec<Finding>, ReadBackError> {
         let backup = self.claims.backup;
         let mut asking = match self.unless_cancelled(self.claims.ask(self.segment)).await? {
             Ok(asking) => asking,
@@ -592,7 +592,7 @@ impl Ask {
         question: Question,
         bytes: Vec<u8>,
         wanted: Vec<(u64, Digest)>,
-    ) -> Result<Option<Finding>, ReplayError> {
+    ) -> Result<Option<Finding>, ReadBackError> {
         let block = self.claims.table.root().block_size();
         let (output, events) = (self.output.clone(), self.claims.events.clone());
         let taken = spawn_blocking(move || {
@@ -630,11 +630,14 @@ impl Ask {
         claims::extent_of(self.claims.table.root(), &(*first..last + 1))
     }
 
-    async fn unless_cancelled<T>(&self, future: impl Future<Output = T>) -> Result<T, ReplayError> {
+    async fn unless_cancelled<T>(
+        &self,
+        future: impl Future<Output = T>,
+    ) -> Result<T, ReadBackError> {
         self.cancel
             .run_until_cancelled(future)
             .await
-            .ok_or(ReplayError::Cancelled)
+            .ok_or(ReadBackError::Cancelled)
     }
 }
 /// What a manifest says that a provider may use, as far as any provider may: whoever can write to the archive may have
