@@ -5,7 +5,7 @@ use super::stored::Stored;
 use super::{AllowWasi, Failure, Sandboxes, Session, target, text, words};
 use crate::archive::{Manifest, VolumeRecord};
 use crate::job::audit::{Job, Record};
-use crate::job::context::Context;
+use crate::job::means::Means;
 use crate::job::reading::Reading;
 use crate::job::restore::{self, Format, Insistence};
 use anyhow::anyhow;
@@ -78,7 +78,7 @@ impl Restore {
         target::begun(session, record)?;
         let (events, progress) = Progress::start(session.quiet);
         let (cancel, account) = (session.cancel.clone(), Arc::clone(&reading.account));
-        let context = Context::new(events, cancel, account, program);
+        let means = Means::new(events, cancel, account, program);
         let restore = restore::Restore {
             volumes: &volumes,
             format: self.format,
@@ -88,7 +88,7 @@ impl Restore {
             },
             config: &session.config,
         };
-        let restored = restore::restore(reading, restore, &cache, context).await;
+        let restored = restore::restore(reading, restore, &cache, means).await;
         progress.finish().await;
         restored.map_err(Failure::of)?;
         tell(session, reading.manifest, &volumes, started);

@@ -15,18 +15,19 @@ use crate::grants::image::{Image, ImageError, Purpose};
 use crate::grants::run::RunError;
 use crate::job::backup::BackupError;
 use crate::job::base::{Base, Recorded};
-use crate::job::claims::{self, Claims, segment_of};
-use crate::job::prove::ProofError;
-use crate::job::read_back;
+use crate::job::claims::{self, segment_of};
+use crate::job::means::{Maker, Means};
+use crate::job::prove::{ProofError, Proving};
+use crate::job::read_back::{self, ReadBack};
+use crate::job::reading::Reading;
 use crate::job::recover;
 use crate::job::transfer::Transfer;
-use crate::job::volume_run::{Covered, Uncovered, VolumeError, guest_limits};
-use crate::policy::Restores;
+use crate::job::volume_run::{Covered, Uncovered, VolumeError};
 use crate::sandbox::Program;
 use crate::simulator::{Disk, Export, Server, Switch};
 use cap_std::ambient_authority;
 use cap_std::fs::Dir;
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::fs::File;
 use std::os::unix::fs::FileExt;
 use std::path::Path;
@@ -100,6 +101,15 @@ pub(super) struct Made {
     given_back: Option<Mistake>,
 }
 
+impl Subject {
+    /// Of a job that nobody listens to.
+    fn means(&self, program: Program, limits: &Limits) -> Means {
+        let (events, _) = Events::channel();
+        let account = Arc::new(Account::new(limits.clone()));
+        Means::new(events, self.cancel.clone(), account, program)
+    }
+}
+
 impl<'a> Stand<'a> {
     /// A VM with these disks, and an empty archive.
     pub(super) fn new(subject: &'a Subject, disks: Vec<Disk>) -> Result<Self, KitError> {
@@ -157,23 +167,21 @@ impl<'a> Stand<'a> {
             None => Trace::default(),
         };
         let program = self.subject.program.clone().watched_by(trace.clone());
-        let (events, _) = Events::channel();
         let mut transfer = Transfer {
             vm: VM,
-            provider_name: &self.subject.name,
-            provider: &attempt.provider,
+            maker: Maker {
+                name: &self.subject.name,
+                provider: &attempt.provider,
+                component: &self.subject.component,
+            },
             bytes: self.subject.bytes.clone(),
-            component: &self.subject.component,
-            program: &program,
             attachments: &BTreeMap::new(),
-            account: &Arc::new(Account::new(attempt.provider.limits.clone())),
             namespace: Arc::clone(&self.namespace),
             writer: Some(Arc::new(self.namespace.begin(id)?)),
             id,
             moment: Moment::One,
             left_out: Vec::new(),
-            events: &events,
-            cancel: &self.subject.cancel,
+            means: self.subject.means(program, &attempt.provider.limits),
         };
         let stop = self.subject.cancel.child_token();
         let ran = transfer.run(&volumes, &stop).await;
@@ -187,10 +195,9 @@ impl<'a> Stand<'a> {
                     {
                         let look = Look {
                             subject: self.subject,
-                            provider: &attempt.provider,
+                            maker: transfer.maker,
                             writer,
                             id,
-                            events: &events,
                             exports: &exports,
                             backup: trace.conversations(),
                         };
@@ -314,22 +321,18 @@ impl<'a> Stand<'a> {
         let file = tempfile::tempfile_in(self.folder.path()).map_err(|error| error.to_string())?;
         file.set_len(size).map_err(|error| error.to_string())?;
         let file = Arc::new(file);
-        let (events, _) = Events::channel();
         let config = Config::default();
-        let order = read_back::Order {
-            namespace: &self.namespace,
-            manifest,
+        let reading = Reading::new(&config, &self.namespace, manifest, BTreeSet::new());
+        let program = self.subject.program.clone();
+        let wanted = ReadBack {
+            reading: &reading,
             volume,
             output: Some(Arc::<File>::clone(&file)),
-            restores: &Restores::new(&config, ""),
-            account: &Arc::new(Account::new(Limits::default())),
             cache: &self.subject.cache,
-            program: &self.subject.program,
-            events: &events,
-            cancel: &self.subject.cancel,
+            means: &self.subject.means(program, &Limits::default()),
             all_findings: false,
         };
-        let findings = read_back::read_back(order)
+        let findings = read_back::read_back(wanted)
             .await
             .map_err(|e| e.to_string())?;
         if let Some(finding) = findings.first() {
@@ -436,10 +439,9 @@ impl Made {
 /// A closer look at what a provider gives back, before the backup that failed for it is gone.
 struct Look<'a> {
     subject: &'a Subject,
-    provider: &'a Provider,
+    maker: Maker<'a>,
     writer: &'a Arc<BackupWriter>,
     id: BackupId,
-    events: &'a Events,
     exports: &'a [Export],
     /// What was asked in this backup so far.
     backup: Vec<Conversation>,
@@ -456,7 +458,7 @@ impl Look<'_> {
         };
         let trace = Trace::default();
         let program = self.subject.program.clone().watched_by(trace.clone());
-        let given = self.read(&program, covered, extent).await;
+        let given = self.read(program, covered, extent).await;
         let image = trace.conversations();
         Some(diagnosis::given_back(
             volume,
@@ -472,29 +474,18 @@ impl Look<'_> {
 
     async fn read(
         &self,
-        program: &Program,
+        program: Program,
         covered: &Covered,
         extent: Option<Extent>,
     ) -> Option<Vec<u8>> {
-        let component = &self.subject.component;
-        let claims = Claims {
-            program: program.clone(),
-            component: component.clone(),
+        let proving = Proving {
+            covered,
+            maker: self.maker,
+            writer: self.writer,
             backup: self.id,
-            open: claims::image(
-                component,
-                self.id,
-                self.provider.settings.to_string(),
-                covered.receipt.clone(),
-                guest_limits(&self.provider.limits),
-            ),
-            objects: self.writer.objects(),
-            table: Arc::new(self.writer.table(covered.root)),
-            volume: covered.name.clone(),
-            purpose: Purpose::Proof,
-            account: Arc::new(Account::new(self.provider.limits.clone())),
-            events: self.events.clone(),
+            means: &self.subject.means(program, &self.maker.provider.limits),
         };
+        let claims = proving.claims();
         let first = extent.or_else(|| covered.claimed.iter().next())?;
         let mut asking = claims.ask(segment_of(first.start())).await.ok()?;
         let extent = extent?;

@@ -11,6 +11,7 @@ use super::component::{Component, ComponentError};
 use super::extra::Extra;
 use super::fleecing::Bounds;
 use super::journal::{Journal, JournalError, Step};
+use super::means::{Maker, Means};
 use super::point_in_time::{PointError, Prepared};
 use super::prove::ProofError;
 use super::recover::{self, RecoverError};
@@ -36,7 +37,6 @@ use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 use time::OffsetDateTime;
-use tokio_util::sync::CancellationToken;
 
 /// What to back up, with what, to where. Every path was opened by the caller.
 #[derive(Debug)]
@@ -219,7 +219,6 @@ pub async fn backup(
         subject: &subject,
         program,
         component,
-        cancel: &signals.end,
     };
     let job = async |monitor: &Monitor, journal: &mut Journal| attempt.make(monitor, journal).await;
     let (summary, left) = subject::on_vm(&subject, &mut journal, job).await?;
@@ -243,7 +242,6 @@ struct Attempt<'a> {
     subject: &'a Subject<'a>,
     program: &'a Program,
     component: Component,
-    cancel: &'a CancellationToken,
 }
 
 impl Attempt<'_> {
@@ -270,27 +268,29 @@ impl Attempt<'_> {
         };
         let transfer = Transfer {
             vm: &request.vm_name,
-            provider_name: &request.provider_name,
-            provider: &request.provider,
+            maker: Maker {
+                name: &request.provider_name,
+                provider: &request.provider,
+                component: &self.component,
+            },
             bytes: request.component.clone(),
-            component: &self.component,
-            program: self.program,
             attachments: &request.attachments,
-            account: &request.account,
             namespace: Arc::clone(subject.namespace),
             writer: Some(writer),
             id,
             moment: Moment::One,
             left_out,
-            events,
-            cancel: self.cancel,
+            means: Means::new(
+                events.clone(),
+                subject.signals.end.clone(),
+                Arc::clone(&request.account),
+                self.program.clone(),
+            ),
         };
         let backup = Backup {
             request,
             transfer,
             prepared,
-            events,
-            cancel: self.cancel,
         };
         backup.make().await
     }
@@ -301,8 +301,6 @@ struct Backup<'a> {
     request: &'a Request,
     transfer: Transfer<'a>,
     prepared: Prepared<'a>,
-    events: &'a Events,
-    cancel: &'a CancellationToken,
 }
 
 impl Backup<'_> {
@@ -371,7 +369,7 @@ impl Backup<'_> {
         volumes: &[Uncovered],
     ) -> Result<Vec<Covered>, BackupError> {
         self.prepared.step(Step::Running)?;
-        let stop = self.cancel.child_token();
+        let stop = self.transfer.means.cancel.child_token();
         let runs = self.transfer.run(volumes, &stop);
         let bounds = Bounds::of(&self.request.vm, &self.request.provider.limits);
         let covered = 'runs: {
@@ -400,7 +398,7 @@ impl Backup<'_> {
         let manifest = self.transfer.commit(covered, volumes).await?;
         // The backup is there, whether or not the journal can say so: the archive decides.
         if let Err(error) = self.prepared.step(Step::Committed) {
-            self.events.warn(error.to_string());
+            self.transfer.means.events.warn(error.to_string());
         }
         Ok(manifest)
     }

@@ -44,7 +44,6 @@ use std::panic::AssertUnwindSafe;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use time::OffsetDateTime;
-use tokio_util::sync::CancellationToken;
 
 /// How a tool gets the disks.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, clap::ValueEnum)]
@@ -279,7 +278,6 @@ pub async fn export(
             subject: &subject,
             monitor,
             control: &control,
-            cancel: &signals.end,
         };
         export.make(journal, ready).await
     };
@@ -296,7 +294,6 @@ struct Export<'a> {
     subject: &'a Subject<'a>,
     monitor: &'a Monitor,
     control: &'a Control,
-    cancel: &'a CancellationToken,
 }
 
 impl Export<'_> {
@@ -400,7 +397,7 @@ impl Export<'_> {
         let bounds = Bounds::of(&self.request.vm, &Limits::default());
         let verdict = tokio::select! {
             verdict = self.control.wait() => verdict,
-            () = self.cancel.cancelled() => return (Verdict::Failure, true, None),
+            () = self.subject.signals.end.cancelled() => return (Verdict::Failure, true, None),
             given_up = prepared.watch(bounds) => return failed(given_up.into()),
         };
         if verdict == Verdict::Failure {

@@ -6,18 +6,19 @@
 
 use super::claims::{self, Claims, ClaimsError, Question, segment_of};
 use super::component::{Component, ComponentError};
+use super::means::Means;
+use super::reading::Reading;
 use super::volume_run::guest_limits;
 use crate::archive::{
     self, BackupId, Frame, Manifest, Namespace, ObjectName, Run, RunContent, VolumeRecord,
 };
 use crate::contract::GuestLimits;
 use crate::digest::{self, Digest};
-use crate::event::{Event, Events};
+use crate::event::Event;
 use crate::extent::Extent;
-use crate::grants::account::Account;
 use crate::grants::image::{ImageError, Purpose};
-use crate::policy::{Denied, Restores};
-use crate::sandbox::{Cache, Program};
+use crate::policy::Denied;
+use crate::sandbox::Cache;
 use std::collections::{BTreeMap, VecDeque};
 use std::fs::File;
 use std::io;
@@ -47,27 +48,17 @@ const BACKUPS: usize = 16;
 pub const FINDINGS: usize = 100;
 
 /// What to read, and where to.
-pub struct Order<'a> {
-    /// The provider's part of the archive.
-    pub namespace: &'a Arc<Namespace>,
+pub struct ReadBack<'a> {
     /// The backup.
-    pub manifest: &'a Arc<Manifest>,
+    pub reading: &'a Reading<'a>,
     /// Its volume.
     pub volume: &'a VolumeRecord,
     /// Where its bytes go; zero blocks are not written, so a file must be sparse and an image zeroed before.
     pub output: Option<Arc<File>>,
-    /// Which providers may be asked for what they claimed.
-    pub restores: &'a Restores<'a>,
-    /// What the providers use.
-    pub account: &'a Arc<Account>,
     /// Compiled components.
     pub cache: &'a Cache,
-    /// What sandbox processes run.
-    pub program: &'a Program,
-    /// Where the job tells what it does.
-    pub events: &'a Events,
-    /// Ends it early.
-    pub cancel: &'a CancellationToken,
+    /// The job's.
+    pub means: &'a Means,
     /// Whether to go on after a finding.
     pub all_findings: bool,
 }
@@ -159,13 +150,13 @@ pub enum ReadBackError {
 }
 
 /// Reads the volume; returns what was found wrong, at most [`FINDINGS`].
-pub async fn read_back(order: Order<'_>) -> Result<Vec<Finding>, ReadBackError> {
+pub async fn read_back(wanted: ReadBack<'_>) -> Result<Vec<Finding>, ReadBackError> {
     let (sender, mut runs) = mpsc::channel(QUEUE);
-    let namespace = Arc::clone(order.namespace);
-    let root = order.volume.root;
+    let namespace = Arc::clone(wanted.reading.namespace);
+    let root = wanted.volume.root;
     let walk = spawn_blocking(move || walk(&namespace, root, &sender));
     let mut under_way = UnderWay {
-        order,
+        wanted,
         known: VecDeque::new(),
         claimed: BTreeMap::new(),
         waiting: 0,
@@ -181,9 +172,9 @@ pub async fn read_back(order: Order<'_>) -> Result<Vec<Finding>, ReadBackError> 
     under_way.asked.shutdown().await;
     let copied = under_way.copied.load(Ordering::Relaxed);
     if copied > 0 {
-        under_way.order.events.warn(format!(
+        under_way.wanted.means.events.warn(format!(
             "{}: {copied} damaged pieces were read from copies that a later backup stored",
-            under_way.order.volume.name
+            under_way.wanted.volume.name
         ));
     }
     if let Err(error) = walk.await? {
@@ -236,7 +227,7 @@ fn walk(
 }
 
 struct UnderWay<'a> {
-    order: Order<'a>,
+    wanted: ReadBack<'a>,
     /// What providers can be asked for; what was used last comes last.
     known: VecDeque<Arc<Claims>>,
     /// What waits to be asked for, by where it was claimed and by segment.
@@ -259,7 +250,7 @@ impl UnderWay<'_> {
     async fn read(&mut self, runs: &mut mpsc::Receiver<Run>) -> Result<(), ReadBackError> {
         let at_once = std::thread::available_parallelism().map_or(2, std::num::NonZero::get) * 2;
         while let Some(run) = runs.recv().await {
-            if self.order.cancel.is_cancelled() {
+            if self.wanted.means.cancel.is_cancelled() {
                 return Err(ReadBackError::Cancelled);
             }
             match run.content {
@@ -291,7 +282,7 @@ impl UnderWay<'_> {
         blocks: Range<u64>,
         digests: Vec<Digest>,
     ) -> Result<(), ReadBackError> {
-        let block = u64::from(self.order.volume.root.block_size());
+        let block = u64::from(self.wanted.volume.root.block_size());
         for (index, digest) in blocks.zip(digests) {
             let segment = segment_of(index * block);
             if self.waiting >= WAITING && self.segment != segment {
@@ -325,12 +316,12 @@ impl UnderWay<'_> {
                     return Ok(());
                 }
                 let ask = Ask {
-                    namespace: Arc::clone(self.order.namespace),
+                    namespace: Arc::clone(self.wanted.reading.namespace),
                     claims: Arc::clone(&claims),
                     segment,
-                    output: self.order.output.clone(),
-                    cancel: self.order.cancel.clone(),
-                    all_findings: self.order.all_findings,
+                    output: self.wanted.output.clone(),
+                    means: self.wanted.means.clone(),
+                    all_findings: self.wanted.all_findings,
                 };
                 self.asked.spawn(ask.give_back(wanted));
             }
@@ -363,18 +354,23 @@ impl UnderWay<'_> {
     }
 
     fn enough(&self) -> bool {
-        self.findings.len() >= if self.order.all_findings { FINDINGS } else { 1 }
+        self.findings.len()
+            >= if self.wanted.all_findings {
+                FINDINGS
+            } else {
+                1
+            }
     }
 
     fn extent(&self, run: &Run) -> Extent {
-        claims::extent_of(&self.order.volume.root, &run.blocks).expect("a run is not empty")
+        claims::extent_of(&self.wanted.volume.root, &run.blocks).expect("a run is not empty")
     }
 
     fn start_placed(&mut self, run: Run) {
         let extent = self.extent(&run);
-        let namespace = Arc::clone(self.order.namespace);
-        let output = self.order.output.clone();
-        let block = self.order.volume.root.block_size();
+        let namespace = Arc::clone(self.wanted.reading.namespace);
+        let output = self.wanted.output.clone();
+        let block = self.wanted.volume.root.block_size();
         let copied = Arc::clone(&self.copied);
         self.placed.spawn_blocking(move || {
             let RunContent::Placed {
@@ -411,7 +407,7 @@ impl UnderWay<'_> {
     async fn next_placed(&mut self) -> Result<(), ReadBackError> {
         if let Some(done) = self.placed.join_next().await {
             match done?? {
-                Ok(bytes) => self.order.events.send(Event::Advance { bytes }),
+                Ok(bytes) => self.wanted.means.events.send(Event::Advance { bytes }),
                 Err(finding) => self.findings.push(finding),
             }
         }
@@ -419,14 +415,14 @@ impl UnderWay<'_> {
     }
 
     async fn look_up(&self, backup: BackupId) -> Result<Claims, ProviderError> {
-        let order = &self.order;
-        let own = backup == order.manifest.backup;
+        let &ReadBack { reading, means, .. } = &self.wanted;
+        let own = backup == reading.manifest.backup;
         let manifest = if own {
-            Arc::clone(order.manifest)
+            Arc::clone(reading.manifest)
         } else {
-            Arc::new(order.namespace.manifest(backup)?)
+            Arc::new(reading.namespace.manifest(backup)?)
         };
-        let name = &order.volume.name;
+        let name = &self.wanted.volume.name;
         let volume = manifest
             .record
             .volumes
@@ -434,7 +430,7 @@ impl UnderWay<'_> {
             .find(|volume| volume.name == *name)
             .ok_or(ProviderError::NoVolume)?;
         let (vm, provider) = (&manifest.record.vm, &manifest.record.provider);
-        let granted = order.restores.limits(vm, &provider.name)?;
+        let granted = reading.restores.limits(vm, &provider.name)?;
         let granted = granted.map_or(0, |limits| guest_limits(&limits).cpu_ms);
         let limits = GuestLimits {
             // What it was at the proof: a provider can find out how much it may have.
@@ -442,17 +438,17 @@ impl UnderWay<'_> {
             cpu_ms: provider.limits.cpu_ms.max(granted),
         };
         let limits = capped(limits);
-        let bytes = order.namespace.component(provider.component)?;
+        let bytes = reading.namespace.component(provider.component)?;
         let component = Component::load(
             bytes.into(),
-            order.program,
-            order.cache,
-            order.restores.wasi(vm, &provider.name),
-            order.events,
+            &means.program,
+            self.wanted.cache,
+            reading.restores.wasi(vm, &provider.name),
+            &means.events,
         )
         .await?;
         Ok(Claims {
-            program: order.program.clone(),
+            means: means.clone(),
             backup,
             open: claims::image(
                 &component,
@@ -462,12 +458,10 @@ impl UnderWay<'_> {
                 limits,
             ),
             component,
-            objects: order.namespace.objects(&manifest),
-            table: Arc::new(order.namespace.table(volume.root)),
+            objects: reading.namespace.objects(&manifest),
+            table: Arc::new(reading.namespace.table(volume.root)),
             volume: name.clone(),
             purpose: Purpose::Restore,
-            account: Arc::clone(order.account),
-            events: order.events.clone(),
         })
     }
 }
@@ -527,7 +521,7 @@ struct Ask {
     claims: Arc<Claims>,
     segment: u64,
     output: Option<Arc<File>>,
-    cancel: CancellationToken,
+    means: Means,
     all_findings: bool,
 }
 
@@ -594,7 +588,7 @@ impl Ask {
         wanted: Vec<(u64, Digest)>,
     ) -> Result<Option<Finding>, ReadBackError> {
         let block = self.claims.table.root().block_size();
-        let (output, events) = (self.output.clone(), self.claims.events.clone());
+        let (output, events) = (self.output.clone(), self.means.events.clone());
         let taken = spawn_blocking(move || {
             for run in wanted.chunk_by(|(before, _), (after, _)| before + 1 == *after) {
                 let skip = (run[0].0 - question.blocks.start) * u64::from(block);
@@ -634,10 +628,8 @@ impl Ask {
         &self,
         future: impl Future<Output = T>,
     ) -> Result<T, ReadBackError> {
-        self.cancel
-            .run_until_cancelled(future)
-            .await
-            .ok_or(ReadBackError::Cancelled)
+        let done = self.means.unless_cancelled(future).await;
+        done.ok_or(ReadBackError::Cancelled)
     }
 }
 /// What a manifest says that a provider may use, as far as any provider may: whoever can write to the archive may have

@@ -3,26 +3,21 @@
 //! run each volume → prove → commit. Whoever made the point in time does the rest; the conformance kit makes one of
 //! disks in memory.
 
-use super::component::Component;
-use super::prove::{self, ProofError};
-use super::volume_run::{self, Covered, Uncovered};
+use super::means::{Maker, Means};
+use super::prove::{self, ProofError, Proving};
+use super::volume_run::{self, Covered, Uncovered, VolumeRun};
 use crate::archive::{
     self, BackupId, BackupRecord, BackupWriter, ComponentId, LeftOut, Manifest, Moment, Namespace,
     Proof, ProviderRecord, VolumeRecord,
 };
-use crate::config::Provider;
 use crate::contract::World;
-use crate::event::Events;
 use crate::grants::account::Account;
-use crate::sandbox::Program;
-use crate::volume::bandwidth::Bandwidth;
 use bytes::Bytes;
 use std::collections::BTreeMap;
 use std::io;
 use std::sync::Arc;
 use std::time::Duration;
 use time::OffsetDateTime;
-use tokio::sync::Semaphore;
 use tokio::time::timeout;
 use tokio_util::sync::CancellationToken;
 
@@ -48,20 +43,12 @@ fn not_held() -> archive::Error {
 pub struct Transfer<'a> {
     /// The VM's name.
     pub vm: &'a str,
-    /// The provider's name.
-    pub provider_name: &'a str,
-    /// Its settings, limits and grants.
-    pub provider: &'a Provider,
+    /// The provider.
+    pub maker: Maker<'a>,
     /// Its component, as it came.
     pub bytes: Bytes,
-    /// Its component, ready to run.
-    pub component: &'a Component,
-    /// What its sandbox processes run.
-    pub program: &'a Program,
     /// Handed to it.
     pub attachments: &'a BTreeMap<String, Vec<u8>>,
-    /// What the job uses of its limits.
-    pub account: &'a Arc<Account>,
     /// Its part of the archive.
     pub namespace: Arc<Namespace>,
     /// The backup in the making, until it commits.
@@ -72,10 +59,8 @@ pub struct Transfer<'a> {
     pub moment: Moment,
     /// Disks of the VM that are in no volume.
     pub left_out: Vec<LeftOut>,
-    /// Where the job tells what it does.
-    pub events: &'a Events,
-    /// Ends the job early.
-    pub cancel: &'a CancellationToken,
+    /// The job's.
+    pub means: Means,
 }
 
 impl Transfer<'_> {
@@ -85,36 +70,28 @@ impl Transfer<'_> {
         volumes: &[Uncovered],
         stop: &CancellationToken,
     ) -> Result<Vec<Covered>, BackupError> {
-        let encoders = Arc::new(Semaphore::new(
-            std::thread::available_parallelism().map_or(2, std::num::NonZero::get),
-        ));
         let attachments = Arc::new(self.attachments.clone());
-        let bandwidth = self.provider.limits.bandwidth;
-        let bandwidth = bandwidth.map(|rate| Arc::new(Bandwidth::new(rate, stop.clone())));
         let writer = self.writer()?;
+        let means = self.means.ended_by(stop.clone());
         let accounts = self.accounts(volumes);
-        let own = |number| (accounts.len() > 1).then_some(number);
+        let own_names = |number| (!accounts.is_empty()).then_some(number);
         let runs = volumes.iter().enumerate().map(|(number, volume)| {
-            let order = volume_run::Order {
+            let run = VolumeRun {
                 volume,
                 disks: volumes.len(),
-                provider_name: self.provider_name,
-                provider: self.provider,
-                component: self.component,
-                program: self.program,
+                maker: self.maker,
                 namespace: &self.namespace,
                 writer,
                 backup: self.id,
                 attachments: &attachments,
-                own_names: own(number),
-                account: accounts.get(number).unwrap_or(self.account),
-                bandwidth: &bandwidth,
-                encoders: &encoders,
-                events: self.events,
-                stop,
+                own_names: own_names(number),
+                means: match accounts.get(number) {
+                    Some(own) => means.charging(own),
+                    None => means.clone(),
+                },
             };
             async move {
-                let covered = volume_run::run(order).await;
+                let covered = volume_run::run(run).await;
                 if covered.is_err() {
                     stop.cancel();
                 }
@@ -122,7 +99,7 @@ impl Transfer<'_> {
             }
         });
         let ended = futures_util::future::join_all(runs).await;
-        if self.cancel.is_cancelled() {
+        if self.means.cancel.is_cancelled() {
             return Err(BackupError::Cancelled { left: false });
         }
         let (covered, mut failed): (Vec<_>, Vec<_>) = ended.into_iter().partition(Result::is_ok);
@@ -137,12 +114,12 @@ impl Transfer<'_> {
     /// One account for each volume where instances of the provider must not see each other: who may not see the bytes must
     /// not tell time, and whatever two instances share is a clock. None where all volumes have the job's.
     fn accounts(&self, volumes: &[Uncovered]) -> Vec<Arc<Account>> {
-        let sees = self.component.world == World::Provider && self.provider.grant.read;
+        let sees = self.maker.component.world == World::Provider && self.maker.provider.grant.read;
         if sees || volumes.len() < 2 {
             return Vec::new();
         }
         let sizes: Vec<u64> = volumes.iter().map(|volume| volume.source.size).collect();
-        let accounts = self.account.split(&sizes);
+        let accounts = self.means.account.split(&sizes);
         accounts.into_iter().map(Arc::new).collect()
     }
 
@@ -150,18 +127,14 @@ impl Transfer<'_> {
     pub async fn prove(&self, covered: &[Covered]) -> Result<(), BackupError> {
         let writer = self.writer()?;
         for volume in covered {
-            let order = prove::Order {
+            let proving = Proving {
                 covered: volume,
-                component: self.component,
-                program: self.program,
-                provider: self.provider,
-                account: self.account,
+                maker: self.maker,
                 writer,
                 backup: self.id,
-                events: self.events,
-                cancel: self.cancel,
+                means: &self.means,
             };
-            prove::prove(order).await.map_err(|source| match source {
+            prove::prove(proving).await.map_err(|source| match source {
                 ProofError::Cancelled => BackupError::Cancelled { left: false },
                 source => BackupError::Proof {
                     volume: volume.name.clone(),
@@ -169,7 +142,7 @@ impl Transfer<'_> {
                 },
             })?;
         }
-        if self.cancel.is_cancelled() {
+        if self.means.cancel.is_cancelled() {
             return Err(BackupError::Cancelled { left: false });
         }
         Ok(())
@@ -195,7 +168,7 @@ impl Transfer<'_> {
         });
         tokio::select! {
             done = committed => Ok(done.map_err(BackupError::Task)??),
-            () = given_up(self.cancel) => {
+            () = given_up(&self.means.cancel) => {
                 let source = io::Error::new(io::ErrorKind::TimedOut, "the archive does not answer");
                 Err(archive::Error::CommitUnknown { source }.into())
             }
@@ -253,11 +226,11 @@ impl Transfer<'_> {
             vm: self.vm.into(),
             created: OffsetDateTime::now_utc(),
             provider: ProviderRecord {
-                name: self.provider_name.into(),
+                name: self.maker.name.into(),
                 component,
-                world: self.component.world,
-                settings: self.provider.settings.to_string(),
-                limits: volume_run::guest_limits(&self.provider.limits),
+                world: self.maker.component.world,
+                settings: self.maker.provider.settings.to_string(),
+                limits: volume_run::guest_limits(&self.maker.provider.limits),
             },
             host_version: env!("CARGO_PKG_VERSION").into(),
             volumes,

@@ -1,8 +1,8 @@
 //! A verify: every block of a stored backup is read back and compared with its digest, and every object too.
 
-use super::context::Context;
 use super::doubts::{self, Doubt};
-use super::read_back::{self, Finding, Order, ReadBackError};
+use super::means::Means;
+use super::read_back::{self, Finding, ReadBack, ReadBackError};
 use super::reading::Reading;
 use crate::archive::{self, ObjectName};
 use crate::sandbox::Cache;
@@ -42,21 +42,21 @@ pub enum Found {
 pub async fn verify(
     reading: &Reading<'_>,
     cache: &Cache,
-    context: Context,
+    means: Means,
 ) -> Result<Verified, ReadBackError> {
     let mut found = Vec::new();
-    let read = read_all(reading, cache, &context, &mut found).await;
+    let read = read_all(reading, cache, &means, &mut found).await;
     let by = format!("verify of {}", reading.manifest.backup);
     match reading.namespace.record_checks(&by) {
         Ok(()) => {}
         // Whoever may only read gets what was asked for.
         Err(error) if found.is_empty() => {
             let note = format!("what was found is not recorded: {error}");
-            context.events.note(note);
+            means.events.note(note);
         }
         Err(error) => {
             let warning = format!("what was found is not recorded: {error}");
-            context.events.warn(warning);
+            means.events.warn(warning);
         }
     }
     read?;
@@ -68,30 +68,25 @@ pub async fn verify(
 async fn read_all(
     reading: &Reading<'_>,
     cache: &Cache,
-    context: &Context,
+    means: &Means,
     found: &mut Vec<Found>,
 ) -> Result<(), ReadBackError> {
     for volume in &reading.manifest.record.volumes {
-        let order = Order {
-            namespace: reading.namespace,
-            manifest: reading.manifest,
+        let wanted = ReadBack {
+            reading,
             volume,
             output: None,
-            restores: &reading.restores,
-            account: &context.account,
             cache,
-            program: &context.program,
-            events: &context.events,
-            cancel: &context.cancel,
+            means,
             all_findings: true,
         };
-        let findings = read_back::read_back(order).await?.into_iter();
+        let findings = read_back::read_back(wanted).await?.into_iter();
         found.extend(findings.map(|finding| Found::Volume {
             name: volume.name.clone(),
             finding,
         }));
     }
-    let objects = read_back::check_objects(reading.namespace, reading.manifest, &context.cancel);
+    let objects = read_back::check_objects(reading.namespace, reading.manifest, &means.cancel);
     let wrong = objects.await?.into_iter();
     found.extend(wrong.map(|(name, error)| Found::Object { name, error }));
     Ok(())

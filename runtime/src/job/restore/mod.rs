@@ -13,8 +13,8 @@ mod temporary;
 pub use destination::Insistence;
 pub use error::{ConvertError, DestinationError, PlaceError, RestoreError};
 
-use super::context::Context;
-use super::read_back::{self, Order, ReadBackError};
+use super::means::Means;
+use super::read_back::{self, ReadBack, ReadBackError};
 use super::reading::Reading;
 use crate::archive::VolumeRecord;
 use crate::config::Config;
@@ -64,13 +64,13 @@ pub async fn restore(
     reading: &Reading<'_>,
     restore: Restore<'_>,
     cache: &Cache,
-    context: Context,
+    means: Means,
 ) -> Result<(), RestoreError> {
     for (volume, path) in restore.volumes {
-        context.events.send(Event::Total {
+        means.events.send(Event::Total {
             bytes: volume.root.size(),
         });
-        restore.one(reading, volume, path, cache, &context).await?;
+        restore.one(reading, volume, path, cache, &means).await?;
     }
     Ok(())
 }
@@ -82,29 +82,24 @@ impl Restore<'_> {
         volume: &VolumeRecord,
         path: &Path,
         cache: &Cache,
-        context: &Context,
+        means: &Means,
     ) -> Result<(), RestoreError> {
-        let Context { events, cancel, .. } = context;
+        let Means { events, cancel, .. } = means;
         let users = Users {
             config: self.config,
             events,
         };
         let size = volume.root.size();
         let output = Destination::open(path, size, self.format, self.insistence, users).await?;
-        let order = Order {
-            namespace: reading.namespace,
-            manifest: reading.manifest,
+        let wanted = ReadBack {
+            reading,
             volume,
             output: Some(Arc::clone(&output.file)),
-            restores: &reading.restores,
-            account: &context.account,
             cache,
-            program: &context.program,
-            events,
-            cancel,
+            means,
             all_findings: false,
         };
-        let findings = read_back::read_back(order)
+        let findings = read_back::read_back(wanted)
             .await
             .map_err(|error| match error {
                 ReadBackError::Output(error) => unwritten(path, error).into(),
