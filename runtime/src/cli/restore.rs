@@ -2,7 +2,7 @@
 
 use super::progress::Progress;
 use super::stored::Stored;
-use super::{AllowWasi, Failure, Sandboxes, Session, target, text, words};
+use super::{AllowWasi, Failure, Sandboxes, Session, places, text, words};
 use crate::archive::{Manifest, VolumeRecord};
 use crate::job::audit::{Job, Record};
 use crate::job::means::Means;
@@ -59,7 +59,7 @@ impl Restore {
         let mut record = reading.record(Job::Restore);
         let ended = self.make(session, &reading, &mut record).await;
         record.used = reading.account.used();
-        target::audited(session, record, ended)
+        places::audited(session, record, ended)
     }
 
     async fn make(
@@ -68,14 +68,14 @@ impl Restore {
         reading: &Reading<'_>,
         record: &mut Record,
     ) -> Result<(), Failure> {
-        let _slot = target::slot(session, reading.restores.tenant().as_ref())?;
+        let _slot = places::slot(session, reading.restores.tenant().as_ref())?;
         let volumes = self.volumes(reading.manifest)?;
         let places = self.places(&volumes)?;
         let volumes: Vec<_> = volumes.into_iter().zip(places).collect();
-        let cache = target::cache(session)?;
+        let cache = places::cache(session)?;
         let program = self.sandboxes.program();
         let started = Instant::now();
-        target::begun(session, record)?;
+        places::begun(session, record)?;
         let (events, progress) = Progress::start(session.quiet);
         let (cancel, account) = (session.cancel.clone(), Arc::clone(&reading.account));
         let means = Means::new(events, cancel, account, program);

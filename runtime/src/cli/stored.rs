@@ -1,8 +1,8 @@
 //! The stored backup that a command is for, from its id.
 
-use super::{Failure, Session, target, text};
+use super::{Failure, Session, places, text};
 use crate::archive::BackupId;
-use crate::job::stored::{self, Found};
+use crate::job::stored::{self, StoredBackup};
 use anyhow::anyhow;
 use clap::Args;
 
@@ -21,8 +21,8 @@ pub(super) struct Stored {
 
 impl Stored {
     /// The committed backup and the part of the archive that holds it.
-    pub(super) fn find(&self, session: &Session) -> Result<Found, Failure> {
-        let archive = target::archive(session, self.archive.as_deref(), false)?;
+    pub(super) fn find(&self, session: &Session) -> Result<StoredBackup, Failure> {
+        let archive = places::archive(session, self.archive.as_deref(), false)?;
         let id: BackupId = self.backup.parse().map_err(|_| {
             Failure::Mistake(anyhow!(
                 "'{}' is no backup id; `fleecebox list` shows them",

@@ -2,7 +2,7 @@
 
 use super::progress::Progress;
 use super::stored::Stored;
-use super::{AllowWasi, Failure, Sandboxes, Session, Status, target, text};
+use super::{AllowWasi, Failure, Sandboxes, Session, Status, places, text};
 use crate::archive::Manifest;
 use crate::job::audit::{Job, Record};
 use crate::job::means::Means;
@@ -37,7 +37,7 @@ impl Verify {
         let mut record = reading.record(Job::Verify);
         let ended = self.make(session, &reading, &mut record).await;
         record.used = reading.account.used();
-        target::audited(session, record, ended)
+        places::audited(session, record, ended)
     }
 
     async fn make(
@@ -46,11 +46,11 @@ impl Verify {
         reading: &Reading<'_>,
         record: &mut Record,
     ) -> Result<(), Failure> {
-        let _slot = target::slot(session, reading.restores.tenant().as_ref())?;
-        let cache = target::cache(session)?;
+        let _slot = places::slot(session, reading.restores.tenant().as_ref())?;
+        let cache = places::cache(session)?;
         let program = self.sandboxes.program();
         let started = Instant::now();
-        target::begun(session, record)?;
+        places::begun(session, record)?;
         let (events, progress) = Progress::start(session.quiet);
         let (cancel, account) = (session.cancel.clone(), Arc::clone(&reading.account));
         let means = Means::new(events, cancel, account, program);

@@ -9,10 +9,10 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 /// Follows every process that a program starts. Clones share one list. It grows with each call, so it is
 /// for jobs of a few MiB.
 #[derive(Debug, Clone, Default)]
-pub(super) struct Trace(Arc<Mutex<State>>);
+pub(super) struct Trace(Arc<Mutex<Heard>>);
 
 #[derive(Debug, Default)]
-struct State {
+struct Heard {
     conversations: Vec<Conversation>,
     fault: Option<Fault>,
     /// Calls of the fault's kind so far.
@@ -81,7 +81,7 @@ impl Trace {
         })
     }
 
-    fn state(&self) -> MutexGuard<'_, State> {
+    fn state(&self) -> MutexGuard<'_, Heard> {
         // Nothing in it is ever half changed.
         self.0.lock().unwrap_or_else(PoisonError::into_inner)
     }
@@ -122,7 +122,7 @@ impl sandbox::Listener for Listener {
     fn asked(&self, _: ImageRead) {}
 }
 
-impl State {
+impl Heard {
     fn refuses(&mut self, call: &Call) -> Option<ErrorCode> {
         let fault = self.fault.as_ref()?;
         let meant = fault.call.is_none_or(|name| name == call.name());

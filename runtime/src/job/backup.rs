@@ -40,7 +40,7 @@ use time::OffsetDateTime;
 
 /// What to back up, with what, to where. Every path was opened by the caller.
 #[derive(Debug)]
-pub struct Request {
+pub struct BackupRequest {
     /// The VM's name: part of its bitmaps' names and of the manifest.
     pub vm_name: String,
     /// Its sockets and disks.
@@ -68,7 +68,7 @@ pub struct Request {
 }
 
 /// The places that a job works in.
-pub struct Places {
+pub struct BackupPlaces {
     /// The archive.
     pub archive: Arc<Archive>,
     /// The VM's folder in the state folder, and its path for errors.
@@ -175,8 +175,8 @@ impl From<RecoverError> for BackupError {
 
 /// Makes one backup.
 pub async fn backup(
-    request: Request,
-    places: Places,
+    request: BackupRequest,
+    places: BackupPlaces,
     events: &Events,
     signals: &Signals,
 ) -> Result<Summary, BackupError> {
@@ -238,7 +238,7 @@ fn panicked(panic: &(dyn Any + Send)) -> BackupError {
 
 /// A backup of a VM that can be reached.
 struct Attempt<'a> {
-    request: &'a Request,
+    request: &'a BackupRequest,
     subject: &'a Subject<'a>,
     program: &'a Program,
     component: Component,
@@ -298,7 +298,7 @@ impl Attempt<'_> {
 
 /// A backup under way.
 struct Backup<'a> {
-    request: &'a Request,
+    request: &'a BackupRequest,
     transfer: Transfer<'a>,
     prepared: Prepared<'a>,
 }

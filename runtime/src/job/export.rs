@@ -67,7 +67,7 @@ pub enum Verdict {
 
 /// What to hold, and for whom.
 #[derive(Debug)]
-pub struct Request {
+pub struct ExportRequest {
     /// The VM's name.
     pub vm_name: String,
     /// Its sockets and disks.
@@ -86,7 +86,7 @@ pub struct Request {
 }
 
 /// The places that an export works in.
-pub struct Places {
+pub struct ExportPlaces {
     /// Records of what tools have.
     pub records: Arc<Archive>,
     /// The VM's folder in the state folder, and its path for errors.
@@ -237,8 +237,8 @@ impl From<JournalError> for ExportError {
 /// # Errors
 /// An [`ExportError`]; nothing is left in QEMU and tracking is as it was before, but for what has been told.
 pub async fn export(
-    request: Request,
-    places: Places,
+    request: ExportRequest,
+    places: ExportPlaces,
     ready: impl FnOnce(&Held),
     events: &Events,
     signals: &Signals,
@@ -290,7 +290,7 @@ pub async fn export(
 
 /// An export of a VM that can be reached.
 struct Export<'a> {
-    request: &'a Request,
+    request: &'a ExportRequest,
     subject: &'a Subject<'a>,
     monitor: &'a Monitor,
     control: &'a Control,

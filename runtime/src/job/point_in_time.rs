@@ -27,9 +27,7 @@ use crate::qemu::bitmap::{self, Tracking};
 use crate::qemu::claim::ClaimError;
 use crate::qemu::machine::{RunState, Standing};
 use crate::qemu::needs::NeedsError;
-use crate::qemu::snapshot::{
-    Broken, Cause, NOT_FROZEN, NbdServer, Readers, Request as PointRequest,
-};
+use crate::qemu::snapshot::{Broken, Cause, NOT_FROZEN, NbdServer, PointRequest, Readers};
 use crate::qemu::{
     self, Agent, JobId, MachineError, Monitor, MonitorError, Plan, PointInTime, Schema,
     SnapshotError, Watchdog, machine,

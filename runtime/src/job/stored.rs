@@ -4,7 +4,7 @@ use crate::archive::{self, Archive, BackupId, Manifest, Namespace, NamespaceName
 use std::sync::Arc;
 
 /// A backup, and the part of the archive that holds it.
-pub struct Found {
+pub struct StoredBackup {
     /// That part.
     pub namespace: Arc<Namespace>,
     /// The backup.
@@ -75,7 +75,11 @@ pub enum FindError {
 ///
 /// # Errors
 /// Any [`FindError`].
-pub fn find(archive: &Archive, id: BackupId, wanted: Option<&str>) -> Result<Found, FindError> {
+pub fn find(
+    archive: &Archive,
+    id: BackupId,
+    wanted: Option<&str>,
+) -> Result<StoredBackup, FindError> {
     let mut unseen = Vec::new();
     let mut found = Vec::new();
     for name in namespaces(archive, wanted)? {
@@ -94,7 +98,7 @@ pub fn find(archive: &Archive, id: BackupId, wanted: Option<&str>) -> Result<Fou
         });
     }
     match found.pop() {
-        Some((_, namespace, manifest)) => Ok(Found {
+        Some((_, namespace, manifest)) => Ok(StoredBackup {
             namespace: Arc::new(namespace),
             manifest: Arc::new(
                 manifest.map_err(|source| FindError::Unreadable { backup: id, source })?,

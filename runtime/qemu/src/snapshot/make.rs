@@ -1,8 +1,8 @@
 //! The steps to a point in time, in their order, and the way back.
 
 use super::{
-    CBW_TIMEOUT_SECONDS, Cause, FleecingFormat, Form, NbdServer, Nodes, Plan, Readers, Request,
-    UndoError, id, remains,
+    CBW_TIMEOUT_SECONDS, Cause, FleecingFormat, Form, NbdServer, Nodes, Plan, PointRequest,
+    Readers, UndoError, id, remains,
 };
 use crate::agent::{Agent, AgentError, Freeze};
 use crate::backup_access::{self, AccessError};
@@ -50,7 +50,7 @@ impl Default for Frozen {
 pub(super) async fn make(
     monitor: &Monitor,
     schema: &Schema,
-    request: &Request,
+    request: &PointRequest,
     agent: Option<&mut Agent>,
     server: &mut ServerFate,
     frozen: &mut Frozen,
@@ -140,7 +140,7 @@ pub(super) async fn make(
 /// Takes back what [`make`] got done: everything is looked for, so it need not say how far it came.
 pub(super) async fn undo(
     monitor: &Monitor,
-    request: &Request,
+    request: &PointRequest,
     server: ServerFate,
     nodes: &Nodes,
 ) -> Vec<UndoError> {
@@ -218,7 +218,7 @@ async fn refuse_exports_on_iothreads(monitor: &Monitor, plans: &[Plan]) -> Resul
 
 async fn add_fleecing(
     monitor: &Monitor,
-    request: &Request,
+    request: &PointRequest,
     index: u16,
     plan: &Plan,
     node: &str,
@@ -303,7 +303,7 @@ async fn format_qcow2(
 async fn freeze_disks(
     monitor: &Monitor,
     schema: &Schema,
-    request: &Request,
+    request: &PointRequest,
     frozen: &mut Frozen,
     nodes: &mut Nodes,
 ) -> Result<(), Cause> {
@@ -365,7 +365,7 @@ async fn transaction(monitor: &Monitor, actions: Vec<Value>) -> Result<(), Cause
 /// They come before all actions on bitmaps. A backup action drains its disk and holds the drain to the end of the
 /// transaction, while bitmap actions do not drain: with all backups first, no write falls between any
 /// two actions. Adding before disabling loses nothing even so.
-fn backups(request: &Request, schema: &Schema) -> impl Iterator<Item = Value> {
+fn backups(request: &PointRequest, schema: &Schema) -> impl Iterator<Item = Value> {
     (0..).zip(&request.plans).map(|(index, plan)| {
         let mut data = json!({
             "job-id": id(request.job, Role::Job, index),
@@ -420,7 +420,7 @@ async fn start_server(monitor: &Monitor, path: &Path) -> Result<(), Cause> {
 /// Never with an `iothread`: a later `blockdev-backup` of that node would abort QEMU.
 async fn add_export(
     monitor: &Monitor,
-    request: &Request,
+    request: &PointRequest,
     index: u16,
     plan: &Plan,
     access: &str,
@@ -443,7 +443,7 @@ async fn add_export(
 /// The export that stays until all else is gone, to ask the disk's storage by.
 async fn add_probe(
     monitor: &Monitor,
-    request: &Request,
+    request: &PointRequest,
     index: u16,
     plan: &Plan,
 ) -> Result<(), MonitorError> {
