@@ -72,7 +72,6 @@ const ROOMS: Table = &[
             "extent",
             "grants",
             "job",
-            "policy",
             "sandbox",
             "simulator",
         ],

@@ -2,7 +2,7 @@
 
 use super::progress::Progress;
 use super::vm::{self, VmArguments, check_name};
-use super::{Failure, Session, Status, places, text};
+use super::{Failure, Session, Status, places, text, words};
 use crate::job::audit::{Job, Record};
 use crate::job::export::{self, Ended, ExportPlaces, ExportRequest, Held, Mechanism, Verdict};
 use anyhow::{Context, anyhow};
@@ -40,7 +40,7 @@ pub(super) struct Export {
     #[arg(long, value_name = "NAME")]
     tracking: Option<String>,
     /// How the tool gets the disks
-    #[arg(long, value_enum, default_value = "nbd")]
+    #[arg(long, value_parser = words::mechanism(), default_value = "nbd")]
     mechanism: Mechanism,
     /// Mark all of every disk as dirty
     #[arg(long)]

@@ -1,6 +1,7 @@
 //! Words on the command line that belong to rooms that know no command line.
 
 use crate::contract::Wasi;
+use crate::job::export::Mechanism;
 use crate::job::restore::Format;
 use crate::qemu::agent::Freeze;
 use clap::builder::{PossibleValue, PossibleValuesParser, TypedValueParser};
@@ -28,6 +29,22 @@ pub(super) fn format() -> impl TypedValueParser<Value = Format> {
         true => Format::Qcow2,
         false => Format::Raw,
     })
+}
+
+/// How a tool gets the disks.
+pub(super) fn mechanism() -> impl TypedValueParser<Value = Mechanism> {
+    let words = [
+        (
+            "nbd",
+            "NBD exports on a unix socket, with dirty bitmaps as meta contexts",
+        ),
+        (
+            "file-handle",
+            "Each disk as a read-only file through FUSE, its dirty regions as JSON beside it",
+        ),
+    ];
+    let words = words.map(|(word, help)| PossibleValue::new(word).help(help));
+    PossibleValuesParser::new(words).try_map(|word| named(&word))
 }
 
 /// Whether the guest's file systems are to be frozen.

@@ -46,12 +46,12 @@ use std::sync::Arc;
 use time::OffsetDateTime;
 
 /// How a tool gets the disks.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, clap::ValueEnum)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum Mechanism {
-    /// NBD exports on a unix socket, with dirty bitmaps as meta contexts
+    /// NBD exports on a unix socket, with dirty bitmaps as meta contexts.
     Nbd,
-    /// Each disk as a read-only file through FUSE, its dirty regions as JSON beside it
+    /// Each disk as a read-only file through FUSE, its dirty regions as JSON beside it.
     FileHandle,
 }
 
