@@ -258,6 +258,7 @@ impl<'a> Stand<'a> {
         let id = id.map_err(|_| KitError::Own("a bitmap of its own names no backup"))?;
         let manifest = match recover::recorded(&self.namespace, id)? {
             Recorded::Committed(manifest) => manifest,
+            Recorded::Exported(_) => return Err(KitError::Own("its archive holds an export")),
             Recorded::Damaged { reason } => {
                 return Ok(Err(format!("the base {id} is damaged: {reason}")));
             }

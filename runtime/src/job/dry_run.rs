@@ -240,7 +240,7 @@ fn tracked(disk: &qemu::Disk, choice: Choice, id: BackupId) -> DiskForecast {
     let used = choice.bitmap.old().map(ToString::to_string);
     let dirty = used.as_deref().and_then(|used| disk.dirty(used));
     // A backup looks at the mark first, and leaves it out where nobody wrote it.
-    let marked = choice.base.as_ref().and_then(|base| base.volume.disk.mark);
+    let marked = choice.base.as_ref().and_then(|base| base.disk().mark);
     let mark = marked.map_or(0, |_| u64::from(BLOCK_SIZE));
     let id = id.to_string();
     let added = choice.bitmap.new_bitmap().map(ToString::to_string);
@@ -250,7 +250,7 @@ fn tracked(disk: &qemu::Disk, choice: Choice, id: BackupId) -> DiskForecast {
             BitmapPlan::New { .. } => Mode::Full,
             BitmapPlan::Reuse { .. } => Mode::Incremental,
         },
-        base: choice.base.map(|base| base.manifest.backup),
+        base: choice.base.map(|base| base.id()),
         dirty_bytes: dirty.map_or(disk.size, |dirty| dirty - mark.min(dirty)),
         bitmap_added: added.map(|added| added.replace(&id, "BACKUP")),
         bitmaps_removed: choice.stale.iter().map(ToString::to_string).collect(),

@@ -1,8 +1,8 @@
 //! A point in time held for a tool that is trusted: it reads what QEMU exports, as long as it likes.
 //!
-//! What a tool has is recorded as a backup is, in an archive in the VM's state folder that holds records and no bytes:
-//! the tool's name is the namespace, and the manifest is what says that the tool said "success". So bitmaps are named,
-//! switched, and cleaned up after a crash by the very code that does it for backups.
+//! What a tool has is recorded in an archive in the VM's state folder that holds records and no bytes: the tool's name is
+//! the namespace, and an [`ExportRecord`] is what says that the tool said "success". So bitmaps are named, switched, and
+//! cleaned up after a crash by the very code that does it for backups.
 
 mod control;
 
@@ -20,13 +20,11 @@ use super::selection::Selection;
 use super::signals::Signals;
 use super::subject::{self, Subject};
 use crate::archive::{
-    self, Archive, BackupId, BackupRecord, ComponentId, LeftOut, Moment, Namespace, NamespaceName,
-    Proof, ProviderRecord, VolumeRecord,
+    self, Archive, BackupId, ExportRecord, ExportedDisk, LeftOut, Moment, NamespaceName,
 };
 use crate::config::Limits;
 use crate::config::Vm;
 use crate::contract::BLOCK_SIZE;
-use crate::contract::{BitmapMode, GuestLimits, World};
 use crate::event::Events;
 use crate::extent::Extent;
 use crate::nbd;
@@ -436,7 +434,7 @@ impl Export<'_> {
                 name: disk.name.clone(),
                 size: disk.size,
                 format: disk.format.clone(),
-                base: choice.base.as_ref().map(|base| base.manifest.backup),
+                base: choice.base.as_ref().map(|base| base.id()),
                 reason: choice.reason.clone(),
                 uri: nbd_uri(&source.socket, &source.export),
                 nbd_export: source.export,
@@ -497,12 +495,14 @@ impl Export<'_> {
     /// The tool has it: from here on the next export builds on this one.
     async fn record(&self, prepared: &mut Prepared<'_>, id: BackupId) -> Result<(), ExportError> {
         prepared.step(Step::Committing)?;
-        let (namespace, disks) = (
-            Arc::clone(self.subject.namespace),
-            prepared.disks().to_vec(),
-        );
-        let vm = self.request.vm_name.clone();
-        let recorded = tokio::task::spawn_blocking(move || record(&namespace, vm, &disks, id));
+        let namespace = Arc::clone(self.subject.namespace);
+        let record = ExportRecord {
+            vm: self.request.vm_name.clone(),
+            created: OffsetDateTime::now_utc(),
+            host_version: env!("CARGO_PKG_VERSION").into(),
+            disks: prepared.disks().iter().map(exported).collect(),
+        };
+        let recorded = tokio::task::spawn_blocking(move || namespace.record_export(id, record));
         recorded.await.map_err(ExportError::Task)??;
         // It has it, whether or not the journal can say so: the record decides.
         if let Err(error) = prepared.step(Step::Committed) {
@@ -512,58 +512,15 @@ impl Export<'_> {
     }
 }
 
-/// Writes the record: a manifest without a provider, and with block tables that hold nothing but the disks' sizes.
-fn record(
-    namespace: &Namespace,
-    vm: String,
-    disks: &[(crate::qemu::Disk, Choice)],
-    id: BackupId,
-) -> Result<(), archive::Error> {
-    let writer = namespace.begin(id)?;
-    let mut volumes = Vec::new();
-    for (disk, choice) in disks {
-        let dirty = choice.bitmap.old().map(ToString::to_string);
-        let dirty = dirty.and_then(|old| disk.dirty(&old));
-        volumes.push(VolumeRecord {
-            name: disk.name.clone(),
-            disk: lineage::record(disk),
-            mode: match (&choice.base, choice.bitmap.new_bitmap()) {
-                (Some(_), _) => BitmapMode::Reuse,
-                (None, Some(_)) => BitmapMode::New,
-                (None, None) => BitmapMode::None,
-            },
-            base: choice.base.as_ref().map(|base| base.manifest.backup),
-            fallback: choice.reason.clone(),
-            bitmap: choice.bitmap.new_bitmap().map(ToString::to_string),
-            root: writer.block_table(disk.size, BLOCK_SIZE, None)?.finish()?,
-            receipt: Vec::new(),
-            dirty_bytes: dirty.unwrap_or(disk.size),
-            zero_bytes: 0,
-            placed_bytes: 0,
-            claimed_bytes: 0,
-            proof: Proof::Unproven,
-        });
+/// One disk as the record has it.
+fn exported((disk, choice): &(crate::qemu::Disk, Choice)) -> ExportedDisk {
+    ExportedDisk {
+        name: disk.name.clone(),
+        size: disk.size,
+        disk: lineage::record(disk),
+        base: choice.base.as_ref().map(|base| base.id()),
+        bitmap: choice.bitmap.new_bitmap().map(ToString::to_string),
     }
-    let record = BackupRecord {
-        vm,
-        created: OffsetDateTime::now_utc(),
-        provider: ProviderRecord {
-            name: "export".into(),
-            component: ComponentId::of(b""),
-            world: World::BlindProvider,
-            settings: String::new(),
-            limits: GuestLimits {
-                memory: 0,
-                cpu_ms: 0,
-            },
-        },
-        host_version: env!("CARGO_PKG_VERSION").into(),
-        volumes,
-        attachments: Vec::new(),
-        moment: Moment::One,
-        left_out: Vec::new(),
-    };
-    writer.commit(record).map(drop)
 }
 
 /// The block that a tool leaves: while it can be read, the snapshot was not broken.
@@ -595,7 +552,57 @@ fn nbd_uri(socket: &Path, export: &str) -> String {
 
 #[cfg(test)]
 mod tests {
+    use super::super::base::Recorded;
     use super::*;
+    use crate::archive::{BackupRecord, ComponentId, Namespace, ProviderRecord};
+    use crate::contract::{GuestLimits, World};
+    use cap_std::ambient_authority;
+
+    /// As exports were recorded before they had records of their own.
+    fn record_as_a_backup(namespace: &Namespace, id: BackupId) {
+        let record = BackupRecord {
+            vm: "web".into(),
+            created: OffsetDateTime::UNIX_EPOCH,
+            provider: ProviderRecord {
+                name: "export".into(),
+                component: ComponentId::of(b""),
+                world: World::BlindProvider,
+                settings: String::new(),
+                limits: GuestLimits {
+                    memory: 0,
+                    cpu_ms: 0,
+                },
+            },
+            host_version: "0.1.0".into(),
+            volumes: Vec::new(),
+            attachments: Vec::new(),
+            moment: Moment::One,
+            left_out: Vec::new(),
+        };
+        namespace.begin(id).unwrap().commit(record).unwrap();
+    }
+
+    #[test]
+    fn what_a_tool_has_is_known_by_its_record_and_by_one_of_the_older_kind() {
+        let folder = tempfile::tempdir().unwrap();
+        let root = Dir::open_ambient_dir(folder.path(), ambient_authority()).unwrap();
+        let records = Archive::create(root).unwrap();
+        let tool = records.create_namespace(&"tool".parse().unwrap()).unwrap();
+        let id = || BackupId::random(OffsetDateTime::UNIX_EPOCH).unwrap();
+        let (older, export) = (id(), id());
+        record_as_a_backup(&tool, older);
+        let record = ExportRecord {
+            vm: "web".into(),
+            created: OffsetDateTime::UNIX_EPOCH,
+            host_version: "0.1.0".into(),
+            disks: Vec::new(),
+        };
+        tool.record_export(export, record.clone()).unwrap();
+        let recorded = |id| recover::recorded(&tool, id).unwrap();
+        assert!(matches!(recorded(older), Recorded::Committed(_)));
+        assert!(matches!(recorded(export), Recorded::Exported(found) if *found == record));
+        assert!(matches!(recorded(id()), Recorded::Absent));
+    }
 
     #[test]
     fn a_uri_escapes_what_would_end_its_query() {

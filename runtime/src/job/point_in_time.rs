@@ -6,7 +6,7 @@
 //!
 //! A backup and an export differ only in who reads, and in what says that the reading came to something.
 
-use super::base::{Choice, ChoiceError};
+use super::base::{BuiltOn, Choice, ChoiceError};
 use super::ending::Ending;
 use super::extra::{self, Attached, ExtraError};
 use super::fleecing::{Bounds, Fleecing, FleecingError, GivenUp, VirtualFile};
@@ -266,7 +266,7 @@ impl<'a> Prepared<'a> {
     pub fn uncovered(&self, point: &PointInTime) -> Vec<Uncovered> {
         let each = |(source, (disk, choice)): (Source, &(qemu::Disk, Choice))| Uncovered {
             source,
-            base: choice.base.clone(),
+            base: choice.base.as_ref().and_then(BuiltOn::backup).cloned(),
             reason: choice.reason.clone(),
             disk: DiskRecord {
                 mark: choice.mark,
@@ -426,7 +426,7 @@ impl<'a> Prepared<'a> {
                 continue;
             };
             let base = choice.base.as_ref();
-            let base = base.and_then(|base| base.volume.disk.mark);
+            let base = base.and_then(|base| base.disk().mark);
             match mark::set(self.monitor, point, index, disk, bitmap, base).await {
                 Ok(mark) => choice.mark = Some(mark),
                 Err(error) => self.subject.events.warn(format!(
