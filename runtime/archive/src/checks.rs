@@ -71,10 +71,10 @@ pub(super) struct Checks {
     root: Dir,
     key: [u8; 32],
     began: OffsetDateTime,
-    state: Mutex<State>,
+    state: Mutex<Known>,
 }
 
-struct State {
+struct Known {
     recheck: Recheck,
     /// Read from the records when it is first asked for.
     recorded: Option<Recorded>,
@@ -109,7 +109,7 @@ impl Checks {
             root,
             key,
             began: OffsetDateTime::now_utc(),
-            state: Mutex::new(State {
+            state: Mutex::new(Known {
                 recheck: Recheck::OlderThan(BELIEVED),
                 recorded: None,
                 seen: Extents::new(),
@@ -168,7 +168,7 @@ impl Checks {
         let mut state = lock(&self.state);
         let written = self.write_all(&state, by, author);
         if written.is_ok() {
-            let State {
+            let Known {
                 wrong, recorded, ..
             } = &mut *state;
             let wrong = std::mem::take(wrong);
@@ -182,7 +182,7 @@ impl Checks {
         written
     }
 
-    fn write_all(&self, state: &State, by: &str, author: Author) -> Result<(), Error> {
+    fn write_all(&self, state: &Known, by: &str, author: Author) -> Result<(), Error> {
         let seen = match author {
             // An empty one says what time it was.
             Author::Backup => true,
@@ -232,7 +232,7 @@ impl Checks {
             .map_err(Error::at(&name))
     }
 
-    fn with<T>(&self, look: impl FnOnce(&State, &Recorded) -> T) -> T {
+    fn with<T>(&self, look: impl FnOnce(&Known, &Recorded) -> T) -> T {
         let mut state = lock(&self.state);
         if state.recorded.is_none() {
             let recorded = self.load(state.recheck).unwrap_or_else(|error| {

@@ -62,6 +62,7 @@ mod checks;
 mod directory;
 mod encoding;
 mod error;
+mod export;
 mod frame;
 mod index;
 mod manifest;
@@ -74,6 +75,7 @@ mod pack_writer;
 #[cfg(test)]
 #[path = "../../src/poor_file_system.rs"]
 mod poor_file_system;
+mod sealed;
 mod seek_table;
 mod soundness;
 mod store;
@@ -88,6 +90,7 @@ pub use block_table::{
 pub use checks::{BELIEVED, Recheck};
 pub use encoding::{NotALevel, ZstdLevel};
 pub use error::{Damage, Error};
+pub use export::{ExportRecord, ExportedDisk};
 pub use fleecebox_contract::digest::Digest;
 pub use frame::{FRAME_LIMIT, Frame, NotAFrame, ObjectRef, STORED_LIMIT};
 pub use manifest::{

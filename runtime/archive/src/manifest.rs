@@ -5,10 +5,9 @@ use super::error::{Damage, Error};
 use super::name::{ArchiveId, BackupId, ComponentId, NamespaceName, ObjectName};
 use super::needs::Needs;
 use super::object::ObjectInfo;
-use fleecebox_contract::digest::Digest;
+use super::sealed;
 use fleecebox_contract::{BitmapMode, GuestLimits, World};
 use serde::{Deserialize, Serialize};
-use serde_json::Value;
 use time::OffsetDateTime;
 
 /// Changes when an older reader would misunderstand a manifest. Fields that it may ignore can be added without.
@@ -251,13 +250,7 @@ pub struct Stats {
 impl Manifest {
     /// As JSON with sorted keys and a digest of itself.
     pub(super) fn render(&self) -> Result<Vec<u8>, Error> {
-        let serialise = |error: serde_json::Error| Error::Serialise(error.to_string());
-        let mut value = serde_json::to_value(self).map_err(serialise)?;
-        let digest = digest_of(&value).map_err(serialise)?;
-        if let Value::Object(fields) = &mut value {
-            fields.insert(DIGEST.into(), Value::String(digest.to_string()));
-        }
-        let bytes = serde_json::to_vec(&value).map_err(serialise)?;
+        let bytes = sealed::seal(self)?;
         if bytes.len() as u64 > MANIFEST_LIMIT {
             return Err(Error::ManifestTooLarge {
                 limit: MANIFEST_LIMIT,
@@ -269,41 +262,14 @@ impl Manifest {
 
     /// The reverse of [`Self::render`], where nothing was changed since.
     pub(super) fn parse(bytes: &[u8]) -> Result<Self, Damage> {
-        let json = |error: serde_json::Error| Damage::Json(error.to_string());
-        let mut value: Value = serde_json::from_slice(bytes).map_err(json)?;
-        // First, since a manifest of another format may carry its digest in another way.
-        match value.get("format").and_then(Value::as_u64) {
-            Some(format) if format == u64::from(MANIFEST_FORMAT) => {}
-            Some(actual) => {
-                return Err(Damage::Format {
-                    expected: MANIFEST_FORMAT,
-                    actual,
-                });
-            }
-            None => return Err(Damage::Malformed("not a manifest")),
-        }
-        let recorded = value
-            .as_object_mut()
-            .and_then(|fields| fields.remove(DIGEST));
-        let actual = digest_of(&value).map_err(json)?;
-        if recorded != Some(Value::String(actual.to_string())) {
-            return Err(Damage::Digest);
-        }
-        serde_json::from_value(value).map_err(json)
+        sealed::unseal(bytes, MANIFEST_FORMAT, "not a manifest")
     }
-}
-
-/// The field that is no part of what it is the digest of.
-const DIGEST: &str = "digest";
-
-/// Of the compact JSON with sorted keys.
-fn digest_of(value: &Value) -> serde_json::Result<Digest> {
-    serde_json::to_vec(value).map(|bytes| Digest::of(&bytes))
 }
 
 #[cfg(test)]
 pub(super) mod tests {
     use super::*;
+    use fleecebox_contract::digest::Digest;
     use proptest::prelude::*;
 
     pub(in super::super) fn record(volumes: Vec<VolumeRecord>) -> BackupRecord {

@@ -167,12 +167,13 @@ impl Namespace {
         Ok(manifest)
     }
 
-    /// Removes what is left of a backup that never committed; nothing being left is no error. Refused for a committed
-    /// one. The caller knows that the job that made it has ended.
+    /// Removes what is left of a backup or an export that never committed; nothing being left is no error. Refused for a
+    /// committed one. The caller knows that the job that made it has ended.
     pub fn discard_uncommitted(&self, id: BackupId) -> Result<(), Error> {
         if self.store.is_committed(id)? {
             return Err(Error::Committed(id));
         }
+        self.discard_unrecorded_export(id)?;
         self.store.discard(id)
     }
 

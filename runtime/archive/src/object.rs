@@ -44,11 +44,11 @@ pub(super) struct Objects {
     store: Arc<Store>,
     backup: BackupId,
     compressors: Arc<Compressors>,
-    state: Mutex<State>,
+    state: Mutex<Made>,
 }
 
 #[derive(Default)]
-struct State {
+struct Made {
     unfinished: usize,
     finished: BTreeMap<ObjectName, ObjectInfo>,
 }

@@ -20,11 +20,11 @@ use std::sync::{Arc, Mutex};
 pub(super) struct PackWriter {
     store: Arc<Store>,
     backup: BackupId,
-    state: Mutex<State>,
+    state: Mutex<Packs>,
 }
 
 #[derive(Default)]
-struct State {
+struct Packs {
     open: Option<Open>,
     /// Durable under their temporary names.
     closed: Vec<PackName>,
@@ -38,7 +38,7 @@ struct Open {
     pack: Arc<Pack>,
     /// Reserved so far.
     length: u32,
-    /// In [`State::names`].
+    /// In [`Packs::names`].
     number: u32,
 }
 
@@ -109,7 +109,7 @@ impl PackWriter {
         Ok((frame, true))
     }
 
-    fn open(&self, state: &mut State) -> Result<Open, Error> {
+    fn open(&self, state: &mut Packs) -> Result<Open, Error> {
         let name = PackName::random()?;
         let temporary = directory::temporary(self.backup, &name.file_name());
         let file =
@@ -166,7 +166,7 @@ impl PackWriter {
     }
 }
 
-impl State {
+impl Packs {
     fn find(&self, id: ChunkId) -> Option<Frame> {
         let &(number, place) = self.chunks.get(&id)?;
         place.frame(self.names[number as usize])

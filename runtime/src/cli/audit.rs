@@ -1,6 +1,6 @@
 //! `fleecebox audit`.
 
-use super::{Failure, Session, Status, target, text};
+use super::{Failure, Session, Status, places, text};
 use crate::job::audit::FILE;
 use crate::job::doubts::{self, Looked, Suspect};
 use anyhow::{Context, anyhow};
@@ -24,8 +24,8 @@ impl Audit {
         if let Some(archive) = &self.archive {
             return suspects(session, archive);
         }
-        let (state, path) = target::folder(&session.state)?;
-        target::find_dead(session)?;
+        let (state, path) = places::folder(&session.state)?;
+        places::find_dead(session)?;
         let text = match state.read(FILE) {
             Ok(bytes) => String::from_utf8_lossy(&bytes).into_owned(),
             Err(error) if error.kind() == std::io::ErrorKind::NotFound => String::new(),
@@ -104,10 +104,10 @@ const PARTS: &str = "namespaces or backups";
 
 /// Names the suspects of an archive.
 fn suspects(session: &Session, archive: &str) -> Result<(), Failure> {
-    let archive = target::archive(session, Some(archive), false)?;
+    let archive = places::archive(session, Some(archive), false)?;
     let mut found = Vec::new();
     let mut bad = 0;
-    for name in archive.namespaces().map_err(target::failed)? {
+    for name in archive.namespaces().map_err(places::failed)? {
         let in_it = archive
             .namespace(&name)
             .and_then(|namespace| doubts::in_namespace(&namespace));

@@ -2,15 +2,15 @@
 
 use super::progress::Progress;
 use super::vm::{self, VmArguments};
-use super::{AllowWasi, Failure, Sandboxes, Session, Status, installed, recording, target, text};
+use super::{AllowWasi, Failure, Sandboxes, Session, Status, installed, places, recording, text};
 use crate::archive::{ComponentId, LeftOut};
 use crate::config::Vm;
 use crate::config::size;
 use crate::contract::MAX_ATTACHMENT;
 use crate::grants::account::Account;
 use crate::job::audit::{Granted, Job, Record};
-use crate::job::backup::{self, Places, Request, Summary};
-use crate::job::dry_run::{self, DiskForecast, Forecast, Mode, Order};
+use crate::job::backup::{self, BackupPlaces, BackupRequest, Summary};
+use crate::job::dry_run::{self, DiskForecast, DryRun, Forecast, Mode};
 use crate::job::selection::Selection;
 use crate::policy::{self, Decision, Tenancy};
 use crate::sandbox::Budget;
@@ -78,7 +78,7 @@ impl Backup {
         if let Ok(summary) = &made {
             record.backup = Some(summary.manifest.backup.to_string());
         }
-        let summary = target::audited(session, record, made)?;
+        let summary = places::audited(session, record, made)?;
         tell(session, &summary, started);
         match &summary.left[..] {
             [] => complete(&summary.manifest.record.left_out),
@@ -97,21 +97,21 @@ impl Backup {
         let mut program = self.sandboxes.program();
         let recording = self.recording.clone();
         let (request, archive, tenant) = self.prepare(session, record)?;
-        let archive = target::archive(session, archive.as_deref(), true)?;
-        let _slot = target::slot(session, tenant.as_ref())?;
+        let archive = places::archive(session, archive.as_deref(), true)?;
+        let _slot = places::slot(session, tenant.as_ref())?;
         let recorder = recording.begin(&request.provider_name, &request.component)?;
         if let Some(recorder) = &recorder {
             program = program.watched_by(recorder.clone());
         }
         let limits = request.account.limits();
-        let places = Places {
+        let places = BackupPlaces {
             archive: Arc::new(archive),
-            vm_state: target::vm_state(session, &request.vm_name)?,
+            vm_state: places::vm_state(session, &request.vm_name)?,
             fleecing: fleecing(session, &request.vm)?,
-            cache: target::cache(session)?,
+            cache: places::cache(session)?,
             program: program.within(Budget::new(limits.memory, limits.cpu())),
         };
-        target::begun(session, record)?;
+        places::begun(session, record)?;
         let account = Arc::clone(&request.account);
         let (events, progress) = Progress::start(session.quiet);
         let made = backup::backup(request, places, &events, &session.signals()).await;
@@ -125,9 +125,9 @@ impl Backup {
     async fn foretell(self, session: &Session) -> Result<(), Failure> {
         let mut record = Record::begin(Job::Backup, self.vm.name.clone());
         let (request, archive, _) = self.prepare(session, &mut record)?;
-        let archive = target::archive_if_made(session, archive.as_deref())?;
+        let archive = places::archive_if_made(session, archive.as_deref())?;
         let (fleecing, path) = fleecing(session, &request.vm)?;
-        let order = Order {
+        let wanted = DryRun {
             vm_name: &request.vm_name,
             vm: &request.vm,
             qmp: &request.qmp,
@@ -136,10 +136,10 @@ impl Backup {
             archive: archive.as_ref(),
             namespace: &request.namespace,
             full: request.full,
-            vm_state: target::vm_state(session, &request.vm_name)?,
+            vm_state: places::vm_state(session, &request.vm_name)?,
             fleecing: (&fleecing, &path),
         };
-        let foretold = dry_run::dry_run(order).await;
+        let foretold = dry_run::dry_run(wanted).await;
         let forecast = foretold.map_err(Failure::of)?;
         tell_forecast(session, &forecast);
         complete(&forecast.left_out)
@@ -150,7 +150,7 @@ impl Backup {
         self,
         session: &Session,
         record: &mut Record,
-    ) -> Result<(Request, Option<String>, Option<Tenancy>), Failure> {
+    ) -> Result<(BackupRequest, Option<String>, Option<Tenancy>), Failure> {
         let (name, mut vm, qmp) = self.vm.resolve(session)?;
         let wanted = self.provider.or_else(|| vm.provider.clone()).ok_or_else(|| {
             mistake("no provider: name one with --provider, or as `provider` of this VM in the configuration".into())
@@ -181,7 +181,7 @@ impl Backup {
                 name
             )));
         }
-        let component = target::component(&decision)?;
+        let component = places::component(&decision)?;
         let digest = ComponentId::of(&component);
         record.component_sha256 = Some(digest);
         decision.check_digest(&session.config, digest)?;
@@ -190,13 +190,13 @@ impl Backup {
         let tenant = decision.tenant.clone();
         let mut provider = decision.provider.clone();
         if let Some(path) = &self.settings {
-            provider.settings = target::settings(path)?;
+            provider.settings = places::settings(path)?;
         }
         let rates = [provider.limits.bandwidth, self.bandwidth.or(vm.bandwidth)];
         provider.limits.bandwidth = rates.into_iter().flatten().min();
         let mut attachments = BTreeMap::new();
         for (name, path) in &vm.attachments {
-            let bytes = target::read(path, "attachment")?;
+            let bytes = places::read(path, "attachment")?;
             if bytes.len() > MAX_ATTACHMENT {
                 return Err(mistake(format!(
                     "the attachment {} has {} bytes, more than {MAX_ATTACHMENT}",
@@ -208,7 +208,7 @@ impl Backup {
         }
         let extra_not_granted = not_granted(session, &mut vm, &decision);
         let extra = vm::extra(&vm)?;
-        let request = Request {
+        let request = BackupRequest {
             vm_name: name,
             vm,
             qmp,
@@ -261,7 +261,7 @@ fn complete(left_out: &[LeftOut]) -> Result<(), Failure> {
 /// Where fleecing images go.
 fn fleecing(session: &Session, vm: &Vm) -> Result<(Dir, PathBuf), Failure> {
     let default = || session.state.join("fleecing");
-    target::folder(&vm.fleecing.clone().unwrap_or_else(default))
+    places::folder(&vm.fleecing.clone().unwrap_or_else(default))
 }
 
 fn tell_forecast(session: &Session, forecast: &Forecast) {

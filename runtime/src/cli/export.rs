@@ -2,9 +2,9 @@
 
 use super::progress::Progress;
 use super::vm::{self, VmArguments, check_name};
-use super::{Failure, Session, Status, target, text};
+use super::{Failure, Session, Status, places, text, words};
 use crate::job::audit::{Job, Record};
-use crate::job::export::{self, Ended, Held, Mechanism, Places, Request, Verdict};
+use crate::job::export::{self, Ended, ExportPlaces, ExportRequest, Held, Mechanism, Verdict};
 use anyhow::{Context, anyhow};
 use cap_std::ambient_authority;
 use cap_std::fs::Dir;
@@ -40,7 +40,7 @@ pub(super) struct Export {
     #[arg(long, value_name = "NAME")]
     tracking: Option<String>,
     /// How the tool gets the disks
-    #[arg(long, value_enum, default_value = "nbd")]
+    #[arg(long, value_parser = words::mechanism(), default_value = "nbd")]
     mechanism: Mechanism,
     /// Mark all of every disk as dirty
     #[arg(long)]
@@ -79,7 +79,7 @@ impl Export {
         super::refuse_suspension("an export");
         let record = Record::begin(Job::Export, vm.name.clone());
         let ended = self.make(vm, session).await;
-        let ended = target::audited(session, record, ended)?;
+        let ended = places::audited(session, record, ended)?;
         match (ended.verdict, ended.by_signal) {
             (Verdict::Success, _) => say!("the export is ended with success"),
             (Verdict::Failure, false) => say!("the export is ended; tracking is as it was before"),
@@ -112,15 +112,15 @@ impl Export {
         });
         let tracking = tracking.transpose()?;
         let extra = vm::extra(&vm)?;
-        let vm_state = target::vm_state(session, &name)?;
+        let vm_state = places::vm_state(session, &name)?;
         let fleecing = vm.fleecing.clone();
         let fleecing = fleecing.unwrap_or_else(|| session.state.join("fleecing"));
-        let places = Places {
-            records: Arc::new(target::records(&vm_state.1)?),
+        let places = ExportPlaces {
+            records: Arc::new(places::records(&vm_state.1)?),
             vm_state,
-            fleecing: target::folder(&fleecing)?,
+            fleecing: places::folder(&fleecing)?,
         };
-        let request = Request {
+        let request = ExportRequest {
             vm_name: name,
             vm,
             qmp,

@@ -1,6 +1,6 @@
 //! `fleecebox provider inspect`.
 
-use super::{Failure, Session, installed, target};
+use super::{Failure, Session, installed, places};
 use crate::contract::{Wasi, World};
 use crate::sandbox::{self, Program};
 use anyhow::anyhow;
@@ -23,8 +23,8 @@ impl Inspect {
             true => PathBuf::from(&self.provider),
             false => installed::provider(session, &self.provider)?.1.component,
         };
-        let bytes = target::read(&file, "component")?;
-        let cache = target::cache(session)?;
+        let bytes = places::read(&file, "component")?;
+        let cache = places::cache(session)?;
         let name = file.display();
         let compiled = sandbox::compile(&Program::this(), bytes.into(), &cache)
             .await

@@ -1,6 +1,6 @@
 //! `fleecebox provider install`.
 
-use super::{Failure, Session, installed, target};
+use super::{Failure, Session, installed, places};
 use crate::contract::MAX_COMPONENT;
 use crate::contract::Wasi;
 use crate::registry::{self, Reference};
@@ -43,7 +43,7 @@ impl Install {
         } = Source::read(session, &self.component).await?;
         let name = self.name.unwrap_or(name);
         installed::check_name(&name)?;
-        let cache = target::cache(session)?;
+        let cache = places::cache(session)?;
         let compiled = sandbox::compile(&Program::this(), bytes.clone(), &cache)
             .await
             .map_err(|error| Failure::Mistake(anyhow!("{shown}: {error}")))?;
@@ -106,7 +106,7 @@ impl Source {
         Ok(Self {
             shown: path.display().to_string(),
             name: stem.into_owned(),
-            bytes: target::read(path, "component")?.into(),
+            bytes: places::read(path, "component")?.into(),
             digest,
         })
     }
@@ -116,7 +116,7 @@ impl Source {
         let name = reference.short_name().to_owned();
         let fetching = spawn_blocking(move || registry::fetch(&reference, MAX_COMPONENT));
         let fetched = tokio::select! {
-            fetched = fetching => fetched.map_err(target::failed)?,
+            fetched = fetching => fetched.map_err(places::failed)?,
             () = session.cancel.cancelled() => return Err(Failure::Cancelled(anyhow!("cancelled"))),
         };
         let bytes = fetched.map_err(|error| match error {

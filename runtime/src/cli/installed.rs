@@ -1,6 +1,6 @@
 //! Providers that were installed: `providers/NAME.wasm` in the state folder.
 
-use super::{Failure, Session, target};
+use super::{Failure, Session, places};
 use crate::config::{ConfigError, Provider};
 use anyhow::{Context, anyhow};
 use cap_std::fs::Dir;
@@ -12,7 +12,7 @@ const SUFFIX: &str = ".wasm";
 
 /// The folder, made where it is not there.
 pub(super) fn folder(session: &Session) -> Result<(Dir, PathBuf), Failure> {
-    target::folder(&session.state.join(FOLDER))
+    places::folder(&session.state.join(FOLDER))
 }
 
 /// The file of a provider.

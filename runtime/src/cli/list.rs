@@ -1,6 +1,6 @@
 //! `fleecebox list`.
 
-use super::{Failure, Session, Status, target, text};
+use super::{Failure, Session, Status, places, text};
 use crate::archive::{self, LeftOut, Moment};
 use anyhow::anyhow;
 use clap::Args;
@@ -20,7 +20,7 @@ pub(super) struct List {
 
 impl List {
     pub(super) fn run(self, session: &Session) -> Result<(), Failure> {
-        let archive = target::archive(session, self.archive.as_deref(), false)?;
+        let archive = places::archive(session, self.archive.as_deref(), false)?;
         let mut rows = Vec::new();
         let mut bad = 0;
         // One that is bad must not hide the others.
@@ -28,7 +28,7 @@ impl List {
             bad += 1;
             say!("warning: {}", text::one_line(&format!("{what}: {error}")));
         };
-        for name in archive.namespaces().map_err(target::failed)? {
+        for name in archive.namespaces().map_err(places::failed)? {
             let opened = archive.namespace(&name);
             let opened = opened.and_then(|namespace| Ok((namespace.backups()?, namespace)));
             let (ids, namespace) = match opened {

@@ -12,10 +12,10 @@ mod install;
 mod installed;
 mod list;
 mod new;
+mod places;
 mod policy;
 mod progress;
 mod providers;
-mod reading;
 mod recording;
 mod recover;
 mod remove;
@@ -23,7 +23,6 @@ mod restore;
 mod show;
 mod status;
 mod stored;
-mod target;
 mod test;
 mod text;
 mod tracking;
@@ -310,7 +309,7 @@ fn run(cli: Cli) -> Result<(), Failure> {
         .state
         .or_else(|| config.state.clone())
         .unwrap_or_else(config::state_folder);
-    target::check_state(&state)?;
+    places::check_state(&state)?;
     let runtime = tokio::runtime::Builder::new_multi_thread()
         .enable_all()
         .build()

@@ -1,6 +1,6 @@
 //! `fleecebox policy check` and `fleecebox policy explain`.
 
-use super::{Failure, Session, Status, target};
+use super::{Failure, Session, Status, places};
 use crate::archive::ComponentId;
 use crate::config::{Config, ConfigError};
 use crate::contract::Wasi;
@@ -111,7 +111,7 @@ async fn inspect(session: &Session, path: &Path) -> Result<Inspected, String> {
     }
     let bytes = std::fs::read(path).map_err(|error| format!("{shown}: {error}"))?;
     let (size, id) = (bytes.len() as u64, ComponentId::of(&bytes));
-    let cache = target::cache(session).map_err(|_| "the state folder cannot be used".to_owned())?;
+    let cache = places::cache(session).map_err(|_| "the state folder cannot be used".to_owned())?;
     let compiled = sandbox::compile(&Program::this(), bytes.into(), &cache).await;
     let interface = compiled.ok().map(|compiled| compiled.interface);
     Ok(Inspected {

@@ -1,6 +1,6 @@
 //! `fleecebox provider list`.
 
-use super::{Failure, Session, Status, installed, target};
+use super::{Failure, Session, Status, installed, places};
 use crate::contract::Wasi;
 use crate::sandbox::{self, Program};
 use anyhow::anyhow;
@@ -18,13 +18,13 @@ impl Providers {
         names.extend(installed::names(session)?);
         names.sort_unstable();
         names.dedup();
-        let cache = target::cache(session)?;
+        let cache = places::cache(session)?;
         let mut rows = Vec::new();
         let mut bad = 0;
         for name in names {
             let configured = session.config.provider.contains_key(&name);
             let (_, provider) = installed::provider(session, &name)?;
-            let looked_at = match target::read(&provider.component, "component") {
+            let looked_at = match places::read(&provider.component, "component") {
                 Ok(bytes) => sandbox::compile(&Program::this(), bytes.into(), &cache)
                     .await
                     .map_err(|error| error.to_string()),

@@ -2,7 +2,7 @@
 
 use super::progress::Progress;
 use super::vm::{check_name, monitor_of};
-use super::{Failure, Session, Status, target, text};
+use super::{Failure, Session, Status, places, text};
 use crate::config::Vm;
 use crate::job::recover::{self, Patient, Recovered};
 use crate::sandbox;
@@ -39,12 +39,12 @@ pub(super) struct Recover {
 
 impl Recover {
     pub(super) async fn run(self, session: &Session) -> Result<(), Failure> {
-        target::find_dead(session)?;
+        places::find_dead(session)?;
         sandbox::remove_dead_groups();
         let Some(name) = &self.vm else {
             return all(session).await;
         };
-        let mut vm = target::vm(session, name, self.qmp.is_some())?;
+        let mut vm = places::vm(session, name, self.qmp.is_some())?;
         vm.qmp = self.qmp.or(vm.qmp);
         vm.fleecing = self.fleecing.or(vm.fleecing);
         vm.nbd = self.nbd.or(vm.nbd);
@@ -114,17 +114,17 @@ fn unsettled(results: &[Outcome]) -> Result<(), Failure> {
 async fn one(session: &Session, name: &str, vm: Vm) -> Result<Recovered, Failure> {
     check_name(name)?;
     let qmp = monitor_of(name, &vm)?;
-    let state = target::vm_state(session, name)?;
-    let exports = target::records_if_made(&state.0)?;
+    let state = places::vm_state(session, name)?;
+    let exports = places::records_if_made(&state.0)?;
     let archive = match vm.archive {
         None if exports.is_some() && session.config.archive.is_empty() => None,
-        name => Some(target::archive(session, name.as_deref(), false)?),
+        name => Some(places::archive(session, name.as_deref(), false)?),
     };
     let archives: Vec<_> = archive.iter().chain(&exports).collect();
     let fleecing = vm
         .fleecing
         .unwrap_or_else(|| session.state.join("fleecing"));
-    let (fleecing, fleecing_path) = target::folder(&fleecing)?;
+    let (fleecing, fleecing_path) = places::folder(&fleecing)?;
     let patient = Patient {
         vm: name,
         qmp: &qmp,

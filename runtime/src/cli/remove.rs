@@ -1,6 +1,6 @@
 //! `fleecebox provider remove`.
 
-use super::{Failure, Session, installed, target};
+use super::{Failure, Session, installed, places};
 use anyhow::{Context, anyhow};
 use clap::Args;
 use serde_json::json;
@@ -34,9 +34,9 @@ impl Remove {
             .remove_file(&file)
             .with_context(|| format!("{file} cannot be removed from the state folder"))
             .map_err(Failure::Failed)?;
-        target::cache(session)?
+        places::cache(session)?
             .forget(Sha256::digest(&bytes).into())
-            .map_err(target::failed)?;
+            .map_err(places::failed)?;
         if session.json {
             show!("{:#}", json!({ "removed": self.name }));
         } else {

@@ -1,22 +1,15 @@
 //! `fleecebox restore`.
 
-mod destination;
-mod in_use;
-mod place;
-mod qemu_img;
-mod temporary;
-
 use super::progress::Progress;
-use super::reading::Reading;
 use super::stored::Stored;
-use super::{AllowWasi, Failure, Sandboxes, Session, Status, target, text};
-use crate::archive::{Manifest, Namespace, VolumeRecord};
-use crate::event::Event;
-use crate::job::audit::Job;
-use crate::job::replay::{self, Order, ReplayError};
+use super::{AllowWasi, Failure, Sandboxes, Session, places, text, words};
+use crate::archive::{Manifest, VolumeRecord};
+use crate::job::audit::{Job, Record};
+use crate::job::means::Means;
+use crate::job::reading::Reading;
+use crate::job::restore::{self, Format, Insistence};
 use anyhow::anyhow;
-use clap::{Args, ValueEnum};
-use destination::{Destination, Insistence, explained};
+use clap::Args;
 use serde_json::json;
 use std::path::PathBuf;
 use std::sync::Arc;
@@ -43,7 +36,7 @@ pub(super) struct Restore {
     #[arg(long, value_name = "NAME")]
     volume: Option<String>,
     /// Format of the files
-    #[arg(long, value_enum, default_value_t = Format::Raw)]
+    #[arg(long, value_parser = words::format(), default_value = Format::Raw.name())]
     format: Format,
     /// Replace an existing file, or overwrite a block device
     #[arg(long)]
@@ -57,119 +50,48 @@ pub(super) struct Restore {
     sandboxes: Sandboxes,
 }
 
-#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
-enum Format {
-    Raw,
-    Qcow2,
-}
-
-impl Format {
-    fn name(self) -> &'static str {
-        match self {
-            Self::Raw => "raw",
-            Self::Qcow2 => "qcow2",
-        }
-    }
-}
-
 impl Restore {
     pub(super) async fn run(self, session: &Session) -> Result<(), Failure> {
-        let (namespace, manifest) = self.stored.find(session)?;
+        let found = self.stored.find(session)?;
         let allowed = self.wasi.parts(session)?;
-        let mut reading = Reading::begin(session, Job::Restore, &manifest, allowed);
-        let ended = self
-            .make(session, &namespace, &manifest, &mut reading)
-            .await;
-        reading.end(ended)
+        let (namespace, manifest) = (&found.namespace, &found.manifest);
+        let reading = Reading::new(&session.config, namespace, manifest, allowed);
+        let mut record = reading.record(Job::Restore);
+        let ended = self.make(session, &reading, &mut record).await;
+        record.used = reading.account.used();
+        places::audited(session, record, ended)
     }
 
     async fn make(
         &self,
         session: &Session,
-        namespace: &Arc<Namespace>,
-        manifest: &Arc<Manifest>,
-        reading: &mut Reading<'_>,
+        reading: &Reading<'_>,
+        record: &mut Record,
     ) -> Result<(), Failure> {
-        let _slot = reading.slot()?;
-        let volumes = self.volumes(manifest)?;
+        let _slot = places::slot(session, reading.restores.tenant().as_ref())?;
+        let volumes = self.volumes(reading.manifest)?;
         let places = self.places(&volumes)?;
-        let cache = target::cache(session)?;
+        let volumes: Vec<_> = volumes.into_iter().zip(places).collect();
+        let cache = places::cache(session)?;
         let program = self.sandboxes.program();
         let started = Instant::now();
-        reading.begun()?;
+        places::begun(session, record)?;
         let (events, progress) = Progress::start(session.quiet);
-        let insistence = Insistence {
-            force: self.force,
-            even_if_in_use: self.even_if_in_use,
+        let (cancel, account) = (session.cancel.clone(), Arc::clone(&reading.account));
+        let means = Means::new(events, cancel, account, program);
+        let restore = restore::Restore {
+            volumes: &volumes,
+            format: self.format,
+            insistence: Insistence {
+                force: self.force,
+                even_if_in_use: self.even_if_in_use,
+            },
+            config: &session.config,
         };
-        let mut written = Vec::new();
-        let mut ended = Ok(());
-        for (volume, path) in volumes.iter().zip(places) {
-            events.send(Event::Total {
-                bytes: volume.root.size(),
-            });
-            let outcome = async {
-                let size = volume.root.size();
-                let output =
-                    Destination::open(&path, size, self.format, insistence, session).await?;
-                let order = Order {
-                    namespace,
-                    manifest,
-                    volume,
-                    output: Some(Arc::clone(&output.file)),
-                    restores: &reading.restores,
-                    account: &reading.account,
-                    cache: &cache,
-                    program: &program,
-                    events: &events,
-                    cancel: &session.cancel,
-                    all_findings: false,
-                };
-                let findings = replay::replay(order).await.map_err(|error| match error {
-                    ReplayError::Output(error) => {
-                        let error = anyhow::Error::from(explained(error));
-                        Failure::Failed(
-                            error.context(format!("{} cannot be written", path.display())),
-                        )
-                    }
-                    error => Failure::of(error),
-                })?;
-                if let Some(finding) = findings.first() {
-                    let said = anyhow!("volume {}: {finding}", volume.name);
-                    return Err(match Status::of_finding(finding) {
-                        Status::Denied => Failure::Denied(said),
-                        _ => Failure::Unusable(said),
-                    });
-                }
-                output.complete(self.format, session).await
-            };
-            match outcome.await {
-                Ok(()) => written.push((volume.name.clone(), path)),
-                Err(failure) => {
-                    ended = Err(failure);
-                    break;
-                }
-            }
-        }
-        drop(events);
+        let restored = restore::restore(reading, restore, &cache, means).await;
         progress.finish().await;
-        ended?;
-        if session.json {
-            let volumes: Vec<_> = written
-                .iter()
-                .map(|(volume, path)| json!({ "volume": volume, "path": path }))
-                .collect();
-            show!(
-                "{:#}",
-                json!({ "backup": manifest.backup, "volumes": volumes })
-            );
-        } else {
-            let bytes = text::total(volumes.iter().map(|volume| volume.root.size()));
-            for (volume, path) in &written {
-                say!("{volume}: {}", path.display());
-            }
-            say!("restored in {}", text::pace(bytes, started.elapsed()));
-        }
+        restored.map_err(Failure::of)?;
+        tell(session, reading.manifest, &volumes, started);
         Ok(())
     }
 
@@ -222,4 +144,26 @@ impl Restore {
             ))),
         }
     }
+}
+
+fn tell(
+    session: &Session,
+    manifest: &Manifest,
+    written: &[(&VolumeRecord, PathBuf)],
+    started: Instant,
+) {
+    if session.json {
+        let volumes = written
+            .iter()
+            .map(|(volume, path)| json!({ "volume": volume.name, "path": path }));
+        let volumes: Vec<_> = volumes.collect();
+        let result = json!({ "backup": manifest.backup, "volumes": volumes });
+        show!("{result:#}");
+        return;
+    }
+    for (volume, path) in written {
+        say!("{}: {}", volume.name, path.display());
+    }
+    let bytes = text::total(written.iter().map(|(volume, _)| volume.root.size()));
+    say!("restored in {}", text::pace(bytes, started.elapsed()));
 }

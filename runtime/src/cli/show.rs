@@ -1,7 +1,7 @@
 //! `fleecebox show`.
 
 use super::stored::Stored;
-use super::{Failure, Session, target};
+use super::{Failure, Session, places};
 use clap::Args;
 
 /// Show one backup's manifest, as JSON.
@@ -16,10 +16,10 @@ pub(super) struct Show {
 
 impl Show {
     pub(super) fn run(self, session: &Session) -> Result<(), Failure> {
-        let (_, manifest) = self.stored.find(session)?;
+        let manifest = self.stored.find(session)?.manifest;
         show!(
             "{}",
-            serde_json::to_string_pretty(&*manifest).map_err(target::failed)?
+            serde_json::to_string_pretty(&*manifest).map_err(places::failed)?
         );
         Ok(())
     }

@@ -11,10 +11,13 @@ use crate::job::journal::JournalError;
 use crate::job::point_in_time::PointError;
 use crate::job::power::PowerError;
 use crate::job::prove::ProofError;
+use crate::job::read_back::{Finding, ProviderError, ReadBackError};
 use crate::job::recover::RecoverError;
-use crate::job::replay::{Finding, ProviderError, ReplayError};
+use crate::job::restore::{DestinationError, RestoreError};
 use crate::job::slots::SlotError;
+use crate::job::stored::FindError;
 use crate::job::tracking::TrackingError;
+use crate::job::verify::Found;
 use crate::job::volume_run::VolumeError;
 use crate::policy::Denied;
 use crate::qemu::MonitorError;
@@ -67,8 +70,16 @@ impl Status {
         causes.find_map(of_cause).unwrap_or(Self::Failed)
     }
 
+    /// What something means that is not as it was backed up.
+    pub(super) fn of_found(found: &Found) -> Self {
+        match found {
+            Found::Volume { finding, .. } => Self::of_finding(finding),
+            Found::Object { .. } => Self::Unusable,
+        }
+    }
+
     /// What a damaged or withheld part of a backup means.
-    pub(super) fn of_finding(finding: &Finding) -> Self {
+    fn of_finding(finding: &Finding) -> Self {
         match finding {
             Finding::NoProvider { source, .. } => match &**source {
                 ProviderError::Denied(denied) => of_denied(denied),
@@ -91,7 +102,9 @@ fn of_cause(cause: &(dyn Error + 'static)) -> Option<Status> {
         .or_else(|| on(cause, of_point))
         .or_else(|| on(cause, of_recover))
         .or_else(|| on(cause, of_tracking))
-        .or_else(|| on(cause, of_replay))
+        .or_else(|| on(cause, of_read_back))
+        .or_else(|| on(cause, of_restore))
+        .or_else(|| on(cause, of_find))
         .or_else(|| on(cause, of_kit))
         .or_else(|| on(cause, of_slot))
         .or_else(|| on(cause, of_archive))
@@ -206,10 +219,38 @@ fn of_slot(error: &SlotError) -> Status {
     }
 }
 
-fn of_replay(error: &ReplayError) -> Status {
+fn of_read_back(error: &ReadBackError) -> Status {
     match error {
-        ReplayError::Cancelled => Status::Cancelled,
+        ReadBackError::Cancelled => Status::Cancelled,
         _ => Status::Failed,
+    }
+}
+
+fn of_restore(error: &RestoreError) -> Status {
+    match error {
+        RestoreError::Destination(error) => of_destination(error),
+        RestoreError::Found { finding, .. } => Status::of_finding(finding),
+        RestoreError::ReadBack(error) => of_read_back(error),
+    }
+}
+
+fn of_find(error: &FindError) -> Status {
+    match error {
+        FindError::NoNamespace { .. } | FindError::Several { .. } | FindError::NotHeld { .. } => {
+            Status::Mistake
+        }
+        FindError::NotSeen { .. } => Status::Unusable,
+        FindError::Unreadable { source: error, .. } | FindError::Archive(error) => {
+            of_archive(error)
+        }
+    }
+}
+
+fn of_destination(error: &DestinationError) -> Status {
+    match error {
+        DestinationError::InUse { .. } => Status::Busy,
+        DestinationError::Cancelled => Status::Cancelled,
+        error => mistake_if(error.is_mistake()),
     }
 }
 

@@ -1,6 +1,6 @@
 //! `fleecebox provider test`.
 
-use super::{Failure, Sandboxes, Session, Status, installed, recording, target, text};
+use super::{Failure, Sandboxes, Session, Status, installed, places, recording, text};
 use crate::conformance::{self, Case, CaseReport, Need, Needs, Outcome, Subject};
 use crate::contract::Wasi;
 use crate::event::Events;
@@ -46,11 +46,11 @@ impl Test {
     pub(super) async fn run(self, session: &Session) -> Result<(), Failure> {
         let (name, mut provider) = installed::provider(session, &self.provider)?;
         if let Some(path) = &self.settings {
-            provider.settings = target::settings(path)?;
+            provider.settings = places::settings(path)?;
         }
-        let bytes = bytes::Bytes::from(target::read(&provider.component, "provider's component")?);
+        let bytes = bytes::Bytes::from(places::read(&provider.component, "provider's component")?);
         let shown = provider.component.display().to_string();
-        let cache = target::cache(session)?;
+        let cache = places::cache(session)?;
         let program = self.sandboxes.program();
         let (events, _) = Events::channel();
         let component = Component::load(bytes.clone(), &program, &cache, Wasi::ALL.into(), &events)
@@ -66,7 +66,7 @@ impl Test {
         let (world, size) = (component.world, component.compiled.size);
         let seed = match self.seed {
             Some(seed) => seed,
-            None => getrandom::u64().map_err(target::failed)?,
+            None => getrandom::u64().map_err(places::failed)?,
         };
         let scratch = tempfile::Builder::new()
             .prefix("fleecebox-test-")

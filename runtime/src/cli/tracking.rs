@@ -1,7 +1,7 @@
 //! `fleecebox tracking`.
 
 use super::vm::{check_name, monitor_of};
-use super::{Failure, Session, target, text};
+use super::{Failure, Session, places, text};
 use crate::job::journal::Journal;
 use crate::job::tracking::{self, TrackingError};
 use crate::qemu::bitmap::Own;
@@ -65,7 +65,7 @@ const EXPORTS: &str = "exports";
 impl Whose {
     async fn reach(&self, session: &Session) -> Result<Monitor, Failure> {
         check_name(&self.name)?;
-        let mut vm = target::vm(session, &self.name, self.qmp.is_some())?;
+        let mut vm = places::vm(session, &self.name, self.qmp.is_some())?;
         vm.qmp = self.qmp.clone().or(vm.qmp);
         let qmp = monitor_of(&self.name, &vm)?;
         Monitor::connect(&qmp).await.map_err(failed)
@@ -76,12 +76,12 @@ impl Whose {
         let mut known = BTreeMap::new();
         for name in session.config.archive.keys() {
             // One that is not there now has no name, and its bitmaps are listed by its id.
-            if let Ok(archive) = target::archive(session, Some(name), false) {
+            if let Ok(archive) = places::archive(session, Some(name), false) {
                 known.insert(archive.id().to_string(), name.clone());
             }
         }
-        let (state, _) = target::vm_state(session, &self.name)?;
-        if let Some(records) = target::records_if_made(&state)? {
+        let (state, _) = places::vm_state(session, &self.name)?;
+        if let Some(records) = places::records_if_made(&state)? {
             known.insert(records.id().to_string(), EXPORTS.into());
         }
         Ok(known)
@@ -108,7 +108,7 @@ impl Drop {
         let monitor = self.whose.reach(session).await?;
         let known = self.whose.known(session)?;
         let wanted = self.which.ids(session, &known)?;
-        let (state, path) = target::vm_state(session, &self.whose.name)?;
+        let (state, path) = places::vm_state(session, &self.whose.name)?;
         let mut journal =
             Journal::open(state, path).map_err(|error| failed_to_drop(error.into()))?;
         if let Some(unreadable) = journal.take_unreadable() {
@@ -150,7 +150,7 @@ impl Which {
         match archive.parse::<crate::archive::ArchiveId>() {
             Ok(id) => Ok(Some(id.to_string())),
             Err(_) => {
-                target::archive(session, Some(archive), false).map(|it| Some(it.id().to_string()))
+                places::archive(session, Some(archive), false).map(|it| Some(it.id().to_string()))
             }
         }
     }

@@ -1,13 +1,13 @@
 //! `fleecebox verify`.
 
 use super::progress::Progress;
-use super::reading::Reading;
 use super::stored::Stored;
-use super::{AllowWasi, Failure, Sandboxes, Session, Status, target, text};
-use crate::archive::{Manifest, Namespace};
-use crate::job::audit::Job;
-use crate::job::doubts;
-use crate::job::replay::{self, Order};
+use super::{AllowWasi, Failure, Sandboxes, Session, Status, places, text};
+use crate::archive::Manifest;
+use crate::job::audit::{Job, Record};
+use crate::job::means::Means;
+use crate::job::reading::Reading;
+use crate::job::verify::{self, Found, Verified};
 use anyhow::anyhow;
 use clap::Args;
 use serde_json::json;
@@ -28,140 +28,42 @@ pub(super) struct Verify {
     sandboxes: Sandboxes,
 }
 
-/// Something that is not as it was backed up, and in which `volume` or `object`.
-struct Found {
-    kind: &'static str,
-    name: String,
-    finding: String,
-    status: Status,
-}
-
 impl Verify {
     pub(super) async fn run(self, session: &Session) -> Result<(), Failure> {
-        let (namespace, manifest) = self.stored.find(session)?;
+        let found = self.stored.find(session)?;
         let allowed = self.wasi.parts(session)?;
-        let mut reading = Reading::begin(session, Job::Verify, &manifest, allowed);
-        let ended = self
-            .make(session, &namespace, &manifest, &mut reading)
-            .await;
-        reading.end(ended)
+        let (namespace, manifest) = (&found.namespace, &found.manifest);
+        let reading = Reading::new(&session.config, namespace, manifest, allowed);
+        let mut record = reading.record(Job::Verify);
+        let ended = self.make(session, &reading, &mut record).await;
+        record.used = reading.account.used();
+        places::audited(session, record, ended)
     }
 
     async fn make(
         self,
         session: &Session,
-        namespace: &Arc<Namespace>,
-        manifest: &Arc<Manifest>,
-        reading: &mut Reading<'_>,
+        reading: &Reading<'_>,
+        record: &mut Record,
     ) -> Result<(), Failure> {
-        let _slot = reading.slot()?;
-        let cache = target::cache(session)?;
+        let _slot = places::slot(session, reading.restores.tenant().as_ref())?;
+        let cache = places::cache(session)?;
         let program = self.sandboxes.program();
         let started = Instant::now();
-        reading.begun()?;
+        places::begun(session, record)?;
         let (events, progress) = Progress::start(session.quiet);
-        let mut findings = Vec::new();
-        let mut ended = Ok(());
-        for volume in &manifest.record.volumes {
-            let order = Order {
-                namespace,
-                manifest,
-                volume,
-                output: None,
-                restores: &reading.restores,
-                account: &reading.account,
-                cache: &cache,
-                program: &program,
-                events: &events,
-                cancel: &session.cancel,
-                all_findings: true,
-            };
-            match replay::replay(order).await {
-                Ok(found) => findings.extend(found.into_iter().map(|finding| Found {
-                    kind: "volume",
-                    name: volume.name.clone(),
-                    finding: finding.to_string(),
-                    status: Status::of_finding(&finding),
-                })),
-                Err(error) => {
-                    ended = Err(target::failed(error));
-                    break;
-                }
-            }
-        }
-        if ended.is_ok() {
-            match replay::check_objects(namespace, manifest, &session.cancel).await {
-                Ok(found) => findings.extend(found.into_iter().map(|(name, error)| Found {
-                    kind: "object",
-                    name: name.to_string(),
-                    finding: error.to_string(),
-                    status: Status::Unusable,
-                })),
-                Err(error) => ended = Err(target::failed(error)),
-            }
-        }
-        let by = format!("verify of {}", manifest.backup);
-        match namespace.record_checks(&by) {
-            Ok(()) => {}
-            // Whoever may only read gets what was asked for.
-            Err(error) if findings.is_empty() => {
-                events.note(format!("what was found is not recorded: {error}"));
-            }
-            Err(error) => events.warn(format!("what was found is not recorded: {error}")),
-        }
-        drop(events);
+        let (cancel, account) = (session.cancel.clone(), Arc::clone(&reading.account));
+        let means = Means::new(events, cancel, account, program);
+        let verified = verify::verify(reading, &cache, means).await;
         progress.finish().await;
-        ended?;
-        let doubts = doubts::of(manifest);
-        let left = doubts.iter().filter(|it| !it.is_settled_by_verify());
-        let left: Vec<_> = left.map(ToString::to_string).collect();
-        reading.doubt(&left);
-        if session.json {
-            let findings: Vec<_> = findings
-                .iter()
-                .map(|found| json!({ found.kind: found.name, "finding": found.finding }))
-                .collect();
-            show!(
-                "{:#}",
-                json!({
-                    "backup": manifest.backup, "intact": findings.is_empty(), "findings": findings, "doubts": left,
-                })
-            );
-        } else {
-            for found in &findings {
-                show!(
-                    "{} {}: {}",
-                    found.kind,
-                    found.name,
-                    text::one_line(&found.finding)
-                );
-            }
-        }
-        for doubt in &left {
-            say!(
-                "warning: backup {} is suspect: version {} made it, and {doubt}",
-                manifest.backup,
-                manifest.record.host_version
-            );
-        }
-        if !findings.is_empty() {
-            let denied = findings.iter().all(|found| found.status == Status::Denied);
-            let (status, what) = match denied {
-                true => (Status::Denied, "cannot be read"),
-                false => (Status::Unusable, "is damaged"),
-            };
-            return Err(Failure::Told(
-                status,
-                anyhow!(
-                    "backup {} {what} ({} findings)",
-                    manifest.backup,
-                    findings.len()
-                ),
-            ));
-        }
-        let volumes = manifest.record.volumes.iter();
-        let bytes = text::total(volumes.map(|volume| volume.root.size()));
+        let verified = verified.map_err(Failure::of)?;
+        record.doubts = verified.doubts.iter().map(ToString::to_string).collect();
+        let manifest = reading.manifest;
+        tell(session, manifest, &verified);
+        judge(manifest, &verified.found)?;
         if !session.json {
+            let volumes = manifest.record.volumes.iter();
+            let bytes = text::total(volumes.map(|volume| volume.root.size()));
             say!(
                 "backup {} is intact ({})",
                 manifest.backup,
@@ -170,4 +72,53 @@ impl Verify {
         }
         Ok(())
     }
+}
+
+/// A `volume` or `object`, its name, and what is wrong with it.
+fn words(found: &Found) -> (&'static str, String, String) {
+    match found {
+        Found::Volume { name, finding } => ("volume", name.clone(), finding.to_string()),
+        Found::Object { name, error } => ("object", name.to_string(), error.to_string()),
+    }
+}
+
+fn tell(session: &Session, manifest: &Manifest, verified: &Verified) {
+    let found = verified.found.iter().map(words);
+    let doubts: Vec<_> = verified.doubts.iter().map(ToString::to_string).collect();
+    if session.json {
+        let findings = found.map(|(kind, name, finding)| json!({ kind: name, "finding": finding }));
+        let findings: Vec<_> = findings.collect();
+        show!(
+            "{:#}",
+            json!({
+                "backup": manifest.backup, "intact": findings.is_empty(), "findings": findings, "doubts": doubts,
+            })
+        );
+    } else {
+        for (kind, name, finding) in found {
+            show!("{kind} {name}: {}", text::one_line(&finding));
+        }
+    }
+    for doubt in &doubts {
+        say!(
+            "warning: backup {} is suspect: version {} made it, and {doubt}",
+            manifest.backup,
+            manifest.record.host_version
+        );
+    }
+}
+
+/// Nothing was found, or it is a failure after a result that says all of it.
+fn judge(manifest: &Manifest, found: &[Found]) -> Result<(), Failure> {
+    if found.is_empty() {
+        return Ok(());
+    }
+    let is_denied = |found| Status::of_found(found) == Status::Denied;
+    let (status, what) = match found.iter().all(is_denied) {
+        true => (Status::Denied, "cannot be read"),
+        false => (Status::Unusable, "is damaged"),
+    };
+    let backup = manifest.backup;
+    let said = anyhow!("backup {backup} {what} ({} findings)", found.len());
+    Err(Failure::Told(status, said))
 }

@@ -1,6 +1,6 @@
 //! The VM that a command is for, from its name and what the command line changes of its configuration.
 
-use super::{Failure, Session, target};
+use super::{Failure, Session, places};
 use crate::config::Vm;
 use crate::job::extra::{Extra, Source};
 use crate::qemu::agent::Freeze;
@@ -40,7 +40,7 @@ pub(super) struct VmArguments {
 impl VmArguments {
     /// Its name, its configuration, and its monitor's socket.
     pub(super) fn resolve(self, session: &Session) -> Result<(String, Vm, PathBuf), Failure> {
-        let mut vm = target::vm(session, &self.name, self.qmp.is_some())?;
+        let mut vm = places::vm(session, &self.name, self.qmp.is_some())?;
         vm.qmp = self.qmp.or(vm.qmp);
         vm.agent = self.agent.or(vm.agent);
         vm.freeze = self.freeze.unwrap_or(vm.freeze);

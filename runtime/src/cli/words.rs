@@ -1,6 +1,8 @@
 //! Words on the command line that belong to rooms that know no command line.
 
 use crate::contract::Wasi;
+use crate::job::export::Mechanism;
+use crate::job::restore::Format;
 use crate::qemu::agent::Freeze;
 use clap::builder::{PossibleValue, PossibleValuesParser, TypedValueParser};
 use serde::de::value::Error;
@@ -17,6 +19,31 @@ pub(super) fn wasi() -> impl TypedValueParser<Value = Wasi> {
         ),
     ];
     let words = parts.map(|(part, help)| PossibleValue::new(part.name()).help(help));
+    PossibleValuesParser::new(words).try_map(|word| named(&word))
+}
+
+/// What a restore writes.
+pub(super) fn format() -> impl TypedValueParser<Value = Format> {
+    let words = [Format::Raw, Format::Qcow2].map(Format::name);
+    PossibleValuesParser::new(words).map(|word| match word == Format::Qcow2.name() {
+        true => Format::Qcow2,
+        false => Format::Raw,
+    })
+}
+
+/// How a tool gets the disks.
+pub(super) fn mechanism() -> impl TypedValueParser<Value = Mechanism> {
+    let words = [
+        (
+            "nbd",
+            "NBD exports on a unix socket, with dirty bitmaps as meta contexts",
+        ),
+        (
+            "file-handle",
+            "Each disk as a read-only file through FUSE, its dirty regions as JSON beside it",
+        ),
+    ];
+    let words = words.map(|(word, help)| PossibleValue::new(word).help(help));
     PossibleValuesParser::new(words).try_map(|word| named(&word))
 }
 

@@ -20,7 +20,6 @@ pub use diagnosis::Mistake;
 use crate::archive;
 use crate::config::Provider;
 use crate::contract::World;
-use crate::job::base::ChoiceError;
 use crate::job::component::Component;
 use crate::sandbox::{Cache, Program};
 use bytes::Bytes;
@@ -247,9 +246,6 @@ pub enum KitError {
     /// The archive.
     #[error("the kit's archive: {0}")]
     Archive(#[from] archive::Error),
-    /// The choice of a base.
-    #[error("the kit's archive: {0}")]
-    Choice(#[from] ChoiceError),
     /// The host's side of a job.
     #[error("the host failed, not the provider: {0}")]
     Host(String),

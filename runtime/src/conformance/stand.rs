@@ -3,10 +3,11 @@
 use super::diagnosis::{self, Mistake};
 use super::trace::{Conversation, Cut, Fault, Trace};
 use super::{KitError, Subject};
-use crate::archive::{Archive, BackupId, BackupWriter, Manifest, Moment, Namespace};
+use crate::archive::{
+    Archive, BackupId, BackupWriter, DiskRecord, Manifest, Moment, Namespace, NamespaceName,
+};
 use crate::config::Limits;
 use crate::config::{Config, Provider};
-use crate::contract::BLOCK_SIZE;
 use crate::event::Events;
 use crate::extent::Extent;
 use crate::grants::account::Account;
@@ -14,23 +15,23 @@ use crate::grants::farewell::Farewells;
 use crate::grants::image::{Image, ImageError, Purpose};
 use crate::grants::run::RunError;
 use crate::job::backup::BackupError;
-use crate::job::base::{self, Choice, Owner};
-use crate::job::claims::{self, Claims, segment_of};
-use crate::job::prove::ProofError;
+use crate::job::base::{Base, Recorded};
+use crate::job::claims::{self, segment_of};
+use crate::job::means::{Maker, Means};
+use crate::job::prove::{ProofError, Proving};
+use crate::job::read_back::{self, ReadBack};
+use crate::job::reading::Reading;
 use crate::job::recover;
-use crate::job::replay;
 use crate::job::transfer::Transfer;
-use crate::job::volume_run::{Covered, VolumeError, guest_limits};
-use crate::policy::Restores;
-use crate::qemu::snapshot::{Plan, Volume};
+use crate::job::volume_run::{Covered, Uncovered, VolumeError};
 use crate::sandbox::Program;
-use crate::simulator::{Disk, Export, Server};
+use crate::simulator::{Disk, Export, Server, Switch};
 use cap_std::ambient_authority;
 use cap_std::fs::Dir;
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::fs::File;
 use std::os::unix::fs::FileExt;
-use std::path::PathBuf;
+use std::path::Path;
 use std::sync::Arc;
 use tempfile::TempDir;
 use time::OffsetDateTime;
@@ -44,8 +45,36 @@ pub(super) struct Stand<'a> {
     /// What the VM's disks hold now.
     pub(super) disks: Vec<Disk>,
     namespace: Arc<Namespace>,
-    owner: Owner,
+    name: NamespaceName,
     folder: TempDir,
+}
+
+/// What one disk's next backup builds on, and what becomes of its bitmaps. Each is named by the backup that it started
+/// with.
+struct Choice {
+    switch: Switch,
+    base: Option<Base>,
+    /// Why there is none, where there was a bitmap.
+    reason: Option<String>,
+    /// A bitmap that nothing can be built on any more.
+    stale: Option<String>,
+}
+
+impl Choice {
+    fn uncovered(&self, export: &Export, socket: &Path) -> Uncovered {
+        Uncovered {
+            source: export.source(socket),
+            base: self.base.clone(),
+            reason: self.reason.clone(),
+            disk: DiskRecord {
+                format: "memory".into(),
+                identity: format!("memory:{}", export.name()),
+                layers: Vec::new(),
+                mark: None,
+            },
+            bitmap: self.switch.start.clone(),
+        }
+    }
 }
 
 /// What is special about one backup.
@@ -75,6 +104,15 @@ pub(super) struct Made {
     given_back: Option<Mistake>,
 }
 
+impl Subject {
+    /// Of a job that nobody listens to.
+    fn means(&self, program: Program, limits: &Limits) -> Means {
+        let (events, _) = Events::channel();
+        let account = Arc::new(Account::new(limits.clone()));
+        Means::new(events, self.cancel.clone(), account, program)
+    }
+}
+
 impl<'a> Stand<'a> {
     /// A VM with these disks, and an empty archive.
     pub(super) fn new(subject: &'a Subject, disks: Vec<Disk>) -> Result<Self, KitError> {
@@ -86,16 +124,11 @@ impl<'a> Stand<'a> {
             .parse()
             .map_err(|_| KitError::Own("a constant is no name of a namespace"))?;
         let namespace = Arc::new(archive.create_namespace(&name)?);
-        let owner = Owner {
-            archive: archive.id(),
-            namespace: name,
-            vm: VM.into(),
-        };
         Ok(Self {
             subject,
             disks,
             namespace,
-            owner,
+            name,
             folder,
         })
     }
@@ -113,38 +146,25 @@ impl<'a> Stand<'a> {
         };
         let mut choices = Vec::new();
         for disk in &self.disks {
-            let choice = base::choose(&self.owner, &disk.described(), id, BLOCK_SIZE, |id| {
-                recover::recorded(&self.namespace, id)
-            })?;
-            choices.push(choice);
+            choices.push(self.choose(disk, id)?);
         }
-        let described: Vec<_> = self.disks.iter().map(Disk::described).collect();
         let mut exports: Vec<Export> = self
             .disks
             .iter_mut()
             .zip(&choices)
-            .map(|(disk, choice)| disk.freeze(&choice.bitmap))
+            .map(|(disk, choice)| disk.freeze(&choice.switch))
             .collect();
         if let (Some(bad), false) = (attempt.bad_sector, exports.is_empty()) {
             let first = exports.remove(0);
             exports.insert(0, first.unreadable(bad));
         }
-        let volumes: Vec<_> = exports
-            .iter()
-            .zip(described.iter().zip(&choices))
-            .map(|(export, (disk, choice))| Volume {
-                export: export.name().into(),
-                dirty_context: export.dirty_context().map(Into::into),
-                plan: Plan {
-                    disk: disk.clone(),
-                    fleecing: PathBuf::new(),
-                    descriptor: None,
-                    bitmap: choice.bitmap.clone(),
-                },
-            })
-            .collect();
         let socket = self.folder.path().join(format!("{id}.nbd"));
         let server = Server::start(socket, exports.clone())?;
+        let volumes: Vec<_> = exports
+            .iter()
+            .zip(&choices)
+            .map(|(export, choice)| choice.uncovered(export, server.socket()))
+            .collect();
         let cancel = self.subject.cancel.child_token();
         let trace = match (&attempt.fault, attempt.cut) {
             (Some(fault), _) => Trace::with_fault(fault.clone()),
@@ -155,51 +175,43 @@ impl<'a> Stand<'a> {
             (None, None) => Trace::default(),
         };
         let program = self.subject.program.clone().watched_by(trace.clone());
-        let (events, _) = Events::channel();
         let mut transfer = Transfer {
             vm: VM,
-            provider_name: &self.subject.name,
-            provider: &attempt.provider,
+            maker: Maker {
+                name: &self.subject.name,
+                provider: &attempt.provider,
+                component: &self.subject.component,
+            },
             bytes: self.subject.bytes.clone(),
-            component: &self.subject.component,
-            program: &program,
             attachments: &BTreeMap::new(),
-            account: &Arc::new(Account::new(attempt.provider.limits.clone())),
             namespace: Arc::clone(&self.namespace),
             writer: Some(Arc::new(self.namespace.begin(id)?)),
             id,
             moment: Moment::One,
             left_out: Vec::new(),
-            events: &events,
-            cancel: &cancel,
+            means: Means {
+                cancel: cancel.clone(),
+                ..self.subject.means(program, &attempt.provider.limits)
+            },
             farewells: Farewells::default(),
         };
         let stop = cancel.child_token();
         let ran = transfer
-            .run(
-                server.socket(),
-                |_| std::future::ready(()),
-                volumes.iter().zip(&choices),
-                &stop,
-            )
+            .run(&volumes, |_| std::future::ready(()), &stop)
             .await;
         let mut given_back = None;
         let result = match ran {
             Ok(covered) => match transfer.prove(&covered).await {
-                Ok(()) => {
-                    let disks = described.iter().zip(&choices);
-                    transfer.commit(covered, disks).await
-                }
+                Ok(()) => transfer.commit(covered, &volumes).await,
                 Err(error) => {
                     if let (BackupError::Proof { volume, source }, Some(writer)) =
                         (&error, &transfer.writer)
                     {
                         let look = Look {
                             subject: self.subject,
-                            provider: &attempt.provider,
+                            maker: transfer.maker,
                             writer,
                             id,
-                            events: &events,
                             exports: &exports,
                             backup: trace.conversations(),
                         };
@@ -224,15 +236,73 @@ impl<'a> Stand<'a> {
         })
     }
 
+    /// The kit's disks have one image and never more than one bitmap that records, so that only the archive and the
+    /// disk's size decide.
+    fn choose(&self, disk: &Disk, id: BackupId) -> Result<Choice, KitError> {
+        let start = Some(id.to_string());
+        let Some(since) = disk.recording().next().map(str::to_owned) else {
+            return Ok(Choice {
+                switch: Switch { stop: None, start },
+                base: None,
+                reason: None,
+                stale: None,
+            });
+        };
+        Ok(match self.base(disk, &since)? {
+            Ok(base) => Choice {
+                switch: Switch {
+                    stop: Some(since),
+                    start,
+                },
+                base: Some(base),
+                reason: None,
+                stale: None,
+            },
+            Err(reason) => Choice {
+                switch: Switch { stop: None, start },
+                base: None,
+                reason: Some(reason),
+                stale: Some(since),
+            },
+        })
+    }
+
+    /// The backup `since` as a base for `disk`, or why it is none.
+    fn base(&self, disk: &Disk, since: &str) -> Result<Result<Base, String>, KitError> {
+        let id = since.parse();
+        let id = id.map_err(|_| KitError::Own("a bitmap of its own names no backup"))?;
+        let manifest = match recover::recorded(&self.namespace, id)? {
+            Recorded::Committed(manifest) => manifest,
+            Recorded::Exported(_) => return Err(KitError::Own("its archive holds an export")),
+            Recorded::Damaged { reason } => {
+                return Ok(Err(format!("the base {id} is damaged: {reason}")));
+            }
+            Recorded::Absent => {
+                return Ok(Err(format!("the archive holds no backup {id} to build on")));
+            }
+        };
+        let mut volumes = manifest.record.volumes.iter();
+        let volume = volumes.find(|it| it.name == disk.name()).cloned();
+        Ok(match volume {
+            Some(volume) if volume.root.size() == disk.size() => Ok(Base { manifest, volume }),
+            Some(volume) => Err(format!(
+                "it had {} bytes in the base {id} and has {} now",
+                volume.root.size(),
+                disk.size()
+            )),
+            None => Err(format!("the base {id} does not hold it")),
+        })
+    }
+
     fn settle(&mut self, choices: &[Choice], committed: bool) {
         for (disk, choice) in self.disks.iter_mut().zip(choices) {
             if committed {
-                disk.accept(&choice.bitmap);
-                for stale in &choice.stale {
+                disk.accept(&choice.switch);
+                if let Some(stale) = &choice.stale {
                     disk.forget(stale);
                 }
             } else {
-                disk.back_out(&choice.bitmap);
+                disk.back_out(&choice.switch);
             }
         }
     }
@@ -267,22 +337,20 @@ impl<'a> Stand<'a> {
         let file = tempfile::tempfile_in(self.folder.path()).map_err(|error| error.to_string())?;
         file.set_len(size).map_err(|error| error.to_string())?;
         let file = Arc::new(file);
-        let (events, _) = Events::channel();
         let config = Config::default();
-        let order = replay::Order {
-            namespace: &self.namespace,
-            manifest,
+        let reading = Reading::new(&config, &self.namespace, manifest, BTreeSet::new());
+        let program = self.subject.program.clone();
+        let wanted = ReadBack {
+            reading: &reading,
             volume,
             output: Some(Arc::<File>::clone(&file)),
-            restores: &Restores::new(&config, ""),
-            account: &Arc::new(Account::new(Limits::default())),
             cache: &self.subject.cache,
-            program: &self.subject.program,
-            events: &events,
-            cancel: &self.subject.cancel,
+            means: &self.subject.means(program, &Limits::default()),
             all_findings: false,
         };
-        let findings = replay::replay(order).await.map_err(|e| e.to_string())?;
+        let findings = read_back::read_back(wanted)
+            .await
+            .map_err(|e| e.to_string())?;
         if let Some(finding) = findings.first() {
             return Err(finding.to_string());
         }
@@ -296,7 +364,7 @@ impl<'a> Stand<'a> {
     pub(super) fn forget(&self, manifest: &Manifest) -> Result<(), KitError> {
         let path = format!(
             "archive/namespaces/{}/backups/{}",
-            self.owner.namespace, manifest.backup
+            self.name, manifest.backup
         );
         Ok(std::fs::remove_dir_all(self.folder.path().join(path))?)
     }
@@ -387,10 +455,9 @@ impl Made {
 /// A closer look at what a provider gives back, before the backup that failed for it is gone.
 struct Look<'a> {
     subject: &'a Subject,
-    provider: &'a Provider,
+    maker: Maker<'a>,
     writer: &'a Arc<BackupWriter>,
     id: BackupId,
-    events: &'a Events,
     exports: &'a [Export],
     /// What was asked in this backup so far.
     backup: Vec<Conversation>,
@@ -407,7 +474,7 @@ impl Look<'_> {
         };
         let trace = Trace::default();
         let program = self.subject.program.clone().watched_by(trace.clone());
-        let given = self.read(&program, covered, extent).await;
+        let given = self.read(program, covered, extent).await;
         let image = trace.conversations();
         Some(diagnosis::given_back(
             volume,
@@ -423,29 +490,18 @@ impl Look<'_> {
 
     async fn read(
         &self,
-        program: &Program,
+        program: Program,
         covered: &Covered,
         extent: Option<Extent>,
     ) -> Option<Vec<u8>> {
-        let component = &self.subject.component;
-        let claims = Claims {
-            program: program.clone(),
-            component: component.clone(),
+        let proving = Proving {
+            covered,
+            maker: self.maker,
+            writer: self.writer,
             backup: self.id,
-            open: claims::image(
-                component,
-                self.id,
-                self.provider.settings.to_string(),
-                covered.receipt.clone(),
-                guest_limits(&self.provider.limits),
-            ),
-            objects: self.writer.objects(),
-            table: Arc::new(self.writer.table(covered.root)),
-            volume: covered.name.clone(),
-            purpose: Purpose::Proof,
-            account: Arc::new(Account::new(self.provider.limits.clone())),
-            events: self.events.clone(),
+            means: &self.subject.means(program, &self.maker.provider.limits),
         };
+        let claims = proving.claims();
         let first = extent.or_else(|| covered.claimed.iter().next())?;
         let mut asking = claims.ask(segment_of(first.start())).await.ok()?;
         let extent = extent?;

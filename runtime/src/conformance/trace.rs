@@ -10,10 +10,10 @@ use tokio_util::sync::CancellationToken;
 /// Follows every process that a program starts. Clones share one list. It grows with each call, so it is
 /// for jobs of a few MiB.
 #[derive(Debug, Clone, Default)]
-pub(crate) struct Trace(Arc<Mutex<State>>);
+pub(crate) struct Trace(Arc<Mutex<Heard>>);
 
 #[derive(Debug, Default)]
-struct State {
+struct Heard {
     conversations: Vec<Conversation>,
     fault: Option<Fault>,
     cut: Option<Cut>,
@@ -99,7 +99,7 @@ impl Trace {
         })
     }
 
-    fn state(&self) -> MutexGuard<'_, State> {
+    fn state(&self) -> MutexGuard<'_, Heard> {
         // Nothing in it is ever half changed.
         self.0.lock().unwrap_or_else(PoisonError::into_inner)
     }
@@ -141,7 +141,7 @@ impl sandbox::Listener for Listener {
     fn asked(&self, _: ImageRead) {}
 }
 
-impl State {
+impl Heard {
     fn cut(&mut self, call: &Call) {
         let Some(cut) = self.cut.as_ref().filter(|_| call.can_fail()) else {
             return;

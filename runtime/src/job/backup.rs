@@ -11,6 +11,7 @@ use super::component::{Component, ComponentError};
 use super::extra::Extra;
 use super::fleecing::Bounds;
 use super::journal::{Journal, JournalError, Step};
+use super::means::{Maker, Means};
 use super::point_in_time::{PointError, Prepared};
 use super::prove::ProofError;
 use super::recover::{self, RecoverError};
@@ -18,7 +19,7 @@ use super::selection::Selection;
 use super::signals::Signals;
 use super::subject::{self, Subject};
 use super::transfer::Transfer;
-use super::volume_run::{Covered, VolumeError};
+use super::volume_run::{Covered, Uncovered, VolumeError};
 use crate::archive::{self, Archive, BackupId, Manifest, Moment, NamespaceName, Recheck};
 use crate::config::{Provider, Vm};
 use crate::event::Events;
@@ -37,11 +38,10 @@ use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 use time::OffsetDateTime;
-use tokio_util::sync::CancellationToken;
 
 /// What to back up, with what, to where. Every path was opened by the caller.
 #[derive(Debug)]
-pub struct Request {
+pub struct BackupRequest {
     /// The VM's name: part of its bitmaps' names and of the manifest.
     pub vm_name: String,
     /// Its sockets and disks.
@@ -69,7 +69,7 @@ pub struct Request {
 }
 
 /// The places that a job works in.
-pub struct Places {
+pub struct BackupPlaces {
     /// The archive.
     pub archive: Arc<Archive>,
     /// The VM's folder in the state folder, and its path for errors.
@@ -176,8 +176,8 @@ impl From<RecoverError> for BackupError {
 
 /// Makes one backup.
 pub async fn backup(
-    request: Request,
-    places: Places,
+    request: BackupRequest,
+    places: BackupPlaces,
     events: &Events,
     signals: &Signals,
 ) -> Result<Summary, BackupError> {
@@ -220,7 +220,6 @@ pub async fn backup(
         subject: &subject,
         program,
         component,
-        cancel: &signals.end,
     };
     let job = async |monitor: &Monitor, journal: &mut Journal| attempt.make(monitor, journal).await;
     let (summary, left) = subject::on_vm(&subject, &mut journal, job).await?;
@@ -240,11 +239,10 @@ fn panicked(panic: &(dyn Any + Send)) -> BackupError {
 
 /// A backup of a VM that can be reached.
 struct Attempt<'a> {
-    request: &'a Request,
+    request: &'a BackupRequest,
     subject: &'a Subject<'a>,
     program: &'a Program,
     component: Component,
-    cancel: &'a CancellationToken,
 }
 
 impl Attempt<'_> {
@@ -273,28 +271,30 @@ impl Attempt<'_> {
         };
         let transfer = Transfer {
             vm: &request.vm_name,
-            provider_name: &request.provider_name,
-            provider: &request.provider,
+            maker: Maker {
+                name: &request.provider_name,
+                provider: &request.provider,
+                component: &self.component,
+            },
             bytes: request.component.clone(),
-            component: &self.component,
-            program: self.program,
             attachments: &request.attachments,
-            account: &request.account,
             namespace: Arc::clone(subject.namespace),
             writer: Some(writer),
             id,
             moment: Moment::One,
             left_out,
-            events,
-            cancel: self.cancel,
+            means: Means::new(
+                events.clone(),
+                subject.signals.end.clone(),
+                Arc::clone(&request.account),
+                self.program.clone(),
+            ),
             farewells: Farewells::new(subject.signals.at_once.clone()),
         };
         let backup = Backup {
             request,
             transfer,
             prepared,
-            events,
-            cancel: self.cancel,
         };
         backup.make().await
     }
@@ -302,11 +302,9 @@ impl Attempt<'_> {
 
 /// A backup under way.
 struct Backup<'a> {
-    request: &'a Request,
+    request: &'a BackupRequest,
     transfer: Transfer<'a>,
     prepared: Prepared<'a>,
-    events: &'a Events,
-    cancel: &'a CancellationToken,
 }
 
 impl Backup<'_> {
@@ -325,8 +323,9 @@ impl Backup<'_> {
         };
         let since = Instant::now();
         self.prepared.mark(&point).await;
-        let read = AssertUnwindSafe(self.read_all(&point)).catch_unwind().await;
-        let read = read.unwrap_or_else(|panic| Err(panicked(&*panic)));
+        let volumes = self.prepared.uncovered(&point);
+        let read = AssertUnwindSafe(self.read_all(&point, &volumes)).catch_unwind();
+        let read = read.await.unwrap_or_else(|panic| Err(panicked(&*panic)));
         let fleecing_peak = self.prepared.fleecing_peak();
         let mut left = self.prepared.release(&point).await;
         self.transfer.moment = self.prepared.moment(&point);
@@ -334,7 +333,8 @@ impl Backup<'_> {
         self.request.account.snapshot(snapshot, fleecing_peak);
         let committed = match read {
             Ok(covered) => {
-                let made = AssertUnwindSafe(self.prove_and_commit(covered)).catch_unwind();
+                let made =
+                    AssertUnwindSafe(self.prove_and_commit(covered, &volumes)).catch_unwind();
                 made.await.unwrap_or_else(|panic| Err(panicked(&*panic)))
             }
             Err(error) => Err(error),
@@ -368,13 +368,15 @@ impl Backup<'_> {
     }
 
     /// Runs the provider on every volume side by side; the first failure stops the others.
-    async fn read_all(&mut self, point: &PointInTime) -> Result<Vec<Covered>, BackupError> {
+    async fn read_all(
+        &mut self,
+        point: &PointInTime,
+        volumes: &[Uncovered],
+    ) -> Result<Vec<Covered>, BackupError> {
         self.prepared.step(Step::Running)?;
-        let stop = self.cancel.child_token();
-        let choices = self.prepared.disks().iter().map(|(_, choice)| choice);
-        let volumes = point.volumes.iter().zip(choices);
+        let stop = self.transfer.means.cancel.child_token();
         let make_room = |index| self.prepared.make_room(point, index);
-        let runs = self.transfer.run(&point.socket, make_room, volumes, &stop);
+        let runs = self.transfer.run(volumes, make_room, &stop);
         let bounds = Bounds::of(&self.request.vm, &self.request.provider.limits);
         let covered = 'runs: {
             tokio::pin!(runs);
@@ -391,16 +393,18 @@ impl Backup<'_> {
         Ok(covered)
     }
 
-    async fn prove_and_commit(&mut self, covered: Vec<Covered>) -> Result<Manifest, BackupError> {
+    async fn prove_and_commit(
+        &mut self,
+        covered: Vec<Covered>,
+        volumes: &[Uncovered],
+    ) -> Result<Manifest, BackupError> {
         self.prepared.step(Step::Proving)?;
         self.transfer.prove(&covered).await?;
         self.prepared.step(Step::Committing)?;
-        let disks = self.prepared.disks().iter();
-        let disks = disks.map(|(disk, choice)| (disk, choice));
-        let manifest = self.transfer.commit(covered, disks).await?;
+        let manifest = self.transfer.commit(covered, volumes).await?;
         // The backup is there, whether or not the journal can say so: the archive decides.
         if let Err(error) = self.prepared.step(Step::Committed) {
-            self.events.warn(error.to_string());
+            self.transfer.means.events.warn(error.to_string());
         }
         Ok(manifest)
     }

@@ -1,7 +1,10 @@
 //! What one disk's backup builds on: decided by its bitmaps' names and the archive, never by time or by "the latest".
 
 use super::lineage;
-use crate::archive::{self, ArchiveId, BackupId, Manifest, NamespaceName, RULES, VolumeRecord};
+use crate::archive::{
+    self, ArchiveId, BackupId, DiskRecord, ExportRecord, ExportedDisk, Manifest, NamespaceName,
+    RULES, VolumeRecord,
+};
 use crate::qemu::bitmap::{BitmapName, BitmapNameError, Own};
 use crate::qemu::{BitmapPlan, Disk, Layer};
 use std::sync::Arc;
@@ -44,6 +47,59 @@ impl Owner {
     }
 }
 
+/// The point in time that an increment of one disk builds on.
+#[derive(Debug, Clone)]
+pub enum BuiltOn {
+    /// A backup's.
+    Backup(Base),
+    /// One that a tool has.
+    Export {
+        /// Its id.
+        export: BackupId,
+        /// What is recorded of it.
+        record: Arc<ExportRecord>,
+        /// The same disk in it.
+        disk: ExportedDisk,
+    },
+}
+
+impl BuiltOn {
+    /// Its id.
+    pub fn id(&self) -> BackupId {
+        match self {
+            Self::Backup(base) => base.manifest.backup,
+            Self::Export { export, .. } => *export,
+        }
+    }
+
+    /// Of the disk, as it was then.
+    pub fn disk(&self) -> &DiskRecord {
+        match self {
+            Self::Backup(base) => &base.volume.disk,
+            Self::Export { disk, .. } => &disk.disk,
+        }
+    }
+
+    /// The names of all disks in it.
+    pub fn volumes(&self) -> Vec<&str> {
+        match self {
+            Self::Backup(base) => {
+                let volumes = base.manifest.record.volumes.iter();
+                volumes.map(|volume| &*volume.name).collect()
+            }
+            Self::Export { record, .. } => record.disks.iter().map(|disk| &*disk.name).collect(),
+        }
+    }
+
+    /// What is stored of it.
+    pub fn backup(&self) -> Option<&Base> {
+        match self {
+            Self::Backup(base) => Some(base),
+            Self::Export { .. } => None,
+        }
+    }
+}
+
 /// The backup that an incremental of one disk builds on.
 #[derive(Debug, Clone)]
 pub struct Base {
@@ -59,7 +115,7 @@ pub struct Choice {
     /// For the point in time.
     pub bitmap: BitmapPlan,
     /// Present exactly where the plan is to reuse a bitmap.
-    pub base: Option<Base>,
+    pub base: Option<BuiltOn>,
     /// Bitmaps that the new backup makes useless; removed once it is committed.
     pub stale: Vec<BitmapName>,
     /// Why everything is read, where a bitmap of ours or a base was there.
@@ -115,6 +171,8 @@ impl Choice {
 pub enum Recorded {
     /// It committed.
     Committed(Arc<Manifest>),
+    /// It is an export's, and its tool has it.
+    Exported(Arc<ExportRecord>),
     /// It committed, but nobody can tell any more what: nothing can be built on it.
     Damaged {
         /// What is wrong with its manifest.
@@ -138,7 +196,7 @@ pub fn choose(
             ..Choice::untracked(&reason)
         });
     }
-    let mut usable: Option<(u64, BitmapName, Base)> = None;
+    let mut usable: Option<(u64, BitmapName, BuiltOn)> = None;
     let mut stale = Vec::new();
     let mut reason = left_below(owner, disk);
     for bitmap in &disk.bitmaps {
@@ -221,12 +279,37 @@ fn base_of(
     block_size: u32,
     granularity: u32,
     recorded: &mut impl FnMut(BackupId) -> Result<Recorded, archive::Error>,
-) -> Result<Result<Base, String>, ChoiceError> {
+) -> Result<Result<BuiltOn, String>, ChoiceError> {
     let Ok(id) = name.backup().parse::<BackupId>() else {
         return Ok(Err("its bitmap names no backup".into()));
     };
-    let manifest = match recorded(id)? {
-        Recorded::Committed(manifest) => manifest,
+    let not_held = || Ok(Err(format!("the base {id} does not hold it")));
+    let found = match recorded(id)? {
+        Recorded::Committed(manifest) => {
+            let mut volumes = manifest.record.volumes.iter();
+            let Some(volume) = volumes.find(|volume| volume.name == disk.name).cloned() else {
+                return not_held();
+            };
+            if manifest.rules < RULES {
+                return Ok(Err(format!(
+                    "the base {id} was made by version {}, which did not prove all that an increment takes over; this is \
+                     needed once",
+                    manifest.record.host_version
+                )));
+            }
+            BuiltOn::Backup(Base { manifest, volume })
+        }
+        Recorded::Exported(record) => {
+            let mut disks = record.disks.iter();
+            let Some(disk) = disks.find(|it| it.name == disk.name).cloned() else {
+                return not_held();
+            };
+            BuiltOn::Export {
+                export: id,
+                record,
+                disk,
+            }
+        }
         Recorded::Damaged { reason } => {
             return Ok(Err(format!("the base {id} is damaged: {reason}")));
         }
@@ -234,37 +317,27 @@ fn base_of(
             return Ok(Err(format!("the archive holds no backup {id} to build on")));
         }
     };
-    let Some(volume) = manifest
-        .record
-        .volumes
-        .iter()
-        .find(|volume| volume.name == disk.name)
-        .cloned()
-    else {
-        return Ok(Err(format!("the base {id} does not hold it")));
+    // Nothing is stored in blocks of an export.
+    let (bitmap, size, blocks) = match &found {
+        BuiltOn::Backup(Base { volume, .. }) => {
+            let root = volume.root;
+            (&volume.bitmap, root.size(), root.block_size())
+        }
+        BuiltOn::Export { disk, .. } => (&disk.bitmap, disk.size, block_size),
     };
-    Ok(if manifest.rules < RULES {
-        Err(format!(
-            "the base {id} was made by version {}, which did not prove all that an increment takes over; this is \
-                 needed once",
-            manifest.record.host_version
-        ))
-    } else if volume.bitmap.as_deref() != Some(name.to_string().as_str()) {
+    let name = name.to_string();
+    Ok(if bitmap.as_deref() != Some(&*name) {
         Err(format!("the base {id} speaks of another bitmap"))
-    } else if volume.root.size() != disk.size {
+    } else if size != disk.size {
         Err(format!(
-            "it had {} bytes in the base {id} and has {} now",
-            volume.root.size(),
+            "it had {size} bytes in the base {id} and has {} now",
             disk.size
         ))
-    } else if volume.root.block_size() != block_size || granularity > block_size {
-        Err(format!(
-            "the base {id} has blocks of {} bytes",
-            volume.root.block_size()
-        ))
+    } else if blocks != block_size || granularity > block_size {
+        Err(format!("the base {id} has blocks of {blocks} bytes"))
     } else {
-        lineage::tracked(&volume.disk, disk, &name.to_string())
-            .map(|()| Base { manifest, volume })
+        lineage::tracked(found.disk(), disk, &name)
+            .map(|()| found)
             .map_err(|why| format!("its bitmap since the base {id} cannot hold all changes: {why}"))
     })
 }
@@ -335,11 +408,13 @@ pub fn remedies(
             None => BitmapPlan::New { name },
         };
         match (recorded(id)?, old) {
-            (Recorded::Committed(_), Some(_)) => remedies.push(Remedy::Accept { node, plan }),
+            (Recorded::Committed(_) | Recorded::Exported(_), Some(_)) => {
+                remedies.push(Remedy::Accept { node, plan })
+            }
             (Recorded::Damaged { .. }, Some(_)) | (Recorded::Absent, _) => {
                 remedies.push(Remedy::BackOut { node, plan });
             }
-            (Recorded::Committed(_) | Recorded::Damaged { .. }, None) => {}
+            (Recorded::Committed(_) | Recorded::Exported(_) | Recorded::Damaged { .. }, None) => {}
         }
     }
     Ok(remedies)

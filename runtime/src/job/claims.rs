@@ -11,16 +11,14 @@
 //! What changes with none of these, such as `job.context`, the receipt and the objects, is the backup's own.
 
 use super::component::Component;
+use super::means::Means;
 use crate::archive::{self, BackupId, BlockTable, RunContent, StoredObjects, TableRoot};
 use crate::channel::{OpenImage, Still};
 use crate::contract::MAX_READ;
 use crate::contract::{Context, GuestLimits};
 use crate::digest::Digest;
-use crate::event::Events;
 use crate::extent::Extent;
-use crate::grants::account::Account;
 use crate::grants::image::{Image, ImageError, Purpose};
-use crate::sandbox::Program;
 use std::ops::Range;
 use std::sync::Arc;
 use std::vec;
@@ -37,8 +35,8 @@ const _: () = assert!(CELL >= archive::MAX_BLOCK_SIZE as u64 && CELL <= MAX_READ
 
 /// What one volume's provider claimed in one backup.
 pub struct Claims {
-    /// What its sandbox processes run.
-    pub program: Program,
+    /// Of the job that asks.
+    pub means: Means,
     /// The provider, as it was in that backup.
     pub component: Component,
     /// The backup.
@@ -53,10 +51,6 @@ pub struct Claims {
     pub volume: String,
     /// What for.
     pub purpose: Purpose,
-    /// Who is charged.
-    pub account: Arc<Account>,
-    /// Where the job tells what it does.
-    pub events: Events,
 }
 
 /// One thing that the provider is asked for: claimed blocks, all in one cell.
@@ -130,13 +124,13 @@ impl Claims {
         let mut order = self.open.clone();
         order.limits.cpu_ms = self.purpose.extended(order.limits.cpu_ms);
         let image = Image::open(
-            &self.program,
+            &self.means.program,
             order,
             &self.component.compiled,
             self.objects.again(),
-            &self.account,
+            &self.means.account,
             &self.volume,
-            &self.events,
+            &self.means.events,
             self.purpose,
         )
         .await?;

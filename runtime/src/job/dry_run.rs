@@ -24,7 +24,7 @@ use std::sync::Arc;
 use time::OffsetDateTime;
 
 /// Of which backup it is to be told.
-pub struct Order<'a> {
+pub struct DryRun<'a> {
     /// The VM's name.
     pub vm_name: &'a str,
     /// Its sockets and disks.
@@ -114,16 +114,16 @@ pub struct SkippedForecast {
 ///
 /// # Errors
 /// Those of the backup itself, as far as they can be foreseen.
-pub async fn dry_run(order: Order<'_>) -> Result<Forecast, PointError> {
+pub async fn dry_run(wanted: DryRun<'_>) -> Result<Forecast, PointError> {
     let mut forecast = Forecast {
-        vm: order.vm_name.into(),
+        vm: wanted.vm_name.into(),
         first: Vec::new(),
         disks: None,
         skipped: Vec::new(),
         left_out: Vec::new(),
     };
     // A job that runs has the monitor, which would keep us waiting.
-    let journal = Journal::open(order.vm_state.0, order.vm_state.1)?;
+    let journal = Journal::open(wanted.vm_state.0, wanted.vm_state.1)?;
     let dead = journal.record();
     if let Some(dead) = dead {
         forecast.first.push(format!(
@@ -133,10 +133,10 @@ pub async fn dry_run(order: Order<'_>) -> Result<Forecast, PointError> {
             recover::how_it_ended(dead)
         ));
     }
-    let monitor = match Monitor::connect(order.qmp).await {
+    let monitor = match Monitor::connect(wanted.qmp).await {
         Ok(monitor) => monitor,
         Err(error) if error.is_nobody() => {
-            let Some(program) = order.vm.start.first() else {
+            let Some(program) = wanted.vm.start.first() else {
                 return Err(PowerError::Stopped(error).into());
             };
             forecast.first.push(format!(
@@ -163,7 +163,7 @@ pub async fn dry_run(order: Order<'_>) -> Result<Forecast, PointError> {
     // Its notes are what is returned.
     let (silent, _) = Events::channel();
     let found =
-        selection::select(order.vm, order.selection, order.extra, &monitor, &silent).await?;
+        selection::select(wanted.vm, wanted.selection, wanted.extra, &monitor, &silent).await?;
     forecast.left_out = found.left_out;
     for skipped in found.skipped {
         forecast.skipped.push(SkippedForecast {
@@ -171,31 +171,32 @@ pub async fn dry_run(order: Order<'_>) -> Result<Forecast, PointError> {
             reason: skipped.reason.to_string(),
         });
     }
-    let namespace = order
+    let namespace = wanted
         .archive
-        .map(|archive| archive.namespace(order.namespace));
+        .map(|archive| archive.namespace(wanted.namespace));
     let namespace = match namespace {
         None | Some(Err(archive::Error::NotFound { .. } | archive::Error::HalfMade { .. })) => None,
         Some(opened) => Some(Arc::new(opened.map_err(RecoverError::Archive)?)),
     };
-    let mut disks: Vec<_> = match (order.archive, namespace) {
+    let mut disks: Vec<_> = match (wanted.archive, namespace) {
         (Some(archive), Some(namespace)) => {
             let owner = Owner {
                 archive: archive.id(),
-                namespace: order.namespace.clone(),
-                vm: order.vm_name.into(),
+                namespace: wanted.namespace.clone(),
+                vm: wanted.vm_name.into(),
             };
             let dead = dead.map(|dead| &*dead.backup);
             let settled = settled_first(&monitor, &owner, &namespace, dead).await?;
             forecast.first.extend(settled);
             let id = BackupId::random(OffsetDateTime::now_utc()).map_err(RecoverError::Archive)?;
-            let chosen = subject::choose(&owner, &namespace, order.full, found.disks, id, &silent)?;
+            let chosen =
+                subject::choose(&owner, &namespace, wanted.full, found.disks, id, &silent)?;
             let of = |(disk, choice)| tracked(&disk, choice, id);
             chosen.into_iter().map(of).collect()
         }
         _ => found.disks.iter().map(first_of_its_archive).collect(),
     };
-    for extra in order.extra {
+    for extra in wanted.extra {
         disks.extend(attached(extra)?);
     }
     let mut room = 0u64;
@@ -206,7 +207,7 @@ pub async fn dry_run(order: Order<'_>) -> Result<Forecast, PointError> {
         };
         room = room.saturating_add(fleecing::room(disk.size, held));
     }
-    fleecing::check_room(order.fleecing.0, order.fleecing.1, room)?;
+    fleecing::check_room(wanted.fleecing.0, wanted.fleecing.1, room)?;
     forecast.disks = Some(disks);
     Ok(forecast)
 }
@@ -239,7 +240,7 @@ fn tracked(disk: &qemu::Disk, choice: Choice, id: BackupId) -> DiskForecast {
     let used = choice.bitmap.old().map(ToString::to_string);
     let dirty = used.as_deref().and_then(|used| disk.dirty(used));
     // A backup looks at the mark first, and leaves it out where nobody wrote it.
-    let marked = choice.base.as_ref().and_then(|base| base.volume.disk.mark);
+    let marked = choice.base.as_ref().and_then(|base| base.disk().mark);
     let mark = marked.map_or(0, |_| u64::from(BLOCK_SIZE));
     let id = id.to_string();
     let added = choice.bitmap.new_bitmap().map(ToString::to_string);
@@ -249,7 +250,7 @@ fn tracked(disk: &qemu::Disk, choice: Choice, id: BackupId) -> DiskForecast {
             BitmapPlan::New { .. } => Mode::Full,
             BitmapPlan::Reuse { .. } => Mode::Incremental,
         },
-        base: choice.base.map(|base| base.manifest.backup),
+        base: choice.base.map(|base| base.id()),
         dirty_bytes: dirty.map_or(disk.size, |dirty| dirty - mark.min(dirty)),
         bitmap_added: added.map(|added| added.replace(&id, "BACKUP")),
         bitmaps_removed: choice.stale.iter().map(ToString::to_string).collect(),

@@ -1,8 +1,8 @@
 //! A point in time held for a tool that is trusted: it reads what QEMU exports, as long as it likes.
 //!
-//! What a tool has is recorded as a backup is, in an archive in the VM's state folder that holds records and no bytes:
-//! the tool's name is the namespace, and the manifest is what says that the tool said "success". So bitmaps are named,
-//! switched, and cleaned up after a crash by the very code that does it for backups.
+//! What a tool has is recorded in an archive in the VM's state folder that holds records and no bytes: the tool's name is
+//! the namespace, and an [`ExportRecord`] is what says that the tool said "success". So bitmaps are named, switched, and
+//! cleaned up after a crash by the very code that does it for backups.
 
 mod control;
 
@@ -14,26 +14,25 @@ use super::extra::Extra;
 use super::fleecing::{Bounds, VirtualFile};
 use super::journal::{Journal, JournalError, Step};
 use super::lineage;
-use super::point_in_time::{PointError, Prepared};
+use super::point_in_time::{PointError, Prepared, sources};
 use super::recover;
 use super::selection::Selection;
 use super::signals::Signals;
 use super::subject::{self, Subject};
 use crate::archive::{
-    self, Archive, BackupId, BackupRecord, ComponentId, LeftOut, Moment, Namespace, NamespaceName,
-    Proof, ProviderRecord, VolumeRecord,
+    self, Archive, BackupId, ExportRecord, ExportedDisk, LeftOut, Moment, NamespaceName,
 };
 use crate::config::Limits;
 use crate::config::Vm;
 use crate::contract::BLOCK_SIZE;
-use crate::contract::{BitmapMode, GuestLimits, World};
 use crate::event::Events;
 use crate::extent::Extent;
 use crate::nbd;
-use crate::qemu::snapshot::{Readers, Volume};
+use crate::qemu::snapshot::Readers;
 use crate::qemu::{Monitor, MonitorError, PointInTime};
 use crate::volume::open;
 use crate::volume::reader::Reader;
+use crate::volume::source::Source;
 use cap_std::fs::Dir;
 use control::Control;
 use futures_util::FutureExt;
@@ -43,15 +42,14 @@ use std::panic::AssertUnwindSafe;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use time::OffsetDateTime;
-use tokio_util::sync::CancellationToken;
 
 /// How a tool gets the disks.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, clap::ValueEnum)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum Mechanism {
-    /// NBD exports on a unix socket, with dirty bitmaps as meta contexts
+    /// NBD exports on a unix socket, with dirty bitmaps as meta contexts.
     Nbd,
-    /// Each disk as a read-only file through FUSE, its dirty regions as JSON beside it
+    /// Each disk as a read-only file through FUSE, its dirty regions as JSON beside it.
     FileHandle,
 }
 
@@ -67,7 +65,7 @@ pub enum Verdict {
 
 /// What to hold, and for whom.
 #[derive(Debug)]
-pub struct Request {
+pub struct ExportRequest {
     /// The VM's name.
     pub vm_name: String,
     /// Its sockets and disks.
@@ -86,7 +84,7 @@ pub struct Request {
 }
 
 /// The places that an export works in.
-pub struct Places {
+pub struct ExportPlaces {
     /// Records of what tools have.
     pub records: Arc<Archive>,
     /// The VM's folder in the state folder, and its path for errors.
@@ -237,8 +235,8 @@ impl From<JournalError> for ExportError {
 /// # Errors
 /// An [`ExportError`]; nothing is left in QEMU and tracking is as it was before, but for what has been told.
 pub async fn export(
-    request: Request,
-    places: Places,
+    request: ExportRequest,
+    places: ExportPlaces,
     ready: impl FnOnce(&Held),
     events: &Events,
     signals: &Signals,
@@ -278,7 +276,6 @@ pub async fn export(
             subject: &subject,
             monitor,
             control: &control,
-            cancel: &signals.end,
         };
         export.make(journal, ready).await
     };
@@ -291,11 +288,10 @@ pub async fn export(
 
 /// An export of a VM that can be reached.
 struct Export<'a> {
-    request: &'a Request,
+    request: &'a ExportRequest,
     subject: &'a Subject<'a>,
     monitor: &'a Monitor,
     control: &'a Control,
-    cancel: &'a CancellationToken,
 }
 
 impl Export<'_> {
@@ -403,17 +399,16 @@ impl Export<'_> {
         let bounds = Bounds::of(&self.request.vm, &Limits::default());
         let verdict = tokio::select! {
             verdict = self.control.wait() => verdict,
-            () = self.cancel.cancelled() => return (Verdict::Failure, true, None),
+            () = self.subject.signals.end.cancelled() => return (Verdict::Failure, true, None),
             given_up = prepared.watch(bounds) => return failed(given_up.into()),
         };
         if verdict == Verdict::Failure {
             return (verdict, false, None);
         }
         // A tool's "success" is about what it read; whether that was the point in time is for us to say.
-        for volume in &point.volumes {
-            let read = read_first_block(&point.socket, volume).await;
-            if let Err(source) = read {
-                let disk = volume.plan.disk.name.clone();
+        for disk in sources(point) {
+            if let Err(source) = read_first_block(&disk).await {
+                let disk = disk.name;
                 return failed(ExportError::Unreadable { disk, source });
             }
         }
@@ -430,12 +425,11 @@ impl Export<'_> {
         id: BackupId,
     ) -> Result<Held, ExportError> {
         let mut volumes = Vec::new();
-        for ((volume, (disk, choice)), index) in point.volumes.iter().zip(prepared.disks()).zip(0..)
-        {
+        for ((source, (disk, choice)), index) in sources(point).zip(prepared.disks()).zip(0..) {
             let file = match self.request.mechanism {
                 Mechanism::Nbd => None,
                 Mechanism::FileHandle => {
-                    let made = self.add_file(prepared, point, index, volume).await;
+                    let made = self.add_file(prepared, point, index, &source).await;
                     let disk = disk.name.clone();
                     Some(made.map_err(|source| ExportError::File { disk, source })?)
                 }
@@ -444,11 +438,11 @@ impl Export<'_> {
                 name: disk.name.clone(),
                 size: disk.size,
                 format: disk.format.clone(),
-                base: choice.base.as_ref().map(|base| base.manifest.backup),
+                base: choice.base.as_ref().map(|base| base.id()),
                 reason: choice.reason.clone(),
-                uri: nbd_uri(&point.socket, &volume.export),
-                nbd_export: volume.export.clone(),
-                dirty_context: volume.dirty_context.clone(),
+                uri: nbd_uri(&source.socket, &source.export),
+                nbd_export: source.export,
+                dirty_context: source.dirty_context,
                 file: file.as_ref().map(|file| file.path.clone()),
                 regions: file.map(|file| file.regions),
             });
@@ -471,7 +465,7 @@ impl Export<'_> {
         prepared: &Prepared<'_>,
         point: &PointInTime,
         index: u16,
-        volume: &Volume,
+        source: &Source,
     ) -> Result<VirtualFile, FileError> {
         #[derive(Serialize)]
         struct Regions {
@@ -483,9 +477,7 @@ impl Export<'_> {
             offset: u64,
             length: u64,
         }
-        let context = volume.dirty_context.as_deref();
-        let frozen =
-            open::open(&point.socket, &volume.export, context, BLOCK_SIZE, 1, None).await?;
+        let frozen = open::open(source, BLOCK_SIZE, 1, None).await?;
         frozen.reader.disconnect().await;
         let region = |extent: Extent| Region {
             offset: extent.start(),
@@ -495,9 +487,8 @@ impl Export<'_> {
             size: frozen.plan.size(),
             dirty: frozen.plan.dirty().iter().map(region).collect(),
         };
-        let name = &volume.plan.disk.name;
         let regions = serde_json::to_vec_pretty(&regions).map_err(io::Error::other)?;
-        let file = prepared.add_virtual_file(name, index, &regions)?;
+        let file = prepared.add_virtual_file(&source.name, index, &regions)?;
         point
             .add_file(self.monitor, index, &file.path)
             .await
@@ -508,12 +499,14 @@ impl Export<'_> {
     /// The tool has it: from here on the next export builds on this one.
     async fn record(&self, prepared: &mut Prepared<'_>, id: BackupId) -> Result<(), ExportError> {
         prepared.step(Step::Committing)?;
-        let (namespace, disks) = (
-            Arc::clone(self.subject.namespace),
-            prepared.disks().to_vec(),
-        );
-        let vm = self.request.vm_name.clone();
-        let recorded = tokio::task::spawn_blocking(move || record(&namespace, vm, &disks, id));
+        let namespace = Arc::clone(self.subject.namespace);
+        let record = ExportRecord {
+            vm: self.request.vm_name.clone(),
+            created: OffsetDateTime::now_utc(),
+            host_version: env!("CARGO_PKG_VERSION").into(),
+            disks: prepared.disks().iter().map(exported).collect(),
+        };
+        let recorded = tokio::task::spawn_blocking(move || namespace.record_export(id, record));
         recorded.await.map_err(ExportError::Task)??;
         // It has it, whether or not the journal can say so: the record decides.
         if let Err(error) = prepared.step(Step::Committed) {
@@ -523,67 +516,24 @@ impl Export<'_> {
     }
 }
 
-/// Writes the record: a manifest without a provider, and with block tables that hold nothing but the disks' sizes.
-fn record(
-    namespace: &Namespace,
-    vm: String,
-    disks: &[(crate::qemu::Disk, Choice)],
-    id: BackupId,
-) -> Result<(), archive::Error> {
-    let writer = namespace.begin(id)?;
-    let mut volumes = Vec::new();
-    for (disk, choice) in disks {
-        let dirty = choice.bitmap.old().map(ToString::to_string);
-        let dirty = dirty.and_then(|old| disk.dirty(&old));
-        volumes.push(VolumeRecord {
-            name: disk.name.clone(),
-            disk: lineage::record(disk),
-            mode: match (&choice.base, choice.bitmap.new_bitmap()) {
-                (Some(_), _) => BitmapMode::Reuse,
-                (None, Some(_)) => BitmapMode::New,
-                (None, None) => BitmapMode::None,
-            },
-            base: choice.base.as_ref().map(|base| base.manifest.backup),
-            fallback: choice.reason.clone(),
-            bitmap: choice.bitmap.new_bitmap().map(ToString::to_string),
-            root: writer.block_table(disk.size, BLOCK_SIZE, None)?.finish()?,
-            receipt: Vec::new(),
-            dirty_bytes: dirty.unwrap_or(disk.size),
-            zero_bytes: 0,
-            placed_bytes: 0,
-            claimed_bytes: 0,
-            proof: Proof::Unproven,
-        });
+/// One disk as the record has it.
+fn exported((disk, choice): &(crate::qemu::Disk, Choice)) -> ExportedDisk {
+    ExportedDisk {
+        name: disk.name.clone(),
+        size: disk.size,
+        disk: lineage::record(disk),
+        base: choice.base.as_ref().map(|base| base.id()),
+        bitmap: choice.bitmap.new_bitmap().map(ToString::to_string),
     }
-    let record = BackupRecord {
-        vm,
-        created: OffsetDateTime::now_utc(),
-        provider: ProviderRecord {
-            name: "export".into(),
-            component: ComponentId::of(b""),
-            world: World::BlindProvider,
-            settings: String::new(),
-            limits: GuestLimits {
-                memory: 0,
-                cpu_ms: 0,
-            },
-        },
-        host_version: env!("CARGO_PKG_VERSION").into(),
-        volumes,
-        attachments: Vec::new(),
-        moment: Moment::One,
-        left_out: Vec::new(),
-    };
-    writer.commit(record).map(drop)
 }
 
 /// The block that a tool leaves: while it can be read, the snapshot was not broken.
-async fn read_first_block(socket: &Path, volume: &Volume) -> Result<(), nbd::Error> {
-    let length = volume.plan.disk.size.min(u64::from(BLOCK_SIZE));
+async fn read_first_block(disk: &Source) -> Result<(), nbd::Error> {
+    let length = disk.size.min(u64::from(BLOCK_SIZE));
     let Some(first) = Extent::between(0, length) else {
         return Ok(());
     };
-    let reader = Reader::connect(socket, &volume.export, 1, None).await?;
+    let reader = Reader::connect(&disk.socket, &disk.export, 1, None).await?;
     let read = reader.read_on_first(first).await;
     reader.disconnect().await;
     read.map(drop)
@@ -606,7 +556,57 @@ fn nbd_uri(socket: &Path, export: &str) -> String {
 
 #[cfg(test)]
 mod tests {
+    use super::super::base::Recorded;
     use super::*;
+    use crate::archive::{BackupRecord, ComponentId, Namespace, ProviderRecord};
+    use crate::contract::{GuestLimits, World};
+    use cap_std::ambient_authority;
+
+    /// As exports were recorded before they had records of their own.
+    fn record_as_a_backup(namespace: &Namespace, id: BackupId) {
+        let record = BackupRecord {
+            vm: "web".into(),
+            created: OffsetDateTime::UNIX_EPOCH,
+            provider: ProviderRecord {
+                name: "export".into(),
+                component: ComponentId::of(b""),
+                world: World::BlindProvider,
+                settings: String::new(),
+                limits: GuestLimits {
+                    memory: 0,
+                    cpu_ms: 0,
+                },
+            },
+            host_version: "0.1.0".into(),
+            volumes: Vec::new(),
+            attachments: Vec::new(),
+            moment: Moment::One,
+            left_out: Vec::new(),
+        };
+        namespace.begin(id).unwrap().commit(record).unwrap();
+    }
+
+    #[test]
+    fn what_a_tool_has_is_known_by_its_record_and_by_one_of_the_older_kind() {
+        let folder = tempfile::tempdir().unwrap();
+        let root = Dir::open_ambient_dir(folder.path(), ambient_authority()).unwrap();
+        let records = Archive::create(root).unwrap();
+        let tool = records.create_namespace(&"tool".parse().unwrap()).unwrap();
+        let id = || BackupId::random(OffsetDateTime::UNIX_EPOCH).unwrap();
+        let (older, export) = (id(), id());
+        record_as_a_backup(&tool, older);
+        let record = ExportRecord {
+            vm: "web".into(),
+            created: OffsetDateTime::UNIX_EPOCH,
+            host_version: "0.1.0".into(),
+            disks: Vec::new(),
+        };
+        tool.record_export(export, record.clone()).unwrap();
+        let recorded = |id| recover::recorded(&tool, id).unwrap();
+        assert!(matches!(recorded(older), Recorded::Committed(_)));
+        assert!(matches!(recorded(export), Recorded::Exported(found) if *found == record));
+        assert!(matches!(recorded(id()), Recorded::Absent));
+    }
 
     #[test]
     fn a_uri_escapes_what_would_end_its_query() {

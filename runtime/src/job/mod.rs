@@ -1,5 +1,6 @@
-//! Jobs, each one thing from start to end: [`backup`], [`export`], and [`replay`] for restore and verify.
-//! [`claims`] is what the proof of a backup and replaying one have in common.
+//! Jobs, each one thing from start to end: [`backup`], [`export`], [`mod@restore`] and [`verify`], which both go by
+//! [`read_back`].
+//! [`claims`] is what the proof of a backup and reading one back have in common.
 
 pub mod audit;
 pub mod backup;
@@ -15,18 +16,24 @@ pub mod fleecing;
 pub mod journal;
 pub mod lineage;
 mod mark;
+pub mod means;
 pub mod point_in_time;
 pub mod power;
 pub mod prove;
+pub mod read_back;
+pub mod reading;
 pub mod recover;
-pub mod replay;
+
+pub mod restore;
 pub mod selection;
 pub mod signals;
 pub mod slots;
 pub mod storage;
+pub mod stored;
 pub mod subject;
 pub mod tracking;
 pub mod transfer;
+pub mod verify;
 pub mod volume_run;
 
 #[cfg(test)]

@@ -6,17 +6,19 @@
 //!
 //! A backup and an export differ only in who reads, and in what says that the reading came to something.
 
-use super::base::{Choice, ChoiceError};
+use super::base::{BuiltOn, Choice, ChoiceError};
 use super::ending::Ending;
 use super::extra::{self, Attached, ExtraError};
 use super::fleecing::{Bounds, Fleecing, FleecingError, GivenUp, VirtualFile};
 use super::journal::{Journal, JournalError, Record, Step};
+use super::lineage;
 use super::mark;
 use super::power::PowerError;
 use super::recover::RecoverError;
 use super::storage::{Storage, Unanswered};
 use super::subject::{Subject, tell_choice};
-use crate::archive::{BackupId, Moment};
+use super::volume_run::Uncovered;
+use crate::archive::{BackupId, DiskRecord, Moment};
 use crate::contract::BLOCK_SIZE;
 use crate::event::Event;
 use crate::policy::Denied;
@@ -25,13 +27,12 @@ use crate::qemu::bitmap::{self, Tracking};
 use crate::qemu::claim::ClaimError;
 use crate::qemu::machine::{RunState, Standing};
 use crate::qemu::needs::NeedsError;
-use crate::qemu::snapshot::{
-    Broken, Cause, NOT_FROZEN, NbdServer, Readers, Request as PointRequest,
-};
+use crate::qemu::snapshot::{Broken, Cause, NOT_FROZEN, NbdServer, PointRequest, Readers};
 use crate::qemu::{
     self, Agent, JobId, MachineError, Monitor, MonitorError, Plan, PointInTime, Schema,
     SnapshotError, Watchdog, machine,
 };
+use crate::volume::source::Source;
 use std::io;
 use std::os::fd::AsFd;
 use std::path::Path;
@@ -95,6 +96,17 @@ pub enum PointError {
     /// The system gives no random bytes.
     #[error("no random bytes: {0}")]
     Random(#[from] getrandom::Error),
+}
+
+/// The disks of a point in time, as NBD clients find them.
+pub fn sources(point: &PointInTime) -> impl Iterator<Item = Source> {
+    point.volumes.iter().map(|volume| Source {
+        name: volume.plan.disk.name.clone(),
+        size: volume.plan.disk.size,
+        socket: point.socket.clone(),
+        export: volume.export.clone(),
+        dirty_context: volume.dirty_context.clone(),
+    })
 }
 
 impl From<SnapshotError> for PointError {
@@ -261,6 +273,21 @@ impl<'a> Prepared<'a> {
         }
     }
 
+    /// The disks as of `point`, for a backup.
+    pub fn uncovered(&self, point: &PointInTime) -> Vec<Uncovered> {
+        let each = |(source, (disk, choice)): (Source, &(qemu::Disk, Choice))| Uncovered {
+            source,
+            base: choice.base.as_ref().and_then(BuiltOn::backup).cloned(),
+            reason: choice.reason.clone(),
+            disk: DiskRecord {
+                mark: choice.mark,
+                ..lineage::record(disk)
+            },
+            bitmap: choice.bitmap.new_bitmap().map(ToString::to_string),
+        };
+        sources(point).zip(&self.disks).map(each).collect()
+    }
+
     /// Most bytes that the fleecing images took up.
     pub fn fleecing_peak(&self) -> u64 {
         self.fleecing.peak()
@@ -410,7 +437,7 @@ impl<'a> Prepared<'a> {
                 continue;
             };
             let base = choice.base.as_ref();
-            let base = base.and_then(|base| base.volume.disk.mark);
+            let base = base.and_then(|base| base.disk().mark);
             match mark::set(self.monitor, point, index, disk, bitmap, base).await {
                 Ok(mark) => choice.mark = Some(mark),
                 Err(error) => self.subject.events.warn(format!(

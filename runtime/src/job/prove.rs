@@ -3,51 +3,29 @@
 //! itself.
 
 use super::claims::{self, Claims, ClaimsError, segment_of};
-use super::component::Component;
+use super::means::{Maker, Means};
 use super::volume_run::{Covered, guest_limits};
 use crate::archive::{self, BackupId, BackupWriter};
-use crate::config::Provider;
 use crate::digest;
-use crate::event::{Event, Events};
+use crate::event::Event;
 use crate::extent::{Extent, ExtentSet};
-use crate::grants::account::Account;
 use crate::grants::image::{ImageError, Purpose};
-use crate::sandbox::Program;
 use std::collections::BTreeSet;
 use std::sync::Arc;
 use tokio::task::JoinError;
-use tokio_util::sync::CancellationToken;
 
-/// What a proof needs.
-pub struct Order<'a> {
+/// One volume of a backup that is being made.
+pub struct Proving<'a> {
     /// The volume.
     pub covered: &'a Covered,
-    /// The provider.
-    pub component: &'a Component,
-    /// What its sandbox process runs.
-    pub program: &'a Program,
-    /// Its settings and limits.
-    pub provider: &'a Provider,
-    /// What the job uses of them.
-    pub account: &'a Arc<Account>,
-    /// The backup that is being made.
+    /// Who claims it.
+    pub maker: Maker<'a>,
+    /// The backup.
     pub writer: &'a Arc<BackupWriter>,
     /// Its id.
     pub backup: BackupId,
-    /// Where the job tells what it does.
-    pub events: &'a Events,
-    /// Ends the proof early.
-    pub cancel: &'a CancellationToken,
-}
-
-impl Order<'_> {
-    /// A provider that takes its time must not hold up a cancel. What is dropped here ends its sandbox.
-    async fn unless_cancelled<T>(&self, future: impl Future<Output = T>) -> Result<T, ProofError> {
-        self.cancel
-            .run_until_cancelled(future)
-            .await
-            .ok_or(ProofError::Cancelled)
-    }
+    /// The job's.
+    pub means: &'a Means,
 }
 
 /// Why a claim is not proven.
@@ -100,27 +78,29 @@ impl From<ClaimsError> for ProofError {
 }
 
 /// Proves one volume's claims. That is a run of the provider too, and may take no longer than one.
-pub async fn prove(order: Order<'_>) -> Result<(), ProofError> {
-    if order.covered.claimed.is_empty() {
+pub async fn prove(volume: Proving<'_>) -> Result<(), ProofError> {
+    if volume.covered.claimed.is_empty() {
         return Ok(());
     }
-    let limits = &order.provider.limits;
+    let limits = &volume.maker.provider.limits;
     let seconds = limits.wall_seconds;
-    tokio::time::timeout(limits.wall(), read_back(order))
+    tokio::time::timeout(limits.wall(), read_back(volume))
         .await
         .unwrap_or(Err(ProofError::WallTime { seconds }))
 }
 
 /// Segment by segment, one instance after the other: together they may have the memory of one.
-async fn read_back(order: Order<'_>) -> Result<(), ProofError> {
-    let claimed = &order.covered.claimed;
-    order.events.send(Event::Total {
+async fn read_back(volume: Proving<'_>) -> Result<(), ProofError> {
+    let claimed = &volume.covered.claimed;
+    volume.means.events.send(Event::Total {
         bytes: claimed.bytes(),
     });
-    let claims = order.claims();
+    let claims = volume.claims();
     let mut unproven = claimed.clone();
     for segment in segments(claimed) {
-        order.prove_segment(&claims, segment, &mut unproven).await?;
+        volume
+            .prove_segment(&claims, segment, &mut unproven)
+            .await?;
     }
     // What the books hold as claimed and the block table does not.
     match unproven.iter().next() {
@@ -134,15 +114,20 @@ fn segments(claimed: &ExtentSet) -> BTreeSet<u64> {
     claimed.iter().flat_map(within).collect()
 }
 
-impl Order<'_> {
-    fn claims(&self) -> Claims {
-        let provider = self.provider;
+impl Proving<'_> {
+    /// What is asked for, in the way in which a restore will ask.
+    pub fn claims(&self) -> Claims {
+        let Maker {
+            provider,
+            component,
+            ..
+        } = self.maker;
         Claims {
-            program: self.program.clone(),
-            component: self.component.clone(),
+            means: self.means.clone(),
+            component: component.clone(),
             backup: self.backup,
             open: claims::image(
-                self.component,
+                component,
                 self.backup,
                 provider.settings.to_string(),
                 self.covered.receipt.clone(),
@@ -152,9 +137,13 @@ impl Order<'_> {
             table: Arc::new(self.writer.table(self.covered.root)),
             volume: self.covered.name.clone(),
             purpose: Purpose::Proof,
-            account: Arc::clone(self.account),
-            events: self.events.clone(),
         }
+    }
+
+    /// A provider that takes its time must not hold up a cancel. What is dropped here ends its sandbox.
+    async fn unless_cancelled<T>(&self, future: impl Future<Output = T>) -> Result<T, ProofError> {
+        let done = self.means.unless_cancelled(future).await;
+        done.ok_or(ProofError::Cancelled)
     }
 
     async fn prove_segment(
@@ -172,7 +161,7 @@ impl Order<'_> {
                 return Err(ProofError::Wrong { extent });
             }
             unproven.remove(extent);
-            self.events.send(Event::Advance {
+            self.means.events.send(Event::Advance {
                 bytes: extent.len(),
             });
         }

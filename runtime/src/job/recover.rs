@@ -436,6 +436,7 @@ fn discard_backup(
             ));
         }
         Recorded::Committed(_) => events.note(format!("backup {id} is committed and stays")),
+        Recorded::Exported(_) => events.note(format!("export {id} is recorded and stays")),
         Recorded::Damaged { reason } => events.warn(format!(
             "backup {id} is committed and stays, but it is damaged: {reason}"
         )),
@@ -443,14 +444,22 @@ fn discard_backup(
     Ok(())
 }
 
-/// What the archive says of backup `id`, and will still say after a loss of power.
+/// What the archive says of backup or export `id`, and will still say after a loss of power. Before exports had records of
+/// their own, each was recorded as a backup without bytes: such a one is read and judged as a backup.
 pub fn recorded(namespace: &Namespace, id: BackupId) -> Result<Recorded, archive::Error> {
-    match namespace.durable_manifest(id) {
-        Ok(manifest) => Ok(Recorded::Committed(Arc::new(manifest))),
+    let backup = namespace.durable_manifest(id);
+    let found = match backup.map(|manifest| Recorded::Committed(Arc::new(manifest))) {
+        Err(archive::Error::NotFound { .. }) => {
+            let export = namespace.durable_export(id);
+            export.map(|record| Recorded::Exported(Arc::new(record)))
+        }
+        found => found,
+    };
+    match found {
         Err(archive::Error::NotFound { .. }) => Ok(Recorded::Absent),
         Err(error @ archive::Error::Damaged { .. }) => Ok(Recorded::Damaged {
             reason: error.to_string(),
         }),
-        Err(error) => Err(error),
+        found => found,
     }
 }

@@ -1,6 +1,6 @@
 //! The VM that a job is for: reached, looked at, and put back as it was.
 
-use super::base::{self, Choice, ChoiceError, Owner, Recorded};
+use super::base::{self, BuiltOn, Choice, ChoiceError, Owner, Recorded};
 use super::extra::Extra;
 use super::journal::Journal;
 use super::point_in_time::PointError;
@@ -205,7 +205,7 @@ fn unless_lacking(
     id: BackupId,
     events: &Events,
 ) -> Result<Choice, ChoiceError> {
-    let Some(base) = &choice.base else {
+    let Some(base) = choice.base.as_ref().and_then(BuiltOn::backup) else {
         return Ok(choice);
     };
     let Some(lack) = namespace.lack_of(&base.manifest, &disk.name)? else {
@@ -255,7 +255,7 @@ pub(super) fn tell_choice(events: &Events, disk: &qemu::Disk, choice: &Choice) {
 /// What was chosen for `disk`, and why.
 fn in_words(disk: &qemu::Disk, choice: &Choice) -> String {
     match (&choice.base, &choice.reason) {
-        (Some(base), _) => format!("incremental since {}", base.manifest.backup),
+        (Some(base), _) => format!("incremental since {}", base.id()),
         (None, Some(reason)) => format!("read in full: {reason}"),
         (None, None) if disk.can_persist => {
             "read in full: it has no bitmap of this archive (it is new here, or QEMU ended without storing it)".into()
@@ -271,9 +271,9 @@ fn in_words(disk: &qemu::Disk, choice: &Choice) -> String {
 fn tell_missing(events: &Events, disks: &[(qemu::Disk, Choice)]) {
     let mut missing = BTreeMap::new();
     for base in disks.iter().filter_map(|(_, choice)| choice.base.as_ref()) {
-        for volume in &base.manifest.record.volumes {
-            if !disks.iter().any(|(disk, _)| disk.name == volume.name) {
-                missing.insert(&volume.name, base.manifest.backup);
+        for volume in base.volumes() {
+            if !disks.iter().any(|(disk, _)| disk.name == volume) {
+                missing.insert(volume, base.id());
             }
         }
     }

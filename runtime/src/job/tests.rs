@@ -7,7 +7,7 @@
 mod daemon;
 mod stand_in;
 
-use super::backup::{BackupError, Places, Request, Summary, backup};
+use super::backup::{BackupError, BackupPlaces, BackupRequest, Summary, backup};
 use super::selection::Selection;
 use super::signals::Signals;
 use super::volume_run::VolumeError;
@@ -95,7 +95,7 @@ impl Host {
             let path = self.folder.path().join(name);
             (open(&path), path)
         };
-        let request = Request {
+        let request = BackupRequest {
             vm_name: "web".into(),
             vm,
             qmp: self.daemon.at("qmp.sock"),
@@ -109,7 +109,7 @@ impl Host {
             extra: Vec::new(),
             full: true,
         };
-        let places = Places {
+        let places = BackupPlaces {
             archive: Arc::clone(&self.archive),
             vm_state: place("state"),
             fleecing: place("fleecing"),

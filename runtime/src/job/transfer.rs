@@ -3,31 +3,22 @@
 //! run each volume → prove → commit. Whoever made the point in time does the rest; the conformance kit makes one of
 //! disks in memory.
 
-use super::base::Choice;
-use super::component::Component;
-use super::lineage;
-use super::prove::{self, ProofError};
-use super::volume_run::{self, Covered};
+use super::means::{Maker, Means};
+use super::prove::{self, ProofError, Proving};
+use super::volume_run::{self, Covered, Uncovered, VolumeRun};
 use crate::archive::{
-    self, BackupId, BackupRecord, BackupWriter, ComponentId, DiskRecord, LeftOut, Manifest, Moment,
-    Namespace, Proof, ProviderRecord, VolumeRecord,
+    self, BackupId, BackupRecord, BackupWriter, ComponentId, LeftOut, Manifest, Moment, Namespace,
+    Proof, ProviderRecord, VolumeRecord,
 };
-use crate::config::Provider;
 use crate::contract::World;
-use crate::event::Events;
 use crate::grants::account::Account;
 use crate::grants::farewell::Farewells;
-use crate::qemu::snapshot::Volume;
-use crate::sandbox::Program;
-use crate::volume::bandwidth::Bandwidth;
 use bytes::Bytes;
 use std::collections::BTreeMap;
 use std::io;
-use std::path::Path;
 use std::sync::Arc;
 use std::time::Duration;
 use time::OffsetDateTime;
-use tokio::sync::Semaphore;
 use tokio::time::timeout;
 use tokio_util::sync::CancellationToken;
 
@@ -53,20 +44,12 @@ fn not_held() -> archive::Error {
 pub struct Transfer<'a> {
     /// The VM's name.
     pub vm: &'a str,
-    /// The provider's name.
-    pub provider_name: &'a str,
-    /// Its settings, limits and grants.
-    pub provider: &'a Provider,
+    /// The provider.
+    pub maker: Maker<'a>,
     /// Its component, as it came.
     pub bytes: Bytes,
-    /// Its component, ready to run.
-    pub component: &'a Component,
-    /// What its sandbox processes run.
-    pub program: &'a Program,
     /// Handed to it.
     pub attachments: &'a BTreeMap<String, Vec<u8>>,
-    /// What the job uses of its limits.
-    pub account: &'a Arc<Account>,
     /// Its part of the archive.
     pub namespace: Arc<Namespace>,
     /// The backup in the making, until it commits.
@@ -77,11 +60,9 @@ pub struct Transfer<'a> {
     pub moment: Moment,
     /// Disks of the VM that are in no volume.
     pub left_out: Vec<LeftOut>,
-    /// Where the job tells what it does.
-    pub events: &'a Events,
-    /// Ends the job early.
-    pub cancel: &'a CancellationToken,
-    /// The runs that this has ended.
+    /// The job's.
+    pub means: Means,
+    /// The runs that its cancel has ended.
     pub farewells: Farewells,
 }
 
@@ -90,59 +71,43 @@ impl Transfer<'_> {
     /// is clean of the `index`th volume has been given back, `make_room(index)` is run.
     pub async fn run<R: Future<Output = ()>>(
         &self,
-        socket: &Path,
+        volumes: &[Uncovered],
         make_room: impl Fn(u16) -> R,
-        volumes: impl ExactSizeIterator<Item = (&Volume, &Choice)>,
         stop: &CancellationToken,
     ) -> Result<Vec<Covered>, BackupError> {
-        let encoders = Arc::new(Semaphore::new(
-            std::thread::available_parallelism().map_or(2, std::num::NonZero::get),
-        ));
         let attachments = Arc::new(self.attachments.clone());
-        let bandwidth = self.provider.limits.bandwidth;
-        let bandwidth = bandwidth.map(|rate| Arc::new(Bandwidth::new(rate, stop.clone())));
         let writer = self.writer()?;
-        let disks = volumes.len();
-        let volumes: Vec<_> = volumes.collect();
-        let accounts = self.accounts(&volumes);
-        let own = |number| (accounts.len() > 1).then_some(number);
-        let runs = volumes
-            .iter()
-            .zip(0u16..)
-            .map(|(&(volume, choice), index)| {
-                let number = usize::from(index);
-                let made_room = make_room(index);
-                let order = volume_run::Order {
-                    disks,
-                    socket,
-                    volume,
-                    choice,
-                    provider_name: self.provider_name,
-                    provider: self.provider,
-                    component: self.component,
-                    program: self.program,
-                    namespace: &self.namespace,
-                    writer,
-                    backup: self.id,
-                    attachments: &attachments,
-                    own_names: own(number),
-                    account: accounts.get(number).unwrap_or(self.account),
-                    bandwidth: &bandwidth,
-                    encoders: &encoders,
-                    events: self.events,
-                    stop,
-                    farewells: &self.farewells,
-                };
-                async move {
-                    let covered = volume_run::run(order, made_room).await;
-                    if covered.is_err() {
-                        stop.cancel();
-                    }
-                    covered.map_err(|source| (volume.plan.disk.name.clone(), source))
+        let means = self.means.ended_by(stop.clone());
+        let accounts = self.accounts(volumes);
+        let own_names = |number| (!accounts.is_empty()).then_some(number);
+        let runs = volumes.iter().zip(0u16..).map(|(volume, index)| {
+            let number = usize::from(index);
+            let made_room = make_room(index);
+            let run = VolumeRun {
+                volume,
+                disks: volumes.len(),
+                maker: self.maker,
+                namespace: &self.namespace,
+                writer,
+                backup: self.id,
+                attachments: &attachments,
+                own_names: own_names(number),
+                means: match accounts.get(number) {
+                    Some(own) => means.charging(own),
+                    None => means.clone(),
+                },
+                farewells: &self.farewells,
+            };
+            async move {
+                let covered = volume_run::run(run, made_room).await;
+                if covered.is_err() {
+                    stop.cancel();
                 }
-            });
+                covered.map_err(|source| (volume.source.name.clone(), source))
+            }
+        });
         let ended = futures_util::future::join_all(runs).await;
-        if self.cancel.is_cancelled() {
+        if self.means.cancel.is_cancelled() {
             return Err(BackupError::Cancelled { left: false });
         }
         let (covered, mut failed): (Vec<_>, Vec<_>) = ended.into_iter().partition(Result::is_ok);
@@ -156,14 +121,13 @@ impl Transfer<'_> {
 
     /// One account for each volume where instances of the provider must not see each other: who may not see the bytes must
     /// not tell time, and whatever two instances share is a clock. None where all volumes have the job's.
-    fn accounts(&self, volumes: &[(&Volume, &Choice)]) -> Vec<Arc<Account>> {
-        let sees = self.component.world == World::Provider && self.provider.grant.read;
+    fn accounts(&self, volumes: &[Uncovered]) -> Vec<Arc<Account>> {
+        let sees = self.maker.component.world == World::Provider && self.maker.provider.grant.read;
         if sees || volumes.len() < 2 {
             return Vec::new();
         }
-        let size = |(volume, _): &(&Volume, &Choice)| volume.plan.disk.size;
-        let sizes: Vec<u64> = volumes.iter().map(size).collect();
-        let accounts = self.account.split(&sizes);
+        let sizes: Vec<u64> = volumes.iter().map(|volume| volume.source.size).collect();
+        let accounts = self.means.account.split(&sizes);
         accounts.into_iter().map(Arc::new).collect()
     }
 
@@ -171,18 +135,14 @@ impl Transfer<'_> {
     pub async fn prove(&self, covered: &[Covered]) -> Result<(), BackupError> {
         let writer = self.writer()?;
         for volume in covered {
-            let order = prove::Order {
+            let proving = Proving {
                 covered: volume,
-                component: self.component,
-                program: self.program,
-                provider: self.provider,
-                account: self.account,
+                maker: self.maker,
                 writer,
                 backup: self.id,
-                events: self.events,
-                cancel: self.cancel,
+                means: &self.means,
             };
-            prove::prove(order).await.map_err(|source| match source {
+            prove::prove(proving).await.map_err(|source| match source {
                 ProofError::Cancelled => BackupError::Cancelled { left: false },
                 source => BackupError::Proof {
                     volume: volume.name.clone(),
@@ -190,20 +150,20 @@ impl Transfer<'_> {
                 },
             })?;
         }
-        if self.cancel.is_cancelled() {
+        if self.means.cancel.is_cancelled() {
             return Err(BackupError::Cancelled { left: false });
         }
         Ok(())
     }
 
-    /// Makes the backup happen. `disks` are those of `covered`, in its order, with what was chosen for each.
-    pub async fn commit<'d>(
+    /// Makes the backup happen. `volumes` are those that were `covered`, in that order.
+    pub async fn commit(
         &mut self,
         covered: Vec<Covered>,
-        disks: impl Iterator<Item = (&'d crate::qemu::Disk, &'d Choice)>,
+        volumes: &[Uncovered],
     ) -> Result<Manifest, BackupError> {
         let component = self.bytes.clone();
-        let record = self.record(covered, disks, ComponentId::of(&component));
+        let record = self.record(covered, volumes, ComponentId::of(&component));
         // Every run has ended, so this is the last holder.
         let writer = self
             .writer
@@ -216,7 +176,7 @@ impl Transfer<'_> {
         });
         tokio::select! {
             done = committed => Ok(done.map_err(BackupError::Task)??),
-            () = given_up(self.cancel) => {
+            () = given_up(&self.means.cancel) => {
                 let source = io::Error::new(io::ErrorKind::TimedOut, "the archive does not answer");
                 Err(archive::Error::CommitUnknown { source }.into())
             }
@@ -245,25 +205,22 @@ impl Transfer<'_> {
         self.writer.as_ref().ok_or_else(not_held)
     }
 
-    fn record<'d>(
+    fn record(
         &self,
         covered: Vec<Covered>,
-        disks: impl Iterator<Item = (&'d crate::qemu::Disk, &'d Choice)>,
+        volumes: &[Uncovered],
         component: ComponentId,
     ) -> BackupRecord {
         let volumes = covered
             .into_iter()
-            .zip(disks)
-            .map(|(volume, (disk, choice))| VolumeRecord {
+            .zip(volumes)
+            .map(|(volume, before)| VolumeRecord {
                 name: volume.name,
-                disk: DiskRecord {
-                    mark: choice.mark,
-                    ..lineage::record(disk)
-                },
+                disk: before.disk.clone(),
                 mode: volume.mode,
                 base: volume.base,
                 fallback: volume.reason,
-                bitmap: choice.bitmap.new_bitmap().map(ToString::to_string),
+                bitmap: before.bitmap.clone(),
                 root: volume.root,
                 receipt: volume.receipt,
                 dirty_bytes: volume.dirty_bytes,
@@ -277,11 +234,11 @@ impl Transfer<'_> {
             vm: self.vm.into(),
             created: OffsetDateTime::now_utc(),
             provider: ProviderRecord {
-                name: self.provider_name.into(),
+                name: self.maker.name.into(),
                 component,
-                world: self.component.world,
-                settings: self.provider.settings.to_string(),
-                limits: volume_run::guest_limits(&self.provider.limits),
+                world: self.maker.component.world,
+                settings: self.maker.provider.settings.to_string(),
+                limits: volume_run::guest_limits(&self.maker.provider.limits),
             },
             host_version: env!("CARGO_PKG_VERSION").into(),
             volumes,

@@ -1,56 +1,55 @@
 //! One volume of a backup: from its export to covered blocks.
 
-use super::base::{Base, Choice};
+use super::base::Base;
 use super::claims::context_id;
-use super::component::Component;
+use super::means::{Maker, Means};
 use crate::archive::{
-    self, BackupId, BackupWriter, BlockTable, Entry, Namespace, RunContent, TableRoot,
+    self, BackupId, BackupWriter, BlockTable, DiskRecord, Entry, Namespace, RunContent, TableRoot,
 };
-use crate::channel::{Order as SandboxOrder, Run};
+use crate::channel::{Order, Run};
 use crate::config::Limits;
-use crate::config::Provider;
 use crate::contract::{BitmapMode, Context, GuestLimits, MAX_READ, MAX_WRITE, VolumeInfo, World};
 use crate::digest::Digest;
-use crate::event::{Event, Events};
+use crate::event::Event;
 use crate::extent::{Extent, ExtentSet};
 use crate::grants;
-use crate::grants::account::Account;
 use crate::grants::farewell::Farewells;
 use crate::grants::run::{RunError, Terms};
 use crate::grants::target::{HostFailure, Target};
 use crate::nbd;
-use crate::qemu::snapshot::Volume;
-use crate::sandbox::{self, Process, Program};
-use crate::volume::bandwidth::Bandwidth;
+use crate::sandbox::{self, Process};
 use crate::volume::canary::Canary;
 use crate::volume::frozen::Frozen;
+use crate::volume::source::Source;
 use crate::volume::{discard, open, sample};
 use std::collections::BTreeMap;
-use std::path::Path;
 use std::sync::Arc;
-use tokio::sync::Semaphore;
-use tokio_util::sync::CancellationToken;
 
 use crate::contract::BLOCK_SIZE;
 
-/// What one volume's run needs.
-pub struct Order<'a> {
-    /// How many disks of it are read side by side.
+/// A volume before its run.
+#[derive(Debug, Clone)]
+pub struct Uncovered {
+    /// Its bytes.
+    pub source: Source,
+    /// What it builds on, where its source tells what changed since.
+    pub base: Option<Base>,
+    /// Why it builds on nothing, where it could.
+    pub reason: Option<String>,
+    /// For the manifest: the disk.
+    pub disk: DiskRecord,
+    /// For the manifest: the bitmap that starts at this point in time.
+    pub bitmap: Option<String>,
+}
+
+/// The run of a provider on one volume.
+pub struct VolumeRun<'a> {
+    /// The volume.
+    pub volume: &'a Uncovered,
+    /// How many are read side by side.
     pub disks: usize,
-    /// Of the NBD server.
-    pub socket: &'a Path,
-    /// Its export.
-    pub volume: &'a Volume,
-    /// What it builds on.
-    pub choice: &'a Choice,
-    /// The provider's name.
-    pub provider_name: &'a str,
-    /// Its settings, limits and grants.
-    pub provider: &'a Provider,
-    /// Its component.
-    pub component: &'a Component,
-    /// What its sandbox process runs.
-    pub program: &'a Program,
+    /// Who runs.
+    pub maker: Maker<'a>,
     /// The provider's part of the archive.
     pub namespace: &'a Arc<Namespace>,
     /// The backup that is being made.
@@ -61,17 +60,9 @@ pub struct Order<'a> {
     pub attachments: &'a Arc<BTreeMap<String, Vec<u8>>>,
     /// The volume's number, where the names of its objects are its own.
     pub own_names: Option<usize>,
-    /// What the job, or this volume of it, uses of the provider's limits.
-    pub account: &'a Arc<Account>,
-    /// How fast the job may read.
-    pub bandwidth: &'a Option<Arc<Bandwidth>>,
-    /// Digesting and encoding at once in the whole job.
-    pub encoders: &'a Arc<Semaphore>,
-    /// Where the job tells what it does.
-    pub events: &'a Events,
-    /// Ends the run early.
-    pub stop: &'a CancellationToken,
-    /// Where the provider then goes.
+    /// The job's, or this volume's of it.
+    pub means: Means,
+    /// Where the provider goes when it is cancelled.
     pub farewells: &'a Farewells,
 }
 
@@ -131,12 +122,12 @@ impl VolumeError {
 /// Runs the provider on one volume and checks that the snapshot was intact to the end. `made_room` is awaited once what
 /// is clean has been given back.
 pub async fn run(
-    order: Order<'_>,
+    given: VolumeRun<'_>,
     made_room: impl Future<Output = ()>,
 ) -> Result<Covered, VolumeError> {
-    let disk = &order.volume.plan.disk;
+    let disk = &given.volume.source;
     let prepare = async {
-        let opened = open_volume(&order).await?;
+        let opened = open_volume(&given).await?;
         let canary = Canary::choose(&opened.frozen.plan);
         let before = canary.read(&opened.frozen.reader).await?;
         discard::clean(&opened.frozen, canary).await?;
@@ -145,18 +136,18 @@ pub async fn run(
     };
     let (opened, canary, before) = tokio::select! {
         prepared = prepare => prepared?,
-        () = order.stop.cancelled() => return Err(RunError::Cancelled.into()),
+        () = given.means.cancel.cancelled() => return Err(RunError::Cancelled.into()),
     };
     let frozen = Arc::new(opened.frozen);
-    order.events.send(Event::Total {
+    given.means.events.send(Event::Total {
         bytes: frozen.plan.data_bytes(),
     });
 
-    let (writer, plan) = (Arc::clone(order.writer), Arc::clone(&frozen));
+    let (writer, plan) = (Arc::clone(given.writer), Arc::clone(&frozen));
     let (size, base) = (disk.size, opened.base);
-    let manifest = order.choice.base.as_ref();
+    let manifest = given.volume.base.as_ref();
     let manifest = manifest.map(|base| Arc::clone(&base.manifest));
-    let table = file_work(&order, move || {
+    let table = file_work(&given, move || {
         if let Some(manifest) = manifest {
             writer.build_on(&manifest);
         }
@@ -174,27 +165,28 @@ pub async fn run(
         disk.name.clone(),
         Arc::clone(&frozen),
         canary,
-        Arc::clone(order.writer),
-        order.backup,
+        Arc::clone(given.writer),
+        given.backup,
         table,
-        Arc::clone(order.encoders),
-        order.provider.grant.trim_finished,
-        order.events.clone(),
+        Arc::clone(&given.means.encoders),
+        given.maker.provider.grant.trim_finished,
+        given.means.events.clone(),
     ));
-    let process = start(&order, opened.mode).await?;
+    let process = start(&given, opened.mode).await?;
     let terms = Terms {
-        world: order.component.world,
-        reader: order.provider.grant.read,
-        discarder: order.provider.grant.discard,
-        own_names: order.own_names,
-        account: Arc::clone(order.account),
-        attachments: Arc::clone(order.attachments),
-        farewells: order.farewells.clone(),
+        world: given.maker.component.world,
+        reader: given.maker.provider.grant.read,
+        discarder: given.maker.provider.grant.discard,
+        own_names: given.own_names,
+        account: Arc::clone(&given.means.account),
+        attachments: Arc::clone(given.attachments),
+        farewells: given.farewells.clone(),
     };
-    let receipt = grants::run::run(process, Arc::clone(&target), terms, order.stop).await?;
+    let receipt =
+        grants::run::run(process, Arc::clone(&target), terms, &given.means.cancel).await?;
     let after = tokio::select! {
         after = canary.read(&frozen.reader) => after?,
-        () = order.stop.cancelled() => return Err(RunError::Cancelled.into()),
+        () = given.means.cancel.cancelled() => return Err(RunError::Cancelled.into()),
     };
     if after != before {
         let block = before.map_or_else(|| disk_extent(disk.size), |(extent, _)| extent);
@@ -204,7 +196,7 @@ pub async fn run(
     // Every task of the run has ended, so this is the last holder.
     let target = Arc::try_unwrap(target).map_err(|_| RunError::Protocol)?;
     let (_, table, books) = target.into_parts();
-    let root = file_work(&order, move || table.finish()).await?;
+    let root = file_work(&given, move || table.finish()).await?;
     let claimed = books
         .claimed()
         .iter()
@@ -213,8 +205,8 @@ pub async fn run(
     Ok(Covered {
         name: disk.name.clone(),
         mode: opened.mode,
-        base: order
-            .choice
+        base: given
+            .volume
             .base
             .as_ref()
             .filter(|_| opened.base.is_some())
@@ -231,14 +223,14 @@ pub async fn run(
 /// Work on the archive's files, on a thread of its own. It is given up when the job is told to stop: an archive that
 /// hangs must not keep the VM's snapshot.
 async fn file_work<T: Send + 'static>(
-    order: &Order<'_>,
+    given: &VolumeRun<'_>,
     work: impl FnOnce() -> Result<T, archive::Error> + Send + 'static,
 ) -> Result<T, VolumeError> {
     tokio::select! {
         done = tokio::task::spawn_blocking(work) => {
             Ok(done.map_err(HostFailure::from).map_err(RunError::from)??)
         }
-        () = order.stop.cancelled() => Err(RunError::Cancelled.into()),
+        () = given.means.cancel.cancelled() => Err(RunError::Cancelled.into()),
     }
 }
 
@@ -250,21 +242,16 @@ struct Opened {
 }
 
 /// Opens the export; an incremental whose sample of clean blocks differs from its base becomes a full read.
-async fn open_volume(order: &Order<'_>) -> Result<Opened, VolumeError> {
-    let open = |context| {
-        let bandwidth = order.bandwidth.clone();
-        open::open(
-            order.socket,
-            &order.volume.export,
-            context,
-            BLOCK_SIZE,
-            order.disks,
-            bandwidth,
-        )
+async fn open_volume(given: &VolumeRun<'_>) -> Result<Opened, VolumeError> {
+    let Uncovered { source, base, .. } = given.volume;
+    let in_full = source.clone().in_full();
+    let open = |source| {
+        let bandwidth = given.means.bandwidth.clone();
+        open::open(source, BLOCK_SIZE, given.disks, bandwidth)
     };
-    if let (Some(base), Some(context)) = (&order.choice.base, &order.volume.dirty_context) {
-        let mut frozen = open(Some(context.as_str())).await?;
-        match distrusted(order.namespace, base, &mut frozen).await? {
+    if let (Some(base), Some(_)) = (base, &source.dirty_context) {
+        let mut frozen = open(source).await?;
+        match distrusted(given.namespace, base, &mut frozen).await? {
             None => {
                 return Ok(Opened {
                     frozen,
@@ -274,11 +261,11 @@ async fn open_volume(order: &Order<'_>) -> Result<Opened, VolumeError> {
                 });
             }
             Some(reason) => {
-                order.events.warn(format!(
-                    "{}: {reason}; it is read in full",
-                    order.volume.plan.disk.name
-                ));
-                let frozen = open(None).await?;
+                given
+                    .means
+                    .events
+                    .warn(format!("{}: {reason}; it is read in full", source.name));
+                let frozen = open(&in_full).await?;
                 return Ok(Opened {
                     frozen,
                     mode: BitmapMode::New,
@@ -288,12 +275,12 @@ async fn open_volume(order: &Order<'_>) -> Result<Opened, VolumeError> {
             }
         }
     }
-    let frozen = open(None).await?;
+    let frozen = open(&in_full).await?;
     Ok(Opened {
         frozen,
         mode: BitmapMode::New,
         base: None,
-        reason: order.choice.reason.clone(),
+        reason: given.volume.reason.clone(),
     })
 }
 
@@ -408,16 +395,16 @@ fn last_kept(table: &BlockTable, clean: &[Extent]) -> Result<Option<Extent>, arc
     Ok(None)
 }
 
-async fn start(order: &Order<'_>, mode: BitmapMode) -> Result<Process, VolumeError> {
-    let disk = &order.volume.plan.disk;
-    let world = order.component.world;
+async fn start(given: &VolumeRun<'_>, mode: BitmapMode) -> Result<Process, VolumeError> {
+    let disk = &given.volume.source;
+    let world = given.maker.component.world;
     let run = Run {
         world,
-        wasi: order.component.wasi.clone(),
-        limits: guest_limits(order.account.limits()),
+        wasi: given.maker.component.wasi.clone(),
+        limits: guest_limits(given.means.account.limits()),
         context: Context {
-            id: context_id(order.backup),
-            settings: order.provider.settings.to_string(),
+            id: context_id(given.backup),
+            settings: given.maker.provider.settings.to_string(),
         },
         volume: VolumeInfo {
             name: plain(&disk.name),
@@ -425,19 +412,19 @@ async fn start(order: &Order<'_>, mode: BitmapMode) -> Result<Process, VolumeErr
             block_size: BLOCK_SIZE,
             mode,
         },
-        reader: world == World::Provider && order.provider.grant.read,
-        discarder: order.provider.grant.discard,
-        base: base_receipt(order, mode),
+        reader: world == World::Provider && given.maker.provider.grant.read,
+        discarder: given.maker.provider.grant.discard,
+        base: base_receipt(given, mode),
         max_read: MAX_READ,
         max_write: MAX_WRITE,
     };
     let process = Process::start(
-        order.program,
-        &SandboxOrder::Run(run),
-        &order.component.compiled.file,
+        &given.means.program,
+        &Order::Run(run),
+        &given.maker.component.compiled.file,
     )
     .await?;
-    order.events.confinement(process.missing());
+    given.means.events.confinement(process.missing());
     Ok(process)
 }
 
@@ -463,13 +450,13 @@ fn plain(name: &str) -> String {
 }
 
 /// What this very provider returned for this volume in the base; another provider's receipt says nothing to it.
-fn base_receipt(order: &Order<'_>, mode: BitmapMode) -> Option<Vec<u8>> {
-    let base = order
-        .choice
+fn base_receipt(given: &VolumeRun<'_>, mode: BitmapMode) -> Option<Vec<u8>> {
+    let base = given
+        .volume
         .base
         .as_ref()
         .filter(|_| mode == BitmapMode::Reuse)?;
-    (base.manifest.record.provider.name == order.provider_name).then(|| base.volume.receipt.clone())
+    (base.manifest.record.provider.name == given.maker.name).then(|| base.volume.receipt.clone())
 }
 
 /// What the sandbox process enforces by itself.

@@ -28,11 +28,11 @@ pub struct Recorder(Arc<Shared>);
 struct Shared {
     bytes: bool,
     waiting: Arc<AtomicU64>,
-    state: Mutex<State>,
+    state: Mutex<Writing>,
 }
 
 #[derive(Debug)]
-struct State {
+struct Writing {
     /// None once the recording has ended.
     queue: Option<Sender<Vec<u8>>>,
     /// What came of the writing thread.
@@ -68,7 +68,7 @@ impl Recorder {
                 // Nobody may be waiting for it any more.
                 let _ = say_ended.send(write());
             })?;
-        let state = Mutex::new(State {
+        let state = Mutex::new(Writing {
             queue: Some(queue),
             ended,
             length: first.len() as u64,
@@ -170,12 +170,12 @@ impl Track {
 }
 
 impl Shared {
-    fn state(&self) -> MutexGuard<'_, State> {
+    fn state(&self) -> MutexGuard<'_, Writing> {
         // Nothing in it is ever half changed.
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    fn write(&self, state: &mut State, event: &Line) {
+    fn write(&self, state: &mut Writing, event: &Line) {
         let Some(queue) = &state.queue else { return };
         let mut line = encoded(event);
         let length = line.len() as u64;

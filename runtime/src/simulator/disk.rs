@@ -1,12 +1,22 @@
 //! A disk in memory, and what it was at a point in time.
 
 use crate::extent::{Extent, ExtentSet};
-use crate::qemu::{self, BitmapName, BitmapPlan, machine};
+use crate::volume::source::Source;
 use std::collections::BTreeMap;
+use std::path::Path;
 use std::sync::{Arc, Mutex, PoisonError};
 
 /// Bytes per bit of a dirty bitmap, and the unit in which an export is trimmed: QEMU's for copy-before-write.
 const CLUSTER: u32 = 64 << 10;
+
+/// What a point in time does to a disk's bitmaps.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct Switch {
+    /// The one that stops, and is exported.
+    pub stop: Option<String>,
+    /// The one that starts.
+    pub start: Option<String>,
+}
 
 /// A disk that is written while nothing is backed up, and frozen when something is.
 #[derive(Debug, Clone)]
@@ -86,50 +96,23 @@ impl Disk {
         }
     }
 
-    /// As QEMU would describe it.
-    pub fn described(&self) -> qemu::Disk {
-        let bitmaps = self.bitmaps.iter().map(|(name, bitmap)| machine::Bitmap {
-            name: name.clone(),
-            granularity: CLUSTER,
-            dirty: bitmap.dirty.bytes(),
-            recording: bitmap.recording,
-            busy: false,
-            persistent: true,
-            inconsistent: false,
-        });
-        qemu::Disk {
-            name: self.name.clone(),
-            node: self.name.clone(),
-            size: self.size(),
-            format: "memory".into(),
-            filename: format!("memory:{}", self.name),
-            bitmaps: bitmaps.collect(),
-            can_persist: true,
-            read_only: false,
-            image: qemu::Image {
-                format: "memory".into(),
-                name: format!("memory:{}", self.name),
-                size: self.size(),
-                identity: qemu::Identity::Unseen,
-                data_file: None,
-            },
-            below: Vec::new(),
-            shared: false,
-        }
+    /// The bitmaps that follow what is written to it.
+    pub fn recording(&self) -> impl Iterator<Item = &str> {
+        let recording = self.bitmaps.iter().filter(|(_, bitmap)| bitmap.recording);
+        recording.map(|(name, _)| name.as_str())
     }
 
-    /// Takes the point in time: what the disk is now, and its bitmaps as `plan` says.
-    pub fn freeze(&mut self, plan: &BitmapPlan) -> Export {
-        if let Some(new) = plan.new_bitmap() {
+    /// Takes the point in time: what the disk is now, and its bitmaps as `switch` says.
+    pub fn freeze(&mut self, switch: &Switch) -> Export {
+        if let Some(start) = &switch.start {
             let fresh = Bitmap {
                 dirty: ExtentSet::new(),
                 recording: true,
             };
-            self.bitmaps.insert(new.to_string(), fresh);
+            self.bitmaps.insert(start.clone(), fresh);
         }
-        let dirty = plan.old().map(|old| {
-            let name = old.to_string();
-            let dirty = self.bitmaps.get_mut(&name).map(|bitmap| {
+        let dirty = switch.stop.as_ref().map(|name| {
+            let dirty = self.bitmaps.get_mut(name).map(|bitmap| {
                 bitmap.recording = false;
                 bitmap.dirty.clone()
             });
@@ -149,19 +132,18 @@ impl Disk {
     }
 
     /// After a commit: the bitmap that the backup was read by goes.
-    pub fn accept(&mut self, plan: &BitmapPlan) {
-        if let Some(old) = plan.old() {
-            self.bitmaps.remove(&old.to_string());
+    pub fn accept(&mut self, switch: &Switch) {
+        if let Some(stopped) = &switch.stop {
+            self.forget(stopped);
         }
     }
 
     /// After a failure: tracking becomes what it was.
-    pub fn back_out(&mut self, plan: &BitmapPlan) {
-        let since = plan
-            .new_bitmap()
-            .and_then(|new| self.bitmaps.remove(&new.to_string()));
-        if let (Some(old), Some(since)) = (plan.old(), since)
-            && let Some(old) = self.bitmaps.get_mut(&old.to_string())
+    pub fn back_out(&mut self, switch: &Switch) {
+        let started = switch.start.as_ref();
+        let since = started.and_then(|started| self.bitmaps.remove(started));
+        if let (Some(stopped), Some(since)) = (&switch.stop, since)
+            && let Some(old) = self.bitmaps.get_mut(stopped)
         {
             old.recording = true;
             for extent in since.dirty.iter() {
@@ -171,8 +153,8 @@ impl Disk {
     }
 
     /// Removes a bitmap.
-    pub fn forget(&mut self, bitmap: &BitmapName) {
-        self.bitmaps.remove(&bitmap.to_string());
+    pub fn forget(&mut self, bitmap: &str) {
+        self.bitmaps.remove(bitmap);
     }
 
     fn within(&self, offset: u64, length: u64) -> Option<Extent> {
@@ -229,6 +211,17 @@ impl Export {
     /// Its name, which is the disk's.
     pub fn name(&self) -> &str {
         &self.name
+    }
+
+    /// Where a job finds it while a server on `socket` has it.
+    pub fn source(&self, socket: &Path) -> Source {
+        Source {
+            name: self.name.clone(),
+            size: self.bytes.len() as u64,
+            socket: socket.to_owned(),
+            export: self.name.clone(),
+            dirty_context: self.dirty_context().map(Into::into),
+        }
     }
 
     /// What it holds, whatever was trimmed since.
@@ -299,8 +292,11 @@ impl Export {
 mod tests {
     use super::*;
 
-    fn bitmap(backup: &str) -> BitmapName {
-        BitmapName::new("archive", "namespace", "web/disk", backup, None).unwrap()
+    fn switch(stop: Option<&str>, start: &str) -> Switch {
+        Switch {
+            stop: stop.map(Into::into),
+            start: Some(start.into()),
+        }
     }
 
     fn dirty(export: &Export) -> Vec<(u64, u64)> {
@@ -310,33 +306,23 @@ mod tests {
     #[test]
     fn a_failed_backup_loses_no_change() {
         let mut disk = Disk::new("disk", 3 * 65536 + 5);
-        let first = BitmapPlan::New { name: bitmap("a") };
+        let first = switch(None, "a");
         assert_eq!(dirty(&disk.freeze(&first)), [(0, 3 * 65536 + 5)]);
         disk.accept(&first);
 
         disk.write(65536 + 1, b"before");
-        let failing = BitmapPlan::Reuse {
-            old: bitmap("a"),
-            new: bitmap("b"),
-        };
+        let failing = switch(Some("a"), "b");
         assert_eq!(dirty(&disk.freeze(&failing)), [(65536, 65536)]);
         disk.write(3 * 65536 + 2, b"meanwhile");
         disk.back_out(&failing);
 
-        let next = BitmapPlan::Reuse {
-            old: bitmap("a"),
-            new: bitmap("c"),
-        };
+        let next = switch(Some("a"), "c");
         let export = disk.freeze(&next);
         assert_eq!(dirty(&export), [(65536, 65536), (3 * 65536, 5)]);
         assert_eq!(&export.bytes()[3 * 65536..], b"\0\0mea");
         disk.accept(&next);
-        let names: Vec<_> = disk.described().bitmaps;
-        assert_eq!(names.len(), 1);
-        assert_eq!(
-            (names[0].name.as_str(), names[0].dirty),
-            (bitmap("c").to_string().as_str(), 0)
-        );
+        assert_eq!(disk.recording().collect::<Vec<_>>(), ["c"]);
+        assert_eq!(dirty(&disk.freeze(&switch(Some("c"), "d"))), []);
     }
 
     #[test]
@@ -344,7 +330,7 @@ mod tests {
         let mut disk = Disk::new("disk", 200_000);
         disk.write(0, &[7; 200_000]);
         let bad = Extent::new(150_000, 1).unwrap();
-        let export = disk.freeze(&BitmapPlan::None).unreadable(bad);
+        let export = disk.freeze(&Switch::default()).unreadable(bad);
         assert_eq!(export.trim(1, 2 * 65536), Ok(()));
         assert_eq!(export.read(0, 65536), Ok(&[7; 65536][..]));
         assert_eq!(export.read(65535, 2), Err(Refused::Trimmed));

@@ -12,5 +12,5 @@ mod server;
 #[cfg(test)]
 mod tests;
 
-pub use disk::{Disk, Export};
+pub use disk::{Disk, Export, Switch};
 pub use server::Server;

@@ -1,8 +1,7 @@
 //! The server before libnbd's own tools, which share no line with it or with our client.
 
-use super::{Disk, Export, Server};
+use super::{Disk, Export, Server, Switch};
 use crate::extent::Extent;
-use crate::qemu::{BitmapName, BitmapPlan};
 use crate::volume::open;
 use serde_json::Value;
 use std::path::Path;
@@ -17,13 +16,15 @@ fn export() -> Export {
     let pattern: Vec<u8> = (0..20 * CLUSTER).map(|i| (i * 7 % 251) as u8).collect();
     disk.write(3 * CLUSTER + 5, &pattern);
     disk.write(30 * CLUSTER, &[0; 1000]);
-    let bitmap = |backup| BitmapName::new("archive", "space", "vm/scsi0", backup, None).unwrap();
-    disk.freeze(&BitmapPlan::New { name: bitmap("a") });
+    disk.freeze(&Switch {
+        stop: None,
+        start: Some("a".into()),
+    });
     disk.write(40 * CLUSTER + 700, b"tail");
     disk.discard(10 * CLUSTER, 3 * CLUSTER);
-    disk.freeze(&BitmapPlan::Reuse {
-        old: bitmap("a"),
-        new: bitmap("b"),
+    disk.freeze(&Switch {
+        stop: Some("a".into()),
+        start: Some("b".into()),
     })
 }
 
@@ -82,16 +83,8 @@ async fn a_real_job_opens_it_and_cannot_read_what_it_trimmed() {
     let folder = TempDir::new().unwrap();
     let export = export();
     let server = Server::start(folder.path().join("nbd"), vec![export.clone()]).unwrap();
-    let frozen = open::open(
-        server.socket(),
-        "scsi0",
-        export.dirty_context(),
-        65536,
-        1,
-        None,
-    )
-    .await
-    .unwrap();
+    let source = export.source(server.socket());
+    let frozen = open::open(&source, 65536, 1, None).await.unwrap();
     assert_eq!(frozen.plan.dirty(), &export.dirty());
     let hole = Extent::new(10 * CLUSTER, 3 * CLUSTER).unwrap();
     assert_eq!(frozen.plan.zero().iter().collect::<Vec<_>>(), [hole]);

@@ -5,6 +5,7 @@ use super::frozen::Frozen;
 use super::lane::REPLY;
 use super::plan::Plan;
 use super::reader::{self, Reader};
+use super::source::Source;
 use crate::extent::Extent;
 use crate::nbd;
 use futures_util::stream::{self, StreamExt, TryStreamExt};
@@ -26,16 +27,15 @@ const RUN_BYTES: u64 = 16;
 /// Shortest run of zeroes that file systems and image formats commonly have, in bytes.
 const SHORTEST_RUN: u64 = 4 << 10;
 
-/// Connects to the export. With a `dirty_context` (`qemu:dirty-bitmap:NAME`) only what that bitmap holds is covered,
+/// Connects to the export. With a meta context (`qemu:dirty-bitmap:NAME`) only what that bitmap holds is covered,
 /// otherwise everything is. `disks` is how many are read side by side.
 pub async fn open(
-    socket: &Path,
-    export: &str,
-    dirty_context: Option<&str>,
+    source: &Source,
     block: u32,
     disks: usize,
     bandwidth: Option<Arc<Bandwidth>>,
 ) -> Result<Frozen, nbd::Error> {
+    let (socket, export) = (&*source.socket, &*source.export);
     let reader = Reader::connect(socket, export, disks, bandwidth).await?;
     let Ok(all) = Extent::new(0, reader.size()) else {
         return Ok(Frozen {
@@ -48,7 +48,7 @@ pub async fn open(
         export,
         connections: reader::asking(disks),
     };
-    let dirty = match dirty_context {
+    let dirty = match source.dirty_context.as_deref() {
         Some(context) => ask.ranges((context, block.into(), DIRTY), &[all]).await?,
         None => vec![all],
     };

@@ -35,13 +35,13 @@ struct Window {
 
 #[derive(Debug)]
 struct Slot {
-    state: State,
+    state: WindowState,
     /// The read that wanted it last.
     turn: u64,
 }
 
 #[derive(Debug)]
-enum State {
+enum WindowState {
     Loading(AbortOnDropHandle<Result<Arc<Window>, nbd::Error>>),
     Ready(Arc<Window>),
 }
@@ -186,17 +186,17 @@ impl ReadAhead {
         self.fetched += window.len();
         let frozen = Arc::clone(&self.frozen);
         let task = tokio::spawn(async move { load(&frozen, window).await });
-        let state = State::Loading(AbortOnDropHandle::new(task));
+        let state = WindowState::Loading(AbortOnDropHandle::new(task));
         self.windows.insert(window.start(), Slot { state, turn });
     }
 
     async fn ready(&mut self, window: Extent) -> Result<Arc<Window>, nbd::Error> {
         let slot = self.windows.remove(&window.start());
         let loaded = match slot.map(|slot| slot.state) {
-            Some(State::Ready(loaded)) => loaded,
+            Some(WindowState::Ready(loaded)) => loaded,
             // `fetch` put it there just now.
             None => load(&self.frozen, window).await?,
-            Some(State::Loading(task)) => {
+            Some(WindowState::Loading(task)) => {
                 let loaded = task.await.map_err(std::io::Error::other)??;
                 let first = window.start() / u64::from(self.frozen.plan.block());
                 self.digests
@@ -208,7 +208,7 @@ impl ReadAhead {
             }
         };
         let slot = Slot {
-            state: State::Ready(Arc::clone(&loaded)),
+            state: WindowState::Ready(Arc::clone(&loaded)),
             turn: self.turn,
         };
         self.windows.insert(window.start(), slot);

@@ -206,9 +206,7 @@ fn choose_anew(question: &Question, id: u8, full: bool) -> Choice {
     };
     Choice {
         bitmap: plan(&choice.bitmap),
-        base: choice
-            .base
-            .map(|base| small_id(&base.manifest.backup.to_string())),
+        base: choice.base.map(|base| small_id(&base.id().to_string())),
         stale: choice.stale.iter().map(small_name).collect(),
     }
 }

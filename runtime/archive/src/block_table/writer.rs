@@ -25,11 +25,11 @@ pub struct BlockTableWriter {
     pages: Arc<PagesFile>,
     /// Where it is told what the table needs.
     finished: Arc<Mutex<Vec<Finished>>>,
-    state: Mutex<State>,
+    state: Mutex<Leaves>,
 }
 
 #[derive(Default)]
-struct State {
+struct Leaves {
     clock: u64,
     open: HashMap<u64, OpenLeaf>,
     /// Leaves that differ from the base's and where they are written; nothing where all is zero.
@@ -189,7 +189,7 @@ impl BlockTableWriter {
     }
 
     /// The leaf of this number, decoded.
-    fn open<'a>(&self, state: &'a mut State, number: u64) -> Result<&'a mut OpenLeaf, Error> {
+    fn open<'a>(&self, state: &'a mut Leaves, number: u64) -> Result<&'a mut OpenLeaf, Error> {
         state.clock += 1;
         let used = state.clock;
         let entries = match state.open.remove(&number) {
@@ -204,7 +204,7 @@ impl BlockTableWriter {
     }
 
     /// Writes out the leaf that was not used for longest, where there are too many.
-    fn make_room(&self, state: &mut State) -> Result<(), Error> {
+    fn make_room(&self, state: &mut Leaves) -> Result<(), Error> {
         if state.open.len() < OPEN_LEAVES {
             return Ok(());
         }
@@ -218,7 +218,7 @@ impl BlockTableWriter {
         }
     }
 
-    fn read_back(&self, state: &State, number: u64) -> Result<Vec<Entry>, Error> {
+    fn read_back(&self, state: &Leaves, number: u64) -> Result<Vec<Entry>, Error> {
         let blocks = self.shape.leaf_blocks(number);
         let page = match state.changed.get(&number) {
             Some(&page) => {
@@ -237,7 +237,7 @@ impl BlockTableWriter {
         })
     }
 
-    fn write_out(&self, state: &mut State, number: u64, leaf: &OpenLeaf) -> Result<(), Error> {
+    fn write_out(&self, state: &mut Leaves, number: u64, leaf: &OpenLeaf) -> Result<(), Error> {
         let first = self.shape.leaf_blocks(number).start;
         let leaf = Leaf::of(first, &leaf.entries, self.shape);
         if leaf.is_zero() {
@@ -254,7 +254,7 @@ impl BlockTableWriter {
     }
 
     /// Records a leaf, unless it is the base's.
-    fn note(&self, state: &mut State, number: u64, page: Option<PageRef>) -> Result<(), Error> {
+    fn note(&self, state: &mut Leaves, number: u64, page: Option<PageRef>) -> Result<(), Error> {
         if self.base.page(0, number)? == page {
             state.changed.remove(&number);
         } else {

@@ -1,8 +1,8 @@
 //! The steps to a point in time, in their order, and the way back.
 
 use super::{
-    CBW_TIMEOUT_SECONDS, Cause, FleecingFormat, Form, NbdServer, Nodes, Plan, Probe, Readers,
-    Request, UndoError, id, remains,
+    CBW_TIMEOUT_SECONDS, Cause, FleecingFormat, Form, NbdServer, Nodes, Plan, PointRequest, Probe,
+    Readers, UndoError, id, remains,
 };
 use crate::agent::{Agent, AgentError, Freeze};
 use crate::backup_access::{self, AccessError};
@@ -51,7 +51,7 @@ impl Default for Frozen {
 pub(super) async fn make(
     monitor: &Monitor,
     schema: &Schema,
-    request: &Request,
+    request: &PointRequest,
     agent: Option<&mut Agent>,
     server: &mut ServerFate,
     frozen: &mut Frozen,
@@ -141,7 +141,7 @@ pub(super) async fn make(
 /// Takes back what [`make`] got done: everything is looked for, so it need not say how far it came.
 pub(super) async fn undo(
     monitor: &Monitor,
-    request: &Request,
+    request: &PointRequest,
     server: ServerFate,
     nodes: &Nodes,
 ) -> Vec<UndoError> {
@@ -219,7 +219,7 @@ async fn refuse_exports_on_iothreads(monitor: &Monitor, plans: &[Plan]) -> Resul
 
 async fn add_fleecing(
     monitor: &Monitor,
-    request: &Request,
+    request: &PointRequest,
     index: u16,
     plan: &Plan,
     node: &str,
@@ -313,7 +313,7 @@ pub(super) fn qcow2(node: &str, image: &str, shrinks: bool) -> Value {
 async fn freeze_disks(
     monitor: &Monitor,
     schema: &Schema,
-    request: &Request,
+    request: &PointRequest,
     frozen: &mut Frozen,
     nodes: &mut Nodes,
 ) -> Result<(), Cause> {
@@ -375,7 +375,7 @@ async fn transaction(monitor: &Monitor, actions: Vec<Value>) -> Result<(), Cause
 /// They come before all actions on bitmaps. A backup action drains its disk and holds the drain to the end of the
 /// transaction, while bitmap actions do not drain: with all backups first, no write falls between any
 /// two actions. Adding before disabling loses nothing even so.
-fn backups(request: &Request, schema: &Schema) -> impl Iterator<Item = Value> {
+fn backups(request: &PointRequest, schema: &Schema) -> impl Iterator<Item = Value> {
     (0..).zip(&request.plans).map(|(index, plan)| {
         let mut data = json!({
             "job-id": id(request.job, Role::Job, index),
@@ -430,7 +430,7 @@ async fn start_server(monitor: &Monitor, path: &Path) -> Result<(), Cause> {
 /// Never with an `iothread`: a later `blockdev-backup` of that node would abort QEMU.
 async fn add_export(
     monitor: &Monitor,
-    request: &Request,
+    request: &PointRequest,
     index: u16,
     plan: &Plan,
     access: &str,
@@ -454,7 +454,7 @@ async fn add_export(
 /// export as well. What only other people's jobs use is not: they could not remove it when they have ended.
 async fn add_probes_of_others(
     monitor: &Monitor,
-    request: &Request,
+    request: &PointRequest,
     nodes: &mut Nodes,
 ) -> Result<(), Cause> {
     let others = others(monitor, request).await.map_err(Cause::Monitor)?;
@@ -475,7 +475,7 @@ async fn add_probes_of_others(
 /// The nodes that devices and exports have, but those of the point in time, each with what its user calls it.
 async fn others(
     monitor: &Monitor,
-    request: &Request,
+    request: &PointRequest,
 ) -> Result<BTreeMap<String, String>, MonitorError> {
     let graph = present::graph(monitor).await?;
     let mut others = BTreeMap::new();

@@ -74,7 +74,7 @@ pub enum FleecingFormat {
 
 /// What to freeze, and for whom.
 #[derive(Debug, Clone)]
-pub struct Request {
+pub struct PointRequest {
     /// Goes into every id.
     pub job: JobId,
     /// Granularity of new bitmaps in bytes: a power of two, 512 or more (QMP `block-dirty-bitmap-add`).
@@ -172,7 +172,7 @@ struct Nodes {
 
 impl Nodes {
     /// By our ids, but where Proxmox's QEMU looks for them by names of its own.
-    async fn of(monitor: &Monitor, request: &Request) -> Result<Self, Cause> {
+    async fn of(monitor: &Monitor, request: &PointRequest) -> Result<Self, Cause> {
         let all = |role| {
             (0..)
                 .zip(&request.plans)
@@ -253,7 +253,7 @@ pub enum Broken {
 pub async fn take(
     monitor: &Monitor,
     schema: &Schema,
-    request: Request,
+    request: PointRequest,
     agent: Option<&mut Agent>,
 ) -> Result<PointInTime, SnapshotError> {
     let mut server = ServerFate::Keep;
@@ -506,7 +506,7 @@ impl PointInTime {
     }
 }
 
-fn volumes(request: &Request) -> Vec<Volume> {
+fn volumes(request: &PointRequest) -> Vec<Volume> {
     let volume = |(index, plan): (u16, &Plan)| Volume {
         export: id(request.job, Role::Export, index),
         dirty_context: plan

@@ -6,7 +6,7 @@ use crate::qemu::machine::{self, Choice, Disk};
 use crate::qemu::monitor::Monitor;
 use crate::qemu::schema::Schema;
 use crate::qemu::snapshot::{
-    FleecingFormat, Form, NbdServer, Plan, PointInTime, Readers, Request, SnapshotError, take,
+    FleecingFormat, Form, NbdServer, Plan, PointInTime, PointRequest, Readers, SnapshotError, take,
 };
 use serde_json::{Value, json};
 use std::fs::File;
@@ -165,7 +165,7 @@ impl Daemon {
         monitor: &Monitor,
         server: NbdServer,
         bitmap: &BitmapPlan,
-    ) -> Request {
+    ) -> PointRequest {
         let job = JobId::random().unwrap();
         let plans = both(monitor).await.into_iter().map(|disk| {
             let fleecing = self.fleecing(&format!("{job}-{}.fl", disk.name));
@@ -176,7 +176,7 @@ impl Daemon {
                 bitmap: bitmap.clone(),
             }
         });
-        Request {
+        PointRequest {
             job,
             block_size: BLOCK,
             plans: plans.collect(),
@@ -191,7 +191,7 @@ impl Daemon {
     pub(crate) async fn take(
         &self,
         monitor: &Monitor,
-        request: Request,
+        request: PointRequest,
     ) -> Result<PointInTime, SnapshotError> {
         let schema = Schema::probe(monitor).await.unwrap();
         take(monitor, &schema, request, None).await

@@ -7,7 +7,7 @@ use crate::ids::JobId;
 use crate::machine::{self, Choice, Disk, MachineError, SkipReason};
 use crate::monitor::Monitor;
 use crate::schema::Schema;
-use crate::snapshot::{FleecingFormat, Form, NbdServer, Plan, Readers, Request, take};
+use crate::snapshot::{FleecingFormat, Form, NbdServer, Plan, PointRequest, Readers, take};
 use serde_json::{Value, json};
 use std::fs::File;
 use std::time::Duration;
@@ -220,7 +220,7 @@ async fn a_real_emulators_devices_are_found_frozen_in_time_and_left_as_they_were
             bitmap: plan.clone(),
         }
     });
-    let request = Request {
+    let request = PointRequest {
         job: JobId::random().unwrap(),
         block_size: BLOCK,
         plans: plans.collect(),

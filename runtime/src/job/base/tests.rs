@@ -128,6 +128,10 @@ enum Says {
     OfAnotherBitmap,
     OfAnotherSize,
     WithoutTheDisk,
+    Exported,
+    ExportedOfAnotherBitmap,
+    ExportedOfAnotherSize,
+    ExportedWithoutTheDisk,
     Damaged,
     Absent,
 }
@@ -138,6 +142,10 @@ fn archive() -> impl Strategy<Value = Vec<Says>> {
         1 => Just(Says::OfAnotherBitmap),
         1 => Just(Says::OfAnotherSize),
         1 => Just(Says::WithoutTheDisk),
+        2 => Just(Says::Exported),
+        1 => Just(Says::ExportedOfAnotherBitmap),
+        1 => Just(Says::ExportedOfAnotherSize),
+        1 => Just(Says::ExportedWithoutTheDisk),
         1 => Just(Says::Damaged),
         2 => Just(Says::Absent),
     ];
@@ -158,11 +166,30 @@ fn recorded(says: Says, backup: BackupId, of_bitmap: &str) -> Recorded {
                 reason: "torn".into(),
             };
         }
-        Says::Committed => ("disk0", SIZE, of_bitmap),
-        Says::OfAnotherBitmap => ("disk0", SIZE, "another"),
-        Says::OfAnotherSize => ("disk0", SIZE / 2, of_bitmap),
-        Says::WithoutTheDisk => ("disk7", SIZE, of_bitmap),
+        Says::Committed | Says::Exported => ("disk0", SIZE, of_bitmap),
+        Says::OfAnotherBitmap | Says::ExportedOfAnotherBitmap => ("disk0", SIZE, "another"),
+        Says::OfAnotherSize | Says::ExportedOfAnotherSize => ("disk0", SIZE / 2, of_bitmap),
+        Says::WithoutTheDisk | Says::ExportedWithoutTheDisk => ("disk7", SIZE, of_bitmap),
     };
+    let is_backup = matches!(
+        says,
+        Says::Committed | Says::OfAnotherBitmap | Says::OfAnotherSize | Says::WithoutTheDisk
+    );
+    if !is_backup {
+        let disk = ExportedDisk {
+            name: name.into(),
+            size,
+            disk: lineage::record(&disk(&[])),
+            base: None,
+            bitmap: Some(bitmap.into()),
+        };
+        return Recorded::Exported(Arc::new(ExportRecord {
+            vm: "web".into(),
+            created: OffsetDateTime::UNIX_EPOCH,
+            host_version: String::new(),
+            disks: vec![disk],
+        }));
+    }
     let volume = VolumeRecord {
         name: name.into(),
         disk: lineage::record(&disk(&[])),
@@ -263,7 +290,10 @@ fn is_sound(made: &Made, bitmaps: &[Made], says: &[Says]) -> bool {
         && !made.state.busy
         && !made.state.inconsistent
         && made.state.granularity <= BLOCK
-        && says[usize::from(made.backup)] == Says::Committed
+        && matches!(
+            says[usize::from(made.backup)],
+            Says::Committed | Says::Exported
+        )
 }
 
 proptest! {
@@ -281,7 +311,7 @@ proptest! {
                 let chosen = sound.iter().find(|made| made.name() == *old);
                 prop_assert!(chosen.is_some(), "{old} is not sound");
                 prop_assert!(sound.iter().all(|made| made.state.dirty >= chosen.unwrap().state.dirty));
-                prop_assert_eq!(base.manifest.backup.to_string(), old.backup());
+                prop_assert_eq!(base.id().to_string(), old.backup());
                 prop_assert_eq!(started.base(), Some(old.backup()));
                 prop_assert_eq!(started.backup(), new.to_string());
                 prop_assert_eq!(&choice.reason, &None);
@@ -364,6 +394,13 @@ fn a_pair_is_settled_as_its_backup_was() {
     for (says, expected) in [
         (
             Says::Committed,
+            Remedy::Accept {
+                node: node(),
+                plan: plan.clone(),
+            },
+        ),
+        (
+            Says::Exported,
             Remedy::Accept {
                 node: node(),
                 plan: plan.clone(),

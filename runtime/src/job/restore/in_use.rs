@@ -4,6 +4,7 @@
 //! by QEMU's locks on the image, and those that neither shows by their monitors.
 
 use crate::config::Config;
+use crate::event::Events;
 use crate::qemu::{Monitor, open_files};
 use rustix::fs::{AtFlags, CWD, FileType, Stat, StatxFlags, major, makedev, minor, statx};
 use std::collections::BTreeSet;
@@ -56,7 +57,7 @@ impl Thing {
 }
 
 /// Those who have `found` open or mounted, each in words; nobody's, if it is empty.
-pub(super) async fn users(found: &Stat, config: &Config) -> Vec<String> {
+pub(super) async fn users(found: &Stat, config: &Config, events: &Events) -> Vec<String> {
     let thing = Thing::of(found);
     let (things, mut users) = match thing {
         Thing::File { .. } => (BTreeSet::from([thing]), loops_over(thing)),
@@ -65,7 +66,7 @@ pub(super) async fn users(found: &Stat, config: &Config) -> Vec<String> {
     users.extend(swapped_to(&things));
     users.extend(processes_that_stay(&things).await);
     if users.is_empty() {
-        users.extend(machines(&things, config).await);
+        users.extend(machines(&things, config, events).await);
     }
     users
 }
@@ -188,7 +189,7 @@ fn processes(things: &BTreeSet<Thing>) -> Vec<String> {
 }
 
 /// The VMs of the configuration, side by side.
-async fn machines(things: &BTreeSet<Thing>, config: &Config) -> Vec<String> {
+async fn machines(things: &BTreeSet<Thing>, config: &Config, events: &Events) -> Vec<String> {
     let asked = config.vm.iter().filter_map(|(name, vm)| {
         let qmp = vm.qmp.as_ref()?;
         Some(async move {
@@ -206,13 +207,13 @@ async fn machines(things: &BTreeSet<Thing>, config: &Config) -> Vec<String> {
                 }
             }
             Ok(Err(error)) if error.is_nobody() => {}
-            Ok(Err(error)) => {
-                say!("warning: the VM '{name}' cannot be asked for its disks: {error}")
-            }
-            Err(_) => say!(
-                "warning: the VM '{name}' cannot be asked for its disks: its monitor did not answer within {} s",
+            Ok(Err(error)) => events.warn(format!(
+                "the VM '{name}' cannot be asked for its disks: {error}"
+            )),
+            Err(_) => events.warn(format!(
+                "the VM '{name}' cannot be asked for its disks: its monitor did not answer within {} s",
                 MONITOR_LIMIT.as_secs()
-            ),
+            )),
         }
     }
     users

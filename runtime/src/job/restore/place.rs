@@ -2,8 +2,7 @@
 //!
 //! What another user could have put in the way is not followed: from here on everything is done by descriptors.
 
-use super::super::Failure;
-use anyhow::{Context, anyhow};
+use super::error::{DestinationError, PlaceError};
 use rustix::fd::{AsFd, OwnedFd};
 use rustix::fs::{AtFlags, CWD, FileType, Mode, OFlags, Stat, openat, readlinkat, statat};
 use rustix::io::Errno;
@@ -29,13 +28,14 @@ pub(super) struct Place {
 
 impl Place {
     /// Follows `path` to the folder that its last component lies in.
-    pub(super) fn find(path: &Path) -> Result<Self, Failure> {
-        Self::walk(path)
-            .with_context(|| format!("{} cannot be written", path.display()))
-            .map_err(Failure::Mistake)
+    pub(super) fn find(path: &Path) -> Result<Self, DestinationError> {
+        Self::walk(path).map_err(|source| DestinationError::Place {
+            path: path.to_owned(),
+            source,
+        })
     }
 
-    fn walk(path: &Path) -> anyhow::Result<Self> {
+    fn walk(path: &Path) -> Result<Self, PlaceError> {
         let mut folder = open_folder(CWD, if path.is_absolute() { "/" } else { "." })?;
         let mut names = components(path);
         let mut links = 0;
@@ -44,7 +44,7 @@ impl Place {
                 Ok(found) => found,
                 Err(Errno::NOENT) if names.is_empty() => {
                     if path.as_os_str().as_bytes().ends_with(b"/") {
-                        return Err(anyhow!("there is no such folder"));
+                        return Err(PlaceError::NoFolder);
                     }
                     return Ok(Self {
                         path: path.to_owned(),
@@ -75,7 +75,7 @@ impl Place {
                 folder = open_folder(&folder, &name)?;
             }
         }
-        Err(anyhow!("it names no file"))
+        Err(PlaceError::NoFile)
     }
 
     /// Whether another user than root and this one can put things into the folder, or take them away.
@@ -87,19 +87,23 @@ impl Place {
 }
 
 /// Another user's link would decide where root writes.
-fn follow(folder: &OwnedFd, name: &OsStr, link: &Stat, links: usize) -> anyhow::Result<PathBuf> {
+fn follow(
+    folder: &OwnedFd,
+    name: &OsStr,
+    link: &Stat,
+    links: usize,
+) -> Result<PathBuf, PlaceError> {
     let target = readlinkat(folder, name, Vec::new())?.into_bytes();
     let target = PathBuf::from(OsString::from_vec(target));
     if links > LINKS {
         return Err(Errno::LOOP.into());
     }
     if !is_trusted(link) {
-        return Err(anyhow!(
-            "{} is a symbolic link of user {}'s to {}, which is not followed; name what it points to",
-            name.to_string_lossy(),
-            link.st_uid,
-            target.display()
-        ));
+        return Err(PlaceError::OthersLink {
+            name: name.to_string_lossy().into_owned(),
+            user: link.st_uid,
+            target,
+        });
     }
     Ok(target)
 }

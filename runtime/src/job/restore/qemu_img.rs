@@ -1,8 +1,7 @@
 //! QEMU's own tool writes QEMU's own format.
 
-use super::super::Failure;
 use super::destination::TOO_LARGE;
-use anyhow::{Context, anyhow};
+use super::error::ConvertError;
 use rustix::io::Errno;
 use rustix::process::Signal;
 use std::fs::File;
@@ -16,11 +15,9 @@ const INPUT: &str = "/proc/self/fd/0";
 const OUTPUT: &str = "/proc/self/fd/1";
 
 /// Writes what `raw` holds to `qcow2`.
-pub(super) async fn convert(raw: &File, qcow2: &File) -> Result<(), Failure> {
+pub(super) async fn convert(raw: &File, qcow2: &File) -> Result<(), ConvertError> {
     let handed = |file: &File| file.try_clone().map(Stdio::from);
-    let (input, output) = handed(raw)
-        .and_then(|input| Ok((input, handed(qcow2)?)))
-        .map_err(|error| Failure::Failed(error.into()))?;
+    let (input, output) = (handed(raw)?, handed(qcow2)?);
     let ended = Command::new("qemu-img")
         .args(["convert", "-f", "raw", "-O", "qcow2", INPUT, OUTPUT])
         .stdin(input)
@@ -28,11 +25,9 @@ pub(super) async fn convert(raw: &File, qcow2: &File) -> Result<(), Failure> {
         .stderr(Stdio::piped())
         .kill_on_drop(true)
         .spawn()
-        .context("qemu-img, which writes qcow2, cannot be run (Debian: qemu-utils)")
-        .map_err(Failure::Failed)?
+        .map_err(ConvertError::NotRun)?
         .wait_with_output()
-        .await
-        .map_err(|error| Failure::Failed(error.into()))?;
+        .await?;
     if ended.status.success() {
         return Ok(());
     }
@@ -43,9 +38,7 @@ pub(super) async fn convert(raw: &File, qcow2: &File) -> Result<(), Failure> {
         Some(signal) => format!("signal {signal} ended it"),
         None => explained_words(String::from_utf8_lossy(&ended.stderr).trim()),
     };
-    Err(Failure::Failed(anyhow!(
-        "qemu-img could not write qcow2: {said}"
-    )))
+    Err(ConvertError::Failed { said })
 }
 
 /// As for a write of this process.

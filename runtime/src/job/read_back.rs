@@ -6,18 +6,19 @@
 
 use super::claims::{self, Claims, ClaimsError, Question, segment_of};
 use super::component::{Component, ComponentError};
+use super::means::Means;
+use super::reading::Reading;
 use super::volume_run::guest_limits;
 use crate::archive::{
     self, BackupId, Frame, Manifest, Namespace, ObjectName, Run, RunContent, VolumeRecord,
 };
 use crate::contract::GuestLimits;
 use crate::digest::{self, Digest};
-use crate::event::{Event, Events};
+use crate::event::Event;
 use crate::extent::Extent;
-use crate::grants::account::Account;
 use crate::grants::image::{ImageError, Purpose};
-use crate::policy::{Denied, Restores};
-use crate::sandbox::{Cache, Program};
+use crate::policy::Denied;
+use crate::sandbox::Cache;
 use std::collections::{BTreeMap, VecDeque};
 use std::fs::File;
 use std::io;
@@ -47,27 +48,17 @@ const BACKUPS: usize = 16;
 pub const FINDINGS: usize = 100;
 
 /// What to read, and where to.
-pub struct Order<'a> {
-    /// The provider's part of the archive.
-    pub namespace: &'a Arc<Namespace>,
+pub struct ReadBack<'a> {
     /// The backup.
-    pub manifest: &'a Arc<Manifest>,
+    pub reading: &'a Reading<'a>,
     /// Its volume.
     pub volume: &'a VolumeRecord,
     /// Where its bytes go; zero blocks are not written, so a file must be sparse and an image zeroed before.
     pub output: Option<Arc<File>>,
-    /// Which providers may be asked for what they claimed.
-    pub restores: &'a Restores<'a>,
-    /// What the providers use.
-    pub account: &'a Arc<Account>,
     /// Compiled components.
     pub cache: &'a Cache,
-    /// What sandbox processes run.
-    pub program: &'a Program,
-    /// Where the job tells what it does.
-    pub events: &'a Events,
-    /// Ends it early.
-    pub cancel: &'a CancellationToken,
+    /// The job's.
+    pub means: &'a Means,
     /// Whether to go on after a finding.
     pub all_findings: bool,
 }
@@ -146,7 +137,7 @@ pub enum ProviderError {
 
 /// Why reading ended early, findings aside.
 #[derive(Debug, thiserror::Error)]
-pub enum ReplayError {
+pub enum ReadBackError {
     /// The output cannot be written.
     #[error("writing failed: {0}")]
     Output(#[from] io::Error),
@@ -159,13 +150,13 @@ pub enum ReplayError {
 }
 
 /// Reads the volume; returns what was found wrong, at most [`FINDINGS`].
-pub async fn replay(order: Order<'_>) -> Result<Vec<Finding>, ReplayError> {
+pub async fn read_back(wanted: ReadBack<'_>) -> Result<Vec<Finding>, ReadBackError> {
     let (sender, mut runs) = mpsc::channel(QUEUE);
-    let namespace = Arc::clone(order.namespace);
-    let root = order.volume.root;
+    let namespace = Arc::clone(wanted.reading.namespace);
+    let root = wanted.volume.root;
     let walk = spawn_blocking(move || walk(&namespace, root, &sender));
-    let mut replay = Replay {
-        order,
+    let mut under_way = UnderWay {
+        wanted,
         known: VecDeque::new(),
         claimed: BTreeMap::new(),
         waiting: 0,
@@ -175,38 +166,37 @@ pub async fn replay(order: Order<'_>) -> Result<Vec<Finding>, ReplayError> {
         asked: JoinSet::new(),
         copied: Arc::default(),
     };
-    let result = replay.read(&mut runs).await;
+    let result = under_way.read(&mut runs).await;
     runs.close();
-    replay.placed.shutdown().await;
-    replay.asked.shutdown().await;
-    let copied = replay.copied.load(Ordering::Relaxed);
+    under_way.placed.shutdown().await;
+    under_way.asked.shutdown().await;
+    let copied = under_way.copied.load(Ordering::Relaxed);
     if copied > 0 {
-        replay.order.events.warn(format!(
+        under_way.wanted.means.events.warn(format!(
             "{}: {copied} damaged pieces were read from copies that a later backup stored",
-            replay.order.volume.name
+            under_way.wanted.volume.name
         ));
     }
     if let Err(error) = walk.await? {
-        replay.findings.push(Finding::Table(error));
+        under_way.findings.push(Finding::Table(error));
     }
     result?;
-    replay.findings.truncate(FINDINGS);
-    Ok(replay.findings)
+    under_way.findings.truncate(FINDINGS);
+    Ok(under_way.findings)
 }
 
-/// Sends the runs that hold data, cut to what is read at once.
 /// Compares what the provider wrote of each object with its digest: also bytes that no volume's blocks lead to. Returns
 /// what is not as it was, with the object's name.
 pub async fn check_objects(
     namespace: &Namespace,
     manifest: &Manifest,
     cancel: &CancellationToken,
-) -> Result<Vec<(ObjectName, archive::Error)>, ReplayError> {
+) -> Result<Vec<(ObjectName, archive::Error)>, ReadBackError> {
     let objects = Arc::new(namespace.objects(manifest));
     let mut found = Vec::new();
     for info in &manifest.objects {
         if cancel.is_cancelled() {
-            return Err(ReplayError::Cancelled);
+            return Err(ReadBackError::Cancelled);
         }
         let (objects, name) = (Arc::clone(&objects), info.name.clone());
         if let Err(error) = spawn_blocking(move || objects.verify(&name)).await? {
@@ -219,6 +209,7 @@ pub async fn check_objects(
     Ok(found)
 }
 
+/// Sends the runs that hold data, cut to what is read at once.
 fn walk(
     namespace: &Namespace,
     root: archive::TableRoot,
@@ -235,8 +226,8 @@ fn walk(
     Ok(())
 }
 
-struct Replay<'a> {
-    order: Order<'a>,
+struct UnderWay<'a> {
+    wanted: ReadBack<'a>,
     /// What providers can be asked for; what was used last comes last.
     known: VecDeque<Arc<Claims>>,
     /// What waits to be asked for, by where it was claimed and by segment.
@@ -247,7 +238,7 @@ struct Replay<'a> {
     segment: u64,
     findings: Vec<Finding>,
     placed: JoinSet<Result<Result<u64, Finding>, io::Error>>,
-    asked: JoinSet<Result<Vec<Finding>, ReplayError>>,
+    asked: JoinSet<Result<Vec<Finding>, ReadBackError>>,
     /// Runs that were read from copies of damaged frames.
     copied: Arc<AtomicU64>,
 }
@@ -255,12 +246,12 @@ struct Replay<'a> {
 /// Blocks that are wanted of one segment, by their indices.
 type Wanted = BTreeMap<u64, Digest>;
 
-impl Replay<'_> {
-    async fn read(&mut self, runs: &mut mpsc::Receiver<Run>) -> Result<(), ReplayError> {
+impl UnderWay<'_> {
+    async fn read(&mut self, runs: &mut mpsc::Receiver<Run>) -> Result<(), ReadBackError> {
         let at_once = std::thread::available_parallelism().map_or(2, std::num::NonZero::get) * 2;
         while let Some(run) = runs.recv().await {
-            if self.order.cancel.is_cancelled() {
-                return Err(ReplayError::Cancelled);
+            if self.wanted.means.cancel.is_cancelled() {
+                return Err(ReadBackError::Cancelled);
             }
             match run.content {
                 RunContent::Zero => {}
@@ -290,8 +281,8 @@ impl Replay<'_> {
         backup: BackupId,
         blocks: Range<u64>,
         digests: Vec<Digest>,
-    ) -> Result<(), ReplayError> {
-        let block = u64::from(self.order.volume.root.block_size());
+    ) -> Result<(), ReadBackError> {
+        let block = u64::from(self.wanted.volume.root.block_size());
         for (index, digest) in blocks.zip(digests) {
             let segment = segment_of(index * block);
             if self.waiting >= WAITING && self.segment != segment {
@@ -306,7 +297,7 @@ impl Replay<'_> {
     }
 
     /// Asks for all claims that wait.
-    async fn ask_for_claims(&mut self) -> Result<(), ReplayError> {
+    async fn ask_for_claims(&mut self) -> Result<(), ReadBackError> {
         self.waiting = 0;
         for (backup, segments) in std::mem::take(&mut self.claimed) {
             let claims = match self.claims(backup).await {
@@ -325,12 +316,12 @@ impl Replay<'_> {
                     return Ok(());
                 }
                 let ask = Ask {
-                    namespace: Arc::clone(self.order.namespace),
+                    namespace: Arc::clone(self.wanted.reading.namespace),
                     claims: Arc::clone(&claims),
                     segment,
-                    output: self.order.output.clone(),
-                    cancel: self.order.cancel.clone(),
-                    all_findings: self.order.all_findings,
+                    output: self.wanted.output.clone(),
+                    means: self.wanted.means.clone(),
+                    all_findings: self.wanted.all_findings,
                 };
                 self.asked.spawn(ask.give_back(wanted));
             }
@@ -341,7 +332,7 @@ impl Replay<'_> {
         Ok(())
     }
 
-    async fn next_asked(&mut self) -> Result<(), ReplayError> {
+    async fn next_asked(&mut self) -> Result<(), ReadBackError> {
         if let Some(done) = self.asked.join_next().await {
             self.findings.extend(done??);
         }
@@ -363,18 +354,23 @@ impl Replay<'_> {
     }
 
     fn enough(&self) -> bool {
-        self.findings.len() >= if self.order.all_findings { FINDINGS } else { 1 }
+        self.findings.len()
+            >= if self.wanted.all_findings {
+                FINDINGS
+            } else {
+                1
+            }
     }
 
     fn extent(&self, run: &Run) -> Extent {
-        claims::extent_of(&self.order.volume.root, &run.blocks).expect("a run is not empty")
+        claims::extent_of(&self.wanted.volume.root, &run.blocks).expect("a run is not empty")
     }
 
     fn start_placed(&mut self, run: Run) {
         let extent = self.extent(&run);
-        let namespace = Arc::clone(self.order.namespace);
-        let output = self.order.output.clone();
-        let block = self.order.volume.root.block_size();
+        let namespace = Arc::clone(self.wanted.reading.namespace);
+        let output = self.wanted.output.clone();
+        let block = self.wanted.volume.root.block_size();
         let copied = Arc::clone(&self.copied);
         self.placed.spawn_blocking(move || {
             let RunContent::Placed {
@@ -408,10 +404,10 @@ impl Replay<'_> {
         });
     }
 
-    async fn next_placed(&mut self) -> Result<(), ReplayError> {
+    async fn next_placed(&mut self) -> Result<(), ReadBackError> {
         if let Some(done) = self.placed.join_next().await {
             match done?? {
-                Ok(bytes) => self.order.events.send(Event::Advance { bytes }),
+                Ok(bytes) => self.wanted.means.events.send(Event::Advance { bytes }),
                 Err(finding) => self.findings.push(finding),
             }
         }
@@ -419,14 +415,14 @@ impl Replay<'_> {
     }
 
     async fn look_up(&self, backup: BackupId) -> Result<Claims, ProviderError> {
-        let order = &self.order;
-        let own = backup == order.manifest.backup;
+        let &ReadBack { reading, means, .. } = &self.wanted;
+        let own = backup == reading.manifest.backup;
         let manifest = if own {
-            Arc::clone(order.manifest)
+            Arc::clone(reading.manifest)
         } else {
-            Arc::new(order.namespace.manifest(backup)?)
+            Arc::new(reading.namespace.manifest(backup)?)
         };
-        let name = &order.volume.name;
+        let name = &self.wanted.volume.name;
         let volume = manifest
             .record
             .volumes
@@ -434,7 +430,7 @@ impl Replay<'_> {
             .find(|volume| volume.name == *name)
             .ok_or(ProviderError::NoVolume)?;
         let (vm, provider) = (&manifest.record.vm, &manifest.record.provider);
-        let granted = order.restores.limits(vm, &provider.name)?;
+        let granted = reading.restores.limits(vm, &provider.name)?;
         let granted = granted.map_or(0, |limits| guest_limits(&limits).cpu_ms);
         let limits = GuestLimits {
             // What it was at the proof: a provider can find out how much it may have.
@@ -442,17 +438,17 @@ impl Replay<'_> {
             cpu_ms: provider.limits.cpu_ms.max(granted),
         };
         let limits = capped(limits);
-        let bytes = order.namespace.component(provider.component)?;
+        let bytes = reading.namespace.component(provider.component)?;
         let component = Component::load(
             bytes.into(),
-            order.program,
-            order.cache,
-            order.restores.wasi(vm, &provider.name),
-            order.events,
+            &means.program,
+            self.wanted.cache,
+            reading.restores.wasi(vm, &provider.name),
+            &means.events,
         )
         .await?;
         Ok(Claims {
-            program: order.program.clone(),
+            means: means.clone(),
             backup,
             open: claims::image(
                 &component,
@@ -462,12 +458,10 @@ impl Replay<'_> {
                 limits,
             ),
             component,
-            objects: order.namespace.objects(&manifest),
-            table: Arc::new(order.namespace.table(volume.root)),
+            objects: reading.namespace.objects(&manifest),
+            table: Arc::new(reading.namespace.table(volume.root)),
             volume: name.clone(),
             purpose: Purpose::Restore,
-            account: Arc::clone(order.account),
-            events: order.events.clone(),
         })
     }
 }
@@ -527,12 +521,12 @@ struct Ask {
     claims: Arc<Claims>,
     segment: u64,
     output: Option<Arc<File>>,
-    cancel: CancellationToken,
+    means: Means,
     all_findings: bool,
 }
 
 impl Ask {
-    async fn give_back(self, mut wanted: Wanted) -> Result<Vec<Finding>, ReplayError> {
+    async fn give_back(self, mut wanted: Wanted) -> Result<Vec<Finding>, ReadBackError> {
         let backup = self.claims.backup;
         let mut asking = match self.unless_cancelled(self.claims.ask(self.segment)).await? {
             Ok(asking) => asking,
@@ -592,9 +586,9 @@ impl Ask {
         question: Question,
         bytes: Vec<u8>,
         wanted: Vec<(u64, Digest)>,
-    ) -> Result<Option<Finding>, ReplayError> {
+    ) -> Result<Option<Finding>, ReadBackError> {
         let block = self.claims.table.root().block_size();
-        let (output, events) = (self.output.clone(), self.claims.events.clone());
+        let (output, events) = (self.output.clone(), self.means.events.clone());
         let taken = spawn_blocking(move || {
             for run in wanted.chunk_by(|(before, _), (after, _)| before + 1 == *after) {
                 let skip = (run[0].0 - question.blocks.start) * u64::from(block);
@@ -630,11 +624,12 @@ impl Ask {
         claims::extent_of(self.claims.table.root(), &(*first..last + 1))
     }
 
-    async fn unless_cancelled<T>(&self, future: impl Future<Output = T>) -> Result<T, ReplayError> {
-        self.cancel
-            .run_until_cancelled(future)
-            .await
-            .ok_or(ReplayError::Cancelled)
+    async fn unless_cancelled<T>(
+        &self,
+        future: impl Future<Output = T>,
+    ) -> Result<T, ReadBackError> {
+        let done = self.means.unless_cancelled(future).await;
+        done.ok_or(ReadBackError::Cancelled)
     }
 }
 /// What a manifest says that a provider may use, as far as any provider may: whoever can write to the archive may have

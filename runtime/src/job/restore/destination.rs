@@ -4,12 +4,13 @@
 //! nobody can guess, and is its owner's alone; and what is to be replaced is held, so that no VM and no other restore takes
 //! it meanwhile.
 
-use super::super::{Failure, Session};
+use super::error::DestinationError;
 use super::in_use;
 use super::place::{Place, is_trusted};
 use super::temporary::Temporary;
 use super::{Format, qemu_img};
-use anyhow::{Context, anyhow};
+use crate::config::Config;
+use crate::event::Events;
 use rustix::fd::OwnedFd;
 use rustix::fs::{
     FallocateFlags, FileType, FlockOperation, Gid, Mode, OFlags, Stat, Uid, fallocate, fchmod,
@@ -21,17 +22,27 @@ use std::io::{self, Seek, SeekFrom};
 use std::os::unix::fs::FileExt;
 use std::path::Path;
 use std::sync::Arc;
+use tokio_util::sync::CancellationToken;
 
 /// Bytes zeroed at once on a block device, so that a cancel does not wait for all of a large one.
 const ZERO_PIECE: u64 = 1 << 30;
 
 /// What may be done to what is there already.
 #[derive(Debug, Clone, Copy)]
-pub(super) struct Insistence {
-    /// `--force`
-    pub(super) force: bool,
-    /// `--even-if-in-use`
-    pub(super) even_if_in_use: bool,
+pub struct Insistence {
+    /// An existing file is replaced, a block device overwritten.
+    pub force: bool,
+    /// Even what somebody has open.
+    pub even_if_in_use: bool,
+}
+
+/// What is asked before something is overwritten, and where is told what cannot be asked.
+#[derive(Clone, Copy)]
+pub(super) struct Users<'a> {
+    /// Its VMs may have it open.
+    pub(super) config: &'a Config,
+    /// For warnings.
+    pub(super) events: &'a Events,
 }
 
 /// One that is open, and not yet whole.
@@ -62,38 +73,36 @@ impl Destination {
         size: u64,
         format: Format,
         insistence: Insistence,
-        session: &Session,
-    ) -> Result<Self, Failure> {
+        users: Users<'_>,
+    ) -> Result<Self, DestinationError> {
         let place = Place::find(path)?;
         let kind = place
             .existing
             .as_ref()
             .map(|found| FileType::from_raw_mode(found.st_mode));
-        let shown = path.display();
+        let path = path.to_owned();
         match (kind, &place.existing) {
             (None, _) | (_, None) => Self::new_file(place, size, None, insistence),
             (Some(FileType::RegularFile | FileType::BlockDevice), _) if !insistence.force => {
-                Err(mistake(format!("{shown} exists; --force overwrites it")))
+                Err(DestinationError::Exists { path })
             }
             (Some(FileType::RegularFile), Some(found)) => {
-                refuse_if_used(&place, found, insistence, session).await?;
+                refuse_if_used(&place, found, insistence, users).await?;
                 let replaced = Replaced::hold(&place, found, insistence)?;
                 Self::new_file(place, size, Some(replaced), insistence)
             }
             (Some(FileType::BlockDevice), Some(found)) => {
                 if format != Format::Raw {
-                    let refusal =
-                        format!("{shown} is a block device, which takes the raw format only");
-                    return Err(mistake(refusal));
+                    return Err(DestinationError::RawOnly { path });
                 }
-                refuse_if_used(&place, found, insistence, session).await?;
+                refuse_if_used(&place, found, insistence, users).await?;
                 Self::device(place, size, insistence)
             }
-            (Some(FileType::Directory), _) => Err(mistake(format!("{shown} is a folder"))),
-            (Some(kind), _) => Err(mistake(format!(
-                "{shown} is {}, which is never overwritten nor replaced",
-                name_of(kind)
-            ))),
+            (Some(FileType::Directory), _) => Err(DestinationError::Folder { path }),
+            (Some(kind), _) => Err(DestinationError::NeverReplaced {
+                path,
+                kind: name_of(kind),
+            }),
         }
     }
 
@@ -102,16 +111,14 @@ impl Destination {
         size: u64,
         replaces: Option<Replaced>,
         insistence: Insistence,
-    ) -> Result<Self, Failure> {
-        let shown = || format!("{} cannot be written", place.path.display());
-        let file = Temporary::new(&place.folder)
-            .with_context(shown)
-            .map_err(Failure::Mistake)?;
+    ) -> Result<Self, DestinationError> {
+        let file = Temporary::new(&place.folder).map_err(|error| DestinationError::Place {
+            path: place.path.clone(),
+            source: error.into(),
+        })?;
         let raw = file.share();
         raw.set_len(size)
-            .map_err(explained)
-            .with_context(shown)
-            .map_err(Failure::Failed)?;
+            .map_err(|error| unwritten(&place.path, error))?;
         Ok(Self {
             file: raw,
             place,
@@ -123,7 +130,7 @@ impl Destination {
         })
     }
 
-    fn device(place: Place, size: u64, insistence: Insistence) -> Result<Self, Failure> {
+    fn device(place: Place, size: u64, insistence: Insistence) -> Result<Self, DestinationError> {
         let mut flags = OFlags::RDWR | OFlags::NOFOLLOW | OFlags::NONBLOCK | OFlags::CLOEXEC;
         if !insistence.even_if_in_use {
             // A device that is mounted, or that the kernel uses otherwise, is refused (open(2)).
@@ -138,8 +145,10 @@ impl Destination {
         }
         let file = opened
             .map(File::from)
-            .with_context(|| format!("{} cannot be written", place.path.display()))
-            .map_err(Failure::Mistake)?;
+            .map_err(|error| DestinationError::Place {
+                path: place.path.clone(),
+                source: error.into(),
+            })?;
         if !insistence.even_if_in_use {
             lock(&place, &file)?;
         }
@@ -152,11 +161,16 @@ impl Destination {
     }
 
     /// Makes it durable and gives it its name.
-    pub(super) async fn complete(self, format: Format, session: &Session) -> Result<(), Failure> {
+    pub(super) async fn complete(
+        self,
+        format: Format,
+        events: &Events,
+        cancel: &CancellationToken,
+    ) -> Result<(), DestinationError> {
         let place = &self.place;
-        let shown = || format!("{} cannot be completed", place.path.display());
-        let failed = |error: io::Error| {
-            Failure::Failed(anyhow::Error::from(explained(error)).context(shown()))
+        let failed = |error: io::Error| DestinationError::Complete {
+            path: place.path.clone(),
+            source: explained(error),
         };
         let Some(making) = self.making else {
             return self.file.sync_all().map_err(failed);
@@ -169,14 +183,14 @@ impl Destination {
                 let converting = qemu_img::convert(&raw, &qcow2);
                 tokio::select! {
                     converting = converting => converting?,
-                    () = session.cancel.cancelled() => return Err(Failure::Cancelled(anyhow!("cancelled"))),
+                    () = cancel.cancelled() => return Err(DestinationError::Cancelled),
                 }
                 converted
             }
         };
         let file = done.share();
         if let Some(replaced) = &making.replaces {
-            replaced.hand_on(place, &file);
+            replaced.hand_on(place, &file, events);
         }
         file.sync_all().map_err(failed)?;
         match &making.replaces_any {
@@ -184,10 +198,9 @@ impl Destination {
             false => done.name(&place.name),
         }
         .map_err(|error| match error.kind() {
-            io::ErrorKind::AlreadyExists => mistake(format!(
-                "{} is there by now, and was not when this began; nothing was changed",
-                place.path.display()
-            )),
+            io::ErrorKind::AlreadyExists => DestinationError::Appeared {
+                path: place.path.clone(),
+            },
             _ => failed(error),
         })
     }
@@ -199,7 +212,7 @@ fn may_be_replaced(found: &Stat) -> bool {
 }
 
 impl Replaced {
-    fn hold(place: &Place, found: &Stat, insistence: Insistence) -> Result<Self, Failure> {
+    fn hold(place: &Place, found: &Stat, insistence: Insistence) -> Result<Self, DestinationError> {
         let flags = OFlags::RDWR | OFlags::NOFOLLOW | OFlags::NONBLOCK | OFlags::CLOEXEC;
         // Whoever may write to its folder may replace it, even where it cannot be opened.
         let held = openat(&place.folder, &place.name, flags, Mode::empty()).ok();
@@ -211,19 +224,19 @@ impl Replaced {
 
     /// The new file is to be whose the old one was. In a folder where others can put files, the old one may be theirs
     /// only so that they get the new one.
-    fn hand_on(&self, place: &Place, file: &File) {
+    fn hand_on(&self, place: &Place, file: &File, events: &Events) {
         let path = place.path.display();
         if place.is_open_to_others() && !(is_trusted(&self.was) && self.was.st_mode & 0o077 == 0) {
-            say!(
-                "warning: {path} is now this user's alone: others can write to its folder, so that its former owner and mode may not be its operator's"
-            );
+            events.warn(format!(
+                "{path} is now this user's alone: others can write to its folder, so that its former owner and mode may not be its operator's"
+            ));
             return;
         }
         if let Err(error) = self.give(file) {
-            say!(
-                "warning: {path} cannot be given its former owner and mode: {}",
+            events.warn(format!(
+                "{path} cannot be given its former owner and mode: {}",
                 io::Error::from(error)
-            );
+            ));
         }
     }
 
@@ -247,12 +260,12 @@ async fn refuse_if_used(
     place: &Place,
     found: &Stat,
     insistence: Insistence,
-    session: &Session,
-) -> Result<(), Failure> {
+    users: Users<'_>,
+) -> Result<(), DestinationError> {
     if insistence.even_if_in_use {
         return Ok(());
     }
-    match &in_use::users(found, &session.config).await[..] {
+    match &in_use::users(found, users.config, users.events).await[..] {
         [] => Ok(()),
         users => Err(in_use(place, users)),
     }
@@ -260,7 +273,7 @@ async fn refuse_if_used(
 
 /// Against everybody, as long as the file is open: QEMU locks its images by bytes of their own, wherever it runs, and does
 /// not start on one that is locked (qemu.git, block/file-posix.c). A file system without locks has none to be missed.
-fn lock(place: &Place, file: impl rustix::fd::AsFd) -> Result<(), Failure> {
+fn lock(place: &Place, file: impl rustix::fd::AsFd) -> Result<(), DestinationError> {
     match fcntl_lock(file, FlockOperation::NonBlockingLockExclusive) {
         Err(Errno::AGAIN | Errno::ACCESS) => Err(in_use(
             place,
@@ -270,30 +283,34 @@ fn lock(place: &Place, file: impl rustix::fd::AsFd) -> Result<(), Failure> {
     }
 }
 
-fn in_use(place: &Place, users: &[String]) -> Failure {
-    Failure::Busy(anyhow!(
-        "{} is in use: {}. Whoever uses it would lose it; end that, or write to it all the same with --even-if-in-use",
-        place.path.display(),
-        users.join("; ")
-    ))
+fn in_use(place: &Place, users: &[String]) -> DestinationError {
+    DestinationError::InUse {
+        path: place.path.clone(),
+        users: users.to_vec(),
+    }
 }
 
 /// A device holds something else wherever the backup is zero.
-fn prepare_device(device: &File, path: &Path, size: u64) -> Result<(), Failure> {
+fn prepare_device(device: &File, path: &Path, size: u64) -> Result<(), DestinationError> {
     let mut seek = device;
+    let path = || path.to_owned();
     let available = seek
         .seek(SeekFrom::End(0))
-        .with_context(|| format!("{}", path.display()))
-        .map_err(Failure::Failed)?;
+        .map_err(|source| DestinationError::Measure {
+            path: path(),
+            source,
+        })?;
     if available < size {
-        return Err(mistake(format!(
-            "{} has {available} bytes, the volume {size}",
-            path.display()
-        )));
+        return Err(DestinationError::TooSmall {
+            path: path(),
+            available,
+            size,
+        });
     }
-    zero(device, size)
-        .with_context(|| format!("{} cannot be zeroed", path.display()))
-        .map_err(Failure::Failed)
+    zero(device, size).map_err(|source| DestinationError::Zero {
+        path: path(),
+        source,
+    })
 }
 
 fn zero(device: &File, size: u64) -> io::Result<()> {
@@ -330,8 +347,16 @@ fn write_zeroes(device: &File, at: u64, length: u64) -> io::Result<()> {
 pub(super) const TOO_LARGE: &str =
     "a limit on the size of files (`ulimit -f`) or the file system does not allow it";
 
+/// That the bytes do not go there.
+pub(super) fn unwritten(path: &Path, error: io::Error) -> DestinationError {
+    DestinationError::Write {
+        path: path.to_owned(),
+        source: explained(error),
+    }
+}
+
 /// An error of a write, with what may be done.
-pub(super) fn explained(error: io::Error) -> io::Error {
+fn explained(error: io::Error) -> io::Error {
     match error.kind() {
         io::ErrorKind::FileTooLarge => {
             io::Error::new(error.kind(), format!("{error}: {TOO_LARGE}"))
@@ -347,8 +372,4 @@ fn name_of(kind: FileType) -> &'static str {
         FileType::Socket => "a socket",
         _ => "no regular file",
     }
-}
-
-fn mistake(message: String) -> Failure {
-    Failure::Mistake(anyhow!(message))
 }
