@@ -12,10 +12,10 @@ use crate::job::audit::{Granted, Job, Record};
 use crate::job::backup::{self, BackupPlaces, BackupRequest, Summary};
 use crate::job::dry_run::{self, DiskForecast, DryRun, Forecast, Mode};
 use crate::job::selection::Selection;
+use crate::job::subject::{Folders, VmAccess};
 use crate::policy::{self, Decision, Tenancy};
 use crate::sandbox::Budget;
 use anyhow::anyhow;
-use cap_std::fs::Dir;
 use clap::Args;
 use serde_json::json;
 use std::collections::BTreeMap;
@@ -106,8 +106,7 @@ impl Backup {
         let limits = request.account.limits();
         let places = BackupPlaces {
             archive: Arc::new(archive),
-            vm_state: places::vm_state(session, &request.vm_name)?,
-            fleecing: fleecing(session, &request.vm)?,
+            folders: folders(session, &request.vm)?,
             cache: places::cache(session)?,
             program: program.within(Budget::new(limits.memory, limits.cpu())),
         };
@@ -126,18 +125,11 @@ impl Backup {
         let mut record = Record::begin(Job::Backup, self.vm.name.clone());
         let (request, archive, _) = self.prepare(session, &mut record)?;
         let archive = places::archive_if_made(session, archive.as_deref())?;
-        let (fleecing, path) = fleecing(session, &request.vm)?;
+        let folders = folders(session, &request.vm)?;
         let wanted = DryRun {
-            vm_name: &request.vm_name,
-            vm: &request.vm,
-            qmp: &request.qmp,
-            extra: &request.extra,
-            selection: &request.selection,
+            request: &request,
             archive: archive.as_ref(),
-            namespace: &request.namespace,
-            full: request.full,
-            vm_state: places::vm_state(session, &request.vm_name)?,
-            fleecing: (&fleecing, &path),
+            folders: &folders,
         };
         let foretold = dry_run::dry_run(wanted).await;
         let forecast = foretold.map_err(Failure::of)?;
@@ -209,9 +201,12 @@ impl Backup {
         let extra_not_granted = not_granted(session, &mut vm, &decision);
         let extra = vm::extra(&vm)?;
         let request = BackupRequest {
-            vm_name: name,
-            vm,
-            qmp,
+            vm: VmAccess {
+                name,
+                config: vm,
+                qmp,
+                extra,
+            },
             account: Arc::new(Account::new(provider.limits.clone())),
             provider_name: decision.provider_name.clone(),
             provider,
@@ -223,7 +218,6 @@ impl Backup {
                 extra_not_granted,
             },
             attachments,
-            extra,
             full: self.full,
         };
         Ok((request, archive_name, tenant))
@@ -258,10 +252,14 @@ fn complete(left_out: &[LeftOut]) -> Result<(), Failure> {
     }
 }
 
-/// Where fleecing images go.
-fn fleecing(session: &Session, vm: &Vm) -> Result<(Dir, PathBuf), Failure> {
+/// Opened for the VM's jobs.
+fn folders(session: &Session, vm: &VmAccess) -> Result<Folders, Failure> {
     let default = || session.state.join("fleecing");
-    places::folder(&vm.fleecing.clone().unwrap_or_else(default))
+    let fleecing = vm.config.fleecing.clone().unwrap_or_else(default);
+    Ok(Folders {
+        state: places::vm_state(session, &vm.name)?,
+        fleecing: places::folder(&fleecing)?,
+    })
 }
 
 fn tell_forecast(session: &Session, forecast: &Forecast) {

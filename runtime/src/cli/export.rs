@@ -5,6 +5,7 @@ use super::vm::{self, VmArguments, check_name};
 use super::{Failure, Session, Status, places, text, words};
 use crate::job::audit::{Job, Record};
 use crate::job::export::{self, Ended, ExportPlaces, ExportRequest, Held, Mechanism, Verdict};
+use crate::job::subject::{Folders, VmAccess};
 use anyhow::{Context, anyhow};
 use cap_std::ambient_authority;
 use cap_std::fs::Dir;
@@ -117,14 +118,18 @@ impl Export {
         let fleecing = fleecing.unwrap_or_else(|| session.state.join("fleecing"));
         let places = ExportPlaces {
             records: Arc::new(places::records(&vm_state.1)?),
-            vm_state,
-            fleecing: places::folder(&fleecing)?,
+            folders: Folders {
+                state: vm_state,
+                fleecing: places::folder(&fleecing)?,
+            },
         };
         let request = ExportRequest {
-            vm_name: name,
-            vm,
-            qmp,
-            extra,
+            vm: VmAccess {
+                name,
+                config: vm,
+                qmp,
+                extra,
+            },
             tracking,
             mechanism: self.mechanism,
             full: self.full,

@@ -8,7 +8,6 @@
 
 use super::base::Owner;
 use super::component::{Component, ComponentError};
-use super::extra::Extra;
 use super::fleecing::Bounds;
 use super::journal::{Journal, JournalError, Step};
 use super::means::{Maker, Means};
@@ -17,11 +16,11 @@ use super::prove::ProofError;
 use super::recover::{self, RecoverError};
 use super::selection::Selection;
 use super::signals::Signals;
-use super::subject::{self, Subject};
+use super::subject::{self, Folders, Subject, VmAccess};
 use super::transfer::Transfer;
 use super::volume_run::{Covered, Uncovered, VolumeError};
 use crate::archive::{self, Archive, BackupId, Manifest, Moment, NamespaceName, Recheck};
-use crate::config::{Provider, Vm};
+use crate::config::Provider;
 use crate::event::Events;
 use crate::grants::account::Account;
 use crate::grants::farewell::Farewells;
@@ -29,12 +28,10 @@ use crate::qemu::snapshot::Readers;
 use crate::qemu::{Monitor, PointInTime};
 use crate::sandbox::{Cache, Program};
 use bytes::Bytes;
-use cap_std::fs::Dir;
 use futures_util::FutureExt;
 use std::any::Any;
 use std::collections::BTreeMap;
 use std::panic::AssertUnwindSafe;
-use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 use time::OffsetDateTime;
@@ -42,12 +39,8 @@ use time::OffsetDateTime;
 /// What to back up, with what, to where. Every path was opened by the caller.
 #[derive(Debug)]
 pub struct BackupRequest {
-    /// The VM's name: part of its bitmaps' names and of the manifest.
-    pub vm_name: String,
-    /// Its sockets and disks.
-    pub vm: Vm,
-    /// QEMU's QMP socket.
-    pub qmp: PathBuf,
+    /// The VM.
+    pub vm: VmAccess,
     /// The provider's name.
     pub provider_name: String,
     /// Its settings, limits and grants.
@@ -58,8 +51,6 @@ pub struct BackupRequest {
     pub namespace: NamespaceName,
     /// Handed to the provider.
     pub attachments: BTreeMap<String, Vec<u8>>,
-    /// Further volumes.
-    pub extra: Vec<Extra>,
     /// By whose word disks are taken or left out.
     pub selection: Selection,
     /// What the job uses of the provider's limits, for whoever wants to know whatever becomes of the job.
@@ -72,10 +63,8 @@ pub struct BackupRequest {
 pub struct BackupPlaces {
     /// The archive.
     pub archive: Arc<Archive>,
-    /// The VM's folder in the state folder, and its path for errors.
-    pub vm_state: (Dir, PathBuf),
-    /// Where fleecing images go, and its absolute path for QEMU.
-    pub fleecing: (Dir, PathBuf),
+    /// Of the VM's jobs.
+    pub folders: Folders,
     /// Compiled components.
     pub cache: Cache,
     /// What sandbox processes run.
@@ -198,16 +187,14 @@ pub async fn backup(
     let owner = Owner {
         archive: places.archive.id(),
         namespace: request.namespace.clone(),
-        vm: request.vm_name.clone(),
+        vm: request.vm.name.clone(),
     };
     // First the lock: QEMU would let a second job wait for the monitor without a word.
-    let mut journal = Journal::open(places.vm_state.0, places.vm_state.1)?;
+    let mut journal = places.folders.journal()?;
     let subject = Subject {
         vm: &request.vm,
-        qmp: &request.qmp,
-        extra: &request.extra,
         selection: &request.selection,
-        fleecing: (&places.fleecing.0, &places.fleecing.1),
+        folders: &places.folders,
         archive: &places.archive,
         namespace: &namespace,
         owner: &owner,
@@ -270,7 +257,7 @@ impl Attempt<'_> {
             }
         };
         let transfer = Transfer {
-            vm: &request.vm_name,
+            vm: &request.vm.name,
             maker: Maker {
                 name: &request.provider_name,
                 provider: &request.provider,
@@ -377,7 +364,7 @@ impl Backup<'_> {
         let stop = self.transfer.means.cancel.child_token();
         let make_room = |index| self.prepared.make_room(point, index);
         let runs = self.transfer.run(volumes, make_room, &stop);
-        let bounds = Bounds::of(&self.request.vm, &self.request.provider.limits);
+        let bounds = Bounds::of(&self.request.vm.config, &self.request.provider.limits);
         let covered = 'runs: {
             tokio::pin!(runs);
             let failure: BackupError = tokio::select! {

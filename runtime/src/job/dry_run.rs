@@ -1,50 +1,33 @@
 //! What a backup would do to each disk, by the very decisions that it takes, without anything being changed: QEMU is
 //! only asked, and so is the archive.
 
+use super::backup::BackupRequest;
 use super::base::{self, Choice, Owner, Remedy};
 use super::extra::{Extra, ExtraError, Source};
 use super::fleecing;
-use super::journal::Journal;
 use super::lineage;
 use super::point_in_time::PointError;
 use super::power::PowerError;
 use super::recover::{self, RecoverError};
-use super::selection::{self, Selection};
-use super::subject;
-use crate::archive::{self, Archive, BackupId, LeftOut, Namespace, NamespaceName};
-use crate::config::Vm;
+use super::selection;
+use super::subject::{self, Folders};
+use crate::archive::{self, Archive, BackupId, LeftOut, Namespace};
 use crate::contract::BLOCK_SIZE;
 use crate::event::Events;
 use crate::qemu::bitmap::{self, BitmapPlan};
 use crate::qemu::{self, Monitor, claim, leftovers, machine};
-use cap_std::fs::Dir;
 use serde::Serialize;
-use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use time::OffsetDateTime;
 
 /// Of which backup it is to be told.
 pub struct DryRun<'a> {
-    /// The VM's name.
-    pub vm_name: &'a str,
-    /// Its sockets and disks.
-    pub vm: &'a Vm,
-    /// QEMU's QMP socket.
-    pub qmp: &'a Path,
-    /// Further volumes.
-    pub extra: &'a [Extra],
-    /// By whose word disks are taken or left out.
-    pub selection: &'a Selection,
+    /// The backup.
+    pub request: &'a BackupRequest,
     /// The archive; none where its folder is empty.
     pub archive: Option<&'a Archive>,
-    /// The provider's part of it.
-    pub namespace: &'a NamespaceName,
-    /// Read every disk in full.
-    pub full: bool,
-    /// The VM's folder in the state folder, and its path for errors.
-    pub vm_state: (Dir, PathBuf),
-    /// Where fleecing images would go, and its path for errors.
-    pub fleecing: (&'a Dir, &'a Path),
+    /// Of the VM's jobs.
+    pub folders: &'a Folders,
 }
 
 /// What would happen.
@@ -115,15 +98,21 @@ pub struct SkippedForecast {
 /// # Errors
 /// Those of the backup itself, as far as they can be foreseen.
 pub async fn dry_run(wanted: DryRun<'_>) -> Result<Forecast, PointError> {
+    let BackupRequest {
+        vm,
+        selection,
+        namespace: namespace_name,
+        ..
+    } = wanted.request;
     let mut forecast = Forecast {
-        vm: wanted.vm_name.into(),
+        vm: vm.name.clone(),
         first: Vec::new(),
         disks: None,
         skipped: Vec::new(),
         left_out: Vec::new(),
     };
     // A job that runs has the monitor, which would keep us waiting.
-    let journal = Journal::open(wanted.vm_state.0, wanted.vm_state.1)?;
+    let journal = wanted.folders.journal()?;
     let dead = journal.record();
     if let Some(dead) = dead {
         forecast.first.push(format!(
@@ -133,10 +122,10 @@ pub async fn dry_run(wanted: DryRun<'_>) -> Result<Forecast, PointError> {
             recover::how_it_ended(dead)
         ));
     }
-    let monitor = match Monitor::connect(wanted.qmp).await {
+    let monitor = match Monitor::connect(&vm.qmp).await {
         Ok(monitor) => monitor,
         Err(error) if error.is_nobody() => {
-            let Some(program) = wanted.vm.start.first() else {
+            let Some(program) = vm.config.start.first() else {
                 return Err(PowerError::Stopped(error).into());
             };
             forecast.first.push(format!(
@@ -162,8 +151,7 @@ pub async fn dry_run(wanted: DryRun<'_>) -> Result<Forecast, PointError> {
     }
     // Its notes are what is returned.
     let (silent, _) = Events::channel();
-    let found =
-        selection::select(wanted.vm, wanted.selection, wanted.extra, &monitor, &silent).await?;
+    let found = selection::select(&vm.config, selection, &vm.extra, &monitor, &silent).await?;
     forecast.left_out = found.left_out;
     for skipped in found.skipped {
         forecast.skipped.push(SkippedForecast {
@@ -173,7 +161,7 @@ pub async fn dry_run(wanted: DryRun<'_>) -> Result<Forecast, PointError> {
     }
     let namespace = wanted
         .archive
-        .map(|archive| archive.namespace(wanted.namespace));
+        .map(|archive| archive.namespace(namespace_name));
     let namespace = match namespace {
         None | Some(Err(archive::Error::NotFound { .. } | archive::Error::HalfMade { .. })) => None,
         Some(opened) => Some(Arc::new(opened.map_err(RecoverError::Archive)?)),
@@ -182,21 +170,27 @@ pub async fn dry_run(wanted: DryRun<'_>) -> Result<Forecast, PointError> {
         (Some(archive), Some(namespace)) => {
             let owner = Owner {
                 archive: archive.id(),
-                namespace: wanted.namespace.clone(),
-                vm: wanted.vm_name.into(),
+                namespace: namespace_name.clone(),
+                vm: vm.name.clone(),
             };
             let dead = dead.map(|dead| &*dead.backup);
             let settled = settled_first(&monitor, &owner, &namespace, dead).await?;
             forecast.first.extend(settled);
             let id = BackupId::random(OffsetDateTime::now_utc()).map_err(RecoverError::Archive)?;
-            let chosen =
-                subject::choose(&owner, &namespace, wanted.full, found.disks, id, &silent)?;
+            let chosen = subject::choose(
+                &owner,
+                &namespace,
+                wanted.request.full,
+                found.disks,
+                id,
+                &silent,
+            )?;
             let of = |(disk, choice)| tracked(&disk, choice, id);
             chosen.into_iter().map(of).collect()
         }
         _ => found.disks.iter().map(first_of_its_archive).collect(),
     };
-    for extra in wanted.extra {
+    for extra in &vm.extra {
         disks.extend(attached(extra)?);
     }
     let mut room = 0u64;
@@ -207,7 +201,8 @@ pub async fn dry_run(wanted: DryRun<'_>) -> Result<Forecast, PointError> {
         };
         room = room.saturating_add(fleecing::room(disk.size, held));
     }
-    fleecing::check_room(wanted.fleecing.0, wanted.fleecing.1, room)?;
+    let (folder, path) = &wanted.folders.fleecing;
+    fleecing::check_room(folder, path, room)?;
     forecast.disks = Some(disks);
     Ok(forecast)
 }

@@ -10,7 +10,6 @@ pub use control::{Answer, CONTROL, end};
 
 use super::backup::panic_text;
 use super::base::{Choice, Owner};
-use super::extra::Extra;
 use super::fleecing::{Bounds, VirtualFile};
 use super::journal::{Journal, JournalError, Step};
 use super::lineage;
@@ -18,12 +17,11 @@ use super::point_in_time::{PointError, Prepared, sources};
 use super::recover;
 use super::selection::Selection;
 use super::signals::Signals;
-use super::subject::{self, Subject};
+use super::subject::{self, Folders, Subject, VmAccess};
 use crate::archive::{
     self, Archive, BackupId, ExportRecord, ExportedDisk, LeftOut, Moment, NamespaceName,
 };
 use crate::config::Limits;
-use crate::config::Vm;
 use crate::contract::BLOCK_SIZE;
 use crate::event::Events;
 use crate::extent::Extent;
@@ -33,7 +31,6 @@ use crate::qemu::{Monitor, MonitorError, PointInTime};
 use crate::volume::open;
 use crate::volume::reader::Reader;
 use crate::volume::source::Source;
-use cap_std::fs::Dir;
 use control::Control;
 use futures_util::FutureExt;
 use serde::{Deserialize, Serialize};
@@ -66,14 +63,8 @@ pub enum Verdict {
 /// What to hold, and for whom.
 #[derive(Debug)]
 pub struct ExportRequest {
-    /// The VM's name.
-    pub vm_name: String,
-    /// Its sockets and disks.
-    pub vm: Vm,
-    /// QEMU's QMP socket.
-    pub qmp: PathBuf,
-    /// Further volumes.
-    pub extra: Vec<Extra>,
+    /// The VM.
+    pub vm: VmAccess,
     /// The tool whose last success is the base of an increment; without it every export is of all, and nothing is
     /// tracked.
     pub tracking: Option<NamespaceName>,
@@ -87,10 +78,8 @@ pub struct ExportRequest {
 pub struct ExportPlaces {
     /// Records of what tools have.
     pub records: Arc<Archive>,
-    /// The VM's folder in the state folder, and its path for errors.
-    pub vm_state: (Dir, PathBuf),
-    /// Where fleecing images go, and its absolute path for QEMU.
-    pub fleecing: (Dir, PathBuf),
+    /// Of the VM's jobs.
+    pub folders: Folders,
 }
 
 /// What a tool is told once it can read.
@@ -248,20 +237,17 @@ pub async fn export(
             .parse()
             .map_err(|_| archive::Error::NotAnArchive)?,
     };
-    let folder = places.vm_state.0.try_clone().map_err(JournalError::Io)?;
-    let mut journal = Journal::open(places.vm_state.0, places.vm_state.1.clone())?;
+    let mut journal = places.folders.journal()?;
     let namespace = Arc::new(places.records.create_namespace(&namespace)?);
     let owner = Owner {
         archive: places.records.id(),
         namespace: namespace.name().clone(),
-        vm: request.vm_name.clone(),
+        vm: request.vm.name.clone(),
     };
     let subject = Subject {
         vm: &request.vm,
-        qmp: &request.qmp,
-        extra: &request.extra,
         selection: &Selection::default(),
-        fleecing: (&places.fleecing.0, &places.fleecing.1),
+        folders: &places.folders,
         archive: &places.records,
         namespace: &namespace,
         owner: &owner,
@@ -269,7 +255,8 @@ pub async fn export(
         events,
         signals,
     };
-    let control = Control::listen(&folder, &places.vm_state.1)?;
+    let (folder, path) = &places.folders.state;
+    let control = Control::listen(folder, path)?;
     let job = async |monitor: &Monitor, journal: &mut Journal| {
         let export = Export {
             request: &request,
@@ -282,7 +269,7 @@ pub async fn export(
     let ended = subject::on_vm(&subject, &mut journal, job).await;
     let ended = ended.map(|(ended, left)| Ended { left, ..ended });
     control.answer(&ended).await;
-    control.close(&folder);
+    control.close(folder);
     ended
 }
 
@@ -396,7 +383,7 @@ impl Export<'_> {
             Ok(held) => ready(&Held { left_out, ..held }),
             Err(error) => return failed(error),
         }
-        let bounds = Bounds::of(&self.request.vm, &Limits::default());
+        let bounds = Bounds::of(&self.request.vm.config, &Limits::default());
         let verdict = tokio::select! {
             verdict = self.control.wait() => verdict,
             () = self.subject.signals.end.cancelled() => return (Verdict::Failure, true, None),
@@ -448,7 +435,7 @@ impl Export<'_> {
             });
         }
         Ok(Held {
-            vm: self.request.vm_name.clone(),
+            vm: self.request.vm.name.clone(),
             export: id,
             mechanism: self.request.mechanism,
             tracking: self.request.tracking.clone(),
@@ -501,7 +488,7 @@ impl Export<'_> {
         prepared.step(Step::Committing)?;
         let namespace = Arc::clone(self.subject.namespace);
         let record = ExportRecord {
-            vm: self.request.vm_name.clone(),
+            vm: self.request.vm.name.clone(),
             created: OffsetDateTime::now_utc(),
             host_version: env!("CARGO_PKG_VERSION").into(),
             disks: prepared.disks().iter().map(exported).collect(),
@@ -561,6 +548,7 @@ mod tests {
     use crate::archive::{BackupRecord, ComponentId, Namespace, ProviderRecord};
     use crate::contract::{GuestLimits, World};
     use cap_std::ambient_authority;
+    use cap_std::fs::Dir;
 
     /// As exports were recorded before they had records of their own.
     fn record_as_a_backup(namespace: &Namespace, id: BackupId) {

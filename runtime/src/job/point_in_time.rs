@@ -16,7 +16,7 @@ use super::mark;
 use super::power::PowerError;
 use super::recover::RecoverError;
 use super::storage::{Storage, Unanswered};
-use super::subject::{Subject, tell_choice};
+use super::subject::{Subject, VmAccess, tell_choice};
 use super::volume_run::Uncovered;
 use crate::archive::{BackupId, DiskRecord, Moment};
 use crate::contract::BLOCK_SIZE;
@@ -190,7 +190,7 @@ impl<'a> Prepared<'a> {
         id: BackupId,
     ) -> Result<Self, PointError> {
         let owner = subject.owner;
-        let (parent, fleecing_path) = subject.fleecing;
+        let (parent, fleecing_path) = &subject.folders.fleecing;
         let parent = parent.try_clone().map_err(PointError::FleecingLost)?;
         let job = JobId::random()?;
         let name = Fleecing::name(job);
@@ -201,10 +201,11 @@ impl<'a> Prepared<'a> {
             backup: id.to_string(),
             step: Step::Preparing,
             fleecing: name.clone(),
-            nbd_server: subject.vm.nbd.is_none(),
+            nbd_server: subject.vm.config.nbd.is_none(),
             ended: false,
         })?;
-        let attached = match extra::attach_files(monitor, job, subject.extra, &mut disks).await {
+        let attached = match extra::attach_files(monitor, job, &subject.vm.extra, &mut disks).await
+        {
             Ok(attached) => {
                 for (disk, choice) in disks.iter().rev().take(attached.len()).rev() {
                     tell_choice(subject.events, disk, choice);
@@ -217,7 +218,7 @@ impl<'a> Prepared<'a> {
             }
         };
         let sizes: Vec<u64> = disks.iter().map(|(disk, _)| disk.size).collect();
-        let format = subject.vm.fleecing_format;
+        let format = subject.vm.config.fleecing_format;
         let room = room(monitor, &disks).await;
         let made = Fleecing::create(parent, fleecing_path, &name, &sizes, room, format);
         let fleecing = match made {
@@ -330,7 +331,7 @@ impl<'a> Prepared<'a> {
             Ok(point) => return Ok(point),
             Err(error) => error,
         };
-        let extra = self.subject.extra;
+        let extra = &self.subject.vm.extra;
         let detached = extra::detach_files(self.monitor, self.job, extra).await;
         let mut left: Vec<_> = detached.iter().map(ToString::to_string).collect();
         left.extend(self.remove_fleecing());
@@ -338,7 +339,9 @@ impl<'a> Prepared<'a> {
     }
 
     async fn try_take(&mut self, readers: Readers) -> Result<PointInTime, PointError> {
-        let Subject { vm, qmp, .. } = *self.subject;
+        let VmAccess {
+            config: vm, qmp, ..
+        } = self.subject.vm;
         let monitor = self.monitor;
         let schema = Schema::probe(monitor).await?;
         // No agent answers in a guest that stands still; its file systems cannot be frozen, and nothing writes to them.
@@ -357,7 +360,7 @@ impl<'a> Prepared<'a> {
                 .await?
                 .is_some_and(|it| it.running);
         let ending = self.ending(qmp)?;
-        let stopped_by = stops.then_some(qmp);
+        let stopped_by = stops.then_some(&**qmp);
         let thawed_by = agent_socket.map(AsRef::as_ref);
         let mut watchdog = match Watchdog::spawn(thawed_by, stopped_by, Some(&ending)).await {
             Ok(watchdog) => Some(watchdog),
@@ -451,13 +454,13 @@ impl<'a> Prepared<'a> {
     /// The agent behind the socket, unless it is to be done without.
     async fn reach_agent(&self, path: &Path) -> Result<Option<Agent>, PointError> {
         let Subject { vm, events, .. } = *self.subject;
-        if vm.freeze == Freeze::Never {
+        if vm.config.freeze == Freeze::Never {
             events.note(format!("{NOT_FROZEN} (`freeze` is `never`)"));
             return Ok(None);
         }
         match Agent::connect(path, qemu::agent::Limits::default()).await {
             Ok(agent) => Ok(Some(agent)),
-            Err(error) if vm.freeze == Freeze::IfAvailable => {
+            Err(error) if vm.config.freeze == Freeze::IfAvailable => {
                 events.note(format!("{NOT_FROZEN}: {error}"));
                 Ok(None)
             }
@@ -468,14 +471,21 @@ impl<'a> Prepared<'a> {
     /// What the watchdog needs to know to end the snapshot.
     fn ending(&self, qmp: &Path) -> Result<String, PointError> {
         let absolute = |path: &Path| std::path::absolute(path);
-        let (_, fleecing) = self.subject.fleecing;
+        let (_, fleecing) = &self.subject.folders.fleecing;
         let make = || {
             Ok(Ending {
                 job: self.job.to_string(),
                 qmp: absolute(qmp)?,
                 state: absolute(self.journal.path())?,
                 fleecing: absolute(fleecing)?,
-                nbd: self.subject.vm.nbd.as_deref().map(absolute).transpose()?,
+                nbd: self
+                    .subject
+                    .vm
+                    .config
+                    .nbd
+                    .as_deref()
+                    .map(absolute)
+                    .transpose()?,
             })
         };
         let ending = make().and_then(|ending| serde_json::to_string(&ending).map_err(Into::into));
@@ -559,7 +569,7 @@ impl<'a> Prepared<'a> {
     /// Whether no QEMU answers any more that could have anything of the job's. What answers again is cleaned up by whoever
     /// sees that.
     async fn has_ended(&self) -> bool {
-        self.monitor.is_lost() && Monitor::connect(self.subject.qmp).await.is_err()
+        self.monitor.is_lost() && Monitor::connect(&self.subject.vm.qmp).await.is_err()
     }
 
     fn remove_fleecing(&self) -> Option<String> {
@@ -693,7 +703,7 @@ async fn unprepare(
     fleecing: Option<&Fleecing>,
     journal: &mut Journal,
 ) {
-    let detached = extra::detach_files(monitor, job, subject.extra).await;
+    let detached = extra::detach_files(monitor, job, &subject.vm.extra).await;
     let removed = fleecing.is_none_or(|fleecing| fleecing.remove().is_ok());
     if removed && detached.is_empty() {
         let _ = journal.clear();

@@ -2,7 +2,7 @@
 
 use super::base::{self, BuiltOn, Choice, ChoiceError, Owner, Recorded};
 use super::extra::Extra;
-use super::journal::Journal;
+use super::journal::{Journal, JournalError};
 use super::point_in_time::PointError;
 use super::power;
 use super::recover::{self, Traces};
@@ -17,21 +17,47 @@ use crate::qemu::machine::Standing;
 use crate::qemu::{self, Monitor, machine};
 use cap_std::fs::Dir;
 use std::collections::BTreeMap;
-use std::path::Path;
+use std::path::PathBuf;
 use std::sync::Arc;
+
+/// A VM, as a job is given it.
+#[derive(Debug)]
+pub struct VmAccess {
+    /// Its name: part of its bitmaps' names and of the manifest.
+    pub name: String,
+    /// Its sockets and disks.
+    pub config: Vm,
+    /// QEMU's QMP socket.
+    pub qmp: PathBuf,
+    /// Further volumes.
+    pub extra: Vec<Extra>,
+}
+
+/// Where the jobs on a VM keep what is theirs on this host. The caller opened them.
+#[derive(Debug)]
+pub struct Folders {
+    /// The VM's folder in the state folder, and its path for errors.
+    pub state: (Dir, PathBuf),
+    /// Where fleecing images go, and its absolute path for QEMU.
+    pub fleecing: (Dir, PathBuf),
+}
+
+impl Folders {
+    /// The VM's journal, which is there for one job at a time.
+    pub fn journal(&self) -> Result<Journal, JournalError> {
+        let (folder, path) = &self.state;
+        Journal::open(folder.try_clone()?, path.clone())
+    }
+}
 
 /// The VM that a point in time is of, and where jobs on it leave their traces.
 pub struct Subject<'a> {
-    /// Its sockets and disks.
-    pub vm: &'a Vm,
-    /// QEMU's QMP socket.
-    pub qmp: &'a Path,
-    /// Further volumes.
-    pub extra: &'a [Extra],
+    /// The VM.
+    pub vm: &'a VmAccess,
     /// By whose word disks are taken or left out.
     pub selection: &'a Selection,
-    /// The folder for fleecing images, and its path.
-    pub fleecing: (&'a Dir, &'a Path),
+    /// Of the VM's jobs.
+    pub folders: &'a Folders,
     /// Where it is recorded what can be built on.
     pub archive: &'a Archive,
     /// The part of it that is this job's.
@@ -63,15 +89,16 @@ impl<'a> Subject<'a> {
 
     /// Its disks alone.
     pub async fn select(&self, monitor: &Monitor) -> Result<Selected, PointError> {
-        selection::select(self.vm, self.selection, self.extra, monitor, self.events).await
+        let VmAccess { config, extra, .. } = self.vm;
+        selection::select(config, self.selection, extra, monitor, self.events).await
     }
 
     /// What is looked at to clean up after a job, over `monitor`.
     pub fn traces(&self, monitor: &'a Monitor) -> Traces<'a> {
         Traces {
             monitor,
-            fleecing: self.fleecing.0,
-            nbd: self.vm.nbd.as_deref(),
+            fleecing: &self.folders.fleecing.0,
+            nbd: self.vm.config.nbd.as_deref(),
             signals: self.signals,
             archive: self.archive,
             namespace: self.namespace,
@@ -88,11 +115,18 @@ pub async fn on_vm<T, E: From<PointError>>(
     job: impl AsyncFnOnce(&Monitor, &mut Journal) -> Result<(T, Vec<String>), E>,
 ) -> Result<(T, Vec<String>), E> {
     let events = subject.events;
-    let Vm { start, stop, .. } = subject.vm;
+    let Vm { start, stop, .. } = &subject.vm.config;
     let commands = (&start[..], &stop[..]);
-    let reached = power::reach(subject.qmp, commands, journal, events, &subject.signals.end).await;
+    let reached = power::reach(
+        &subject.vm.qmp,
+        commands,
+        journal,
+        events,
+        &subject.signals.end,
+    )
+    .await;
     let mut reached = reached.map_err(PointError::from)?;
-    let claim = Claim::make(&reached.monitor, subject.fleecing.1).await;
+    let claim = Claim::make(&reached.monitor, &subject.folders.fleecing.1).await;
     let claim = match claim {
         Ok(claim) => claim,
         Err(error) => {
@@ -112,7 +146,7 @@ pub async fn on_vm<T, E: From<PointError>>(
     }
     let mut done = job(&reached.monitor, journal).await;
     if reached.monitor.is_lost()
-        && let Ok(monitor) = Monitor::connect(subject.qmp).await
+        && let Ok(monitor) = Monitor::connect(&subject.vm.qmp).await
     {
         // QEMU runs on, with all in it that the job could not take down.
         events.note("the monitor was lost and answers again; cleaning up over a new connection");
@@ -145,7 +179,7 @@ pub async fn standing(subject: &Subject<'_>, monitor: &Monitor) -> Result<Standi
     };
     let standing = state.standing()?;
     if standing == Standing::Still {
-        let agent = match &subject.vm.agent {
+        let agent = match &subject.vm.config.agent {
             Some(_) => ", without asking its agent",
             None => "",
         };

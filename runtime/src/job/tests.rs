@@ -10,6 +10,7 @@ mod stand_in;
 use super::backup::{BackupError, BackupPlaces, BackupRequest, Summary, backup};
 use super::selection::Selection;
 use super::signals::Signals;
+use super::subject::{Folders, VmAccess};
 use super::volume_run::VolumeError;
 use crate::archive::Archive;
 use crate::channel::{Answer, Call, Outcome};
@@ -96,9 +97,12 @@ impl Host {
             (open(&path), path)
         };
         let request = BackupRequest {
-            vm_name: "web".into(),
-            vm,
-            qmp: self.daemon.at("qmp.sock"),
+            vm: VmAccess {
+                name: "web".into(),
+                config: vm,
+                qmp: self.daemon.at("qmp.sock"),
+                extra: Vec::new(),
+            },
             provider_name: "escaped".into(),
             account: Arc::new(Account::new(provider.limits.clone())),
             provider,
@@ -106,13 +110,14 @@ impl Host {
             namespace: "tenant".parse().unwrap(),
             attachments: Default::default(),
             selection: Selection::default(),
-            extra: Vec::new(),
             full: true,
         };
         let places = BackupPlaces {
             archive: Arc::clone(&self.archive),
-            vm_state: place("state"),
-            fleecing: place("fleecing"),
+            folders: Folders {
+                state: place("state"),
+                fleecing: place("fleecing"),
+            },
             cache: Cache::new(place("cache").0),
             program: program.clone(),
         };
