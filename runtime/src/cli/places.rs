@@ -1,5 +1,5 @@
-//! From names and paths on the command line to open archives, folders and components. Ambient authority is used here
-//! and nowhere below.
+//! From names and paths on the command line to open archives, folders and components. Below, ambient authority is used only
+//! where `tests/walls.rs` lists it.
 
 use super::{Failure, Session, Status};
 use crate::archive::{self, Archive};
