@@ -10,7 +10,7 @@
 //! - [`Socket`], [`AsyncSocket`]: frames of a known length around the words
 //! - [`Payload`]: the file that the bytes lie in
 //! - [`hand_over`], [`take_over`]: how the files get into a fresh sandbox process
-//! - [`room`]: what a sandbox process needs beside its guest
+//! - [`room()`]: what a sandbox process needs beside its guest
 
 #![deny(missing_docs)]
 

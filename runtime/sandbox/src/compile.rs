@@ -20,7 +20,7 @@ use tokio::time::timeout;
 /// How long compiling may take. The CPU time is limited inside the process; this is for a machine that is very busy.
 const COMPILE_TIME: Duration = Duration::from_secs(600);
 
-/// A component that has been compiled. That it may run is another question: [`super::world_of`].
+/// A component that has been compiled. That it may run is another question: [`fleecebox_contract::world_of`].
 #[derive(Debug, Clone)]
 pub struct Compiled {
     /// SHA-256 of the component's bytes.

@@ -35,7 +35,7 @@ const CHECKED_EVERY: Duration = Duration::from_millis(250);
 /// storage that hangs; the VM's snapshot must not wait for that.
 const END_TIME: Duration = Duration::from_secs(5);
 
-/// The program that a sandbox process runs: one whose `main` calls [`super::serve`] for [`ARGUMENT`].
+/// The program that a sandbox process runs: one whose `main` enters the confined side for [`ARGUMENT`].
 #[derive(Debug, Clone)]
 pub struct Program {
     path: PathBuf,

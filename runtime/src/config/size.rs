@@ -37,7 +37,7 @@ pub(super) fn bytes<'de, D: Deserializer<'de>, N: TryFrom<u64>>(
         .map_err(|_| D::Error::custom(format!("{bytes} bytes are not possible here")))
 }
 
-/// As [`bytes`], for a key that may be left out.
+/// As [`bytes()`], for a key that may be left out.
 pub(super) fn optional<'de, D: Deserializer<'de>, N: TryFrom<u64>>(
     deserializer: D,
 ) -> Result<Option<N>, D::Error> {
