@@ -68,8 +68,8 @@ has() {
     skopeo) command -v skopeo ;;
     clang-19) command -v clang-19 ;;
     lld-19) command -v wasm-ld-19 ;;
-    libclang-rt-19-dev-wasm32) test -f "$(clang-19 --target=wasm32-wasi -print-libgcc-file-name)" ;;
-    wasi-libc) test -f "$(clang-19 --target=wasm32-wasi -print-file-name=libc.a)" ;;
+    libclang-rt-19-dev-wasm32) test -f "$(clang-19 --target=wasm32-wasi -print-libgcc-file-name 2>/dev/null)" ;;
+    wasi-libc) test -f "$(clang-19 --target=wasm32-wasi -print-file-name=libc.a 2>/dev/null)" ;;
     python3-venv) python3 -c 'import ensurepip, venv, tomllib' 2>&1 ;;
     nodejs) command -v node ;;
     npm) command -v npm ;;
