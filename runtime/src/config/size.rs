@@ -21,7 +21,7 @@ pub fn parse(text: &str) -> Result<u64, String> {
     let bytes = number.and_then(|number| number.checked_mul(1 << shift));
     bytes.ok_or_else(|| {
         format!(
-            "'{}' is no number of bytes; write it whole or with KiB, MiB, GiB or TiB, such as 104857600 or \"100MiB\"",
+            "'{}' is no number of bytes; write it whole or with KiB, MiB, GiB or TiB, such as 104857600 or 100MiB",
             text.escape_debug()
         )
     })
@@ -72,7 +72,7 @@ impl Visitor<'_> for Size {
 /// As [`parse`], and where it is 0.
 pub fn rate(text: &str) -> Result<NonZeroU64, String> {
     NonZeroU64::new(parse(text)?)
-        .ok_or_else(|| "nothing is ever read at 0 bytes in a second".into())
+        .ok_or_else(|| "nothing is ever read at 0 bytes in a second: more is needed, such as 104857600 or 100MiB".into())
 }
 
 #[cfg(test)]

@@ -5,15 +5,14 @@
 use super::account::Account;
 use super::provider_log;
 use super::provider_log::ProviderLog;
-use crate::archive::{self, ObjectName, StoredObjects};
+use crate::archive::StoredObjects;
 use crate::channel::{Answer, Call, Failure, ImageRead, OpenImage, Order, Outcome};
 use crate::contract::{ErrorCode, MAX_READ};
 use crate::event::Events;
 use crate::extent::Extent;
-use crate::sandbox::{self, Compiled, Process, Program, Usage};
+use crate::sandbox::{self, Compiled, Process, Program};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
-use tokio::task::spawn_blocking;
 use tokio::time::timeout;
 
 /// Longest time for one call of `image` in a proof, waits included: one that gives nothing back for this long gives back
@@ -130,8 +129,8 @@ impl ImageError {
 
 /// One opened image, in a sandbox process of its own.
 pub struct Image {
-    process: Process,
-    objects: Arc<StoredObjects>,
+    pub(super) process: Process,
+    pub(super) objects: Arc<StoredObjects>,
     log: ProviderLog,
     pace: Pace,
     account: Arc<Account>,
@@ -230,49 +229,6 @@ impl Image {
         let served = timeout(left, serve).await;
         self.pace.spent += began.elapsed();
         served.unwrap_or_else(|_| Err(self.pace.over(left)))
-    }
-
-    async fn size(&self, name: String) -> Answer {
-        match name.parse::<ObjectName>() {
-            Ok(name) => match self.objects.size(&name) {
-                Ok(size) => Answer::Size(size),
-                Err(error) => Answer::Error(code(&error)),
-            },
-            Err(_) => Answer::Error(ErrorCode::InvalidName),
-        }
-    }
-
-    async fn read_object(
-        &mut self,
-        name: String,
-        offset: u64,
-        length: u32,
-    ) -> Result<Vec<u8>, ErrorCode> {
-        if length > MAX_READ {
-            return Err(ErrorCode::TooLarge);
-        }
-        let name: ObjectName = name.parse().map_err(|_| ErrorCode::InvalidName)?;
-        let objects = Arc::clone(&self.objects);
-        let read = spawn_blocking(move || {
-            let began = Usage::of_this_thread();
-            let read = objects.read(&name, offset, length);
-            (read, Usage::of_this_thread().saturating_sub(began))
-        });
-        let Ok((read, cpu)) = read.await else {
-            return Err(ErrorCode::Io);
-        };
-        // Decoding a frame, or looking for it among many, for one byte: it is done for the provider.
-        self.process.worked_for(cpu);
-        read.map_err(|error| code(&error))
-    }
-}
-
-fn code(error: &archive::Error) -> ErrorCode {
-    match error {
-        archive::Error::NotFound { .. } => ErrorCode::NotFound,
-        archive::Error::OutOfRange { .. } => ErrorCode::OutOfRange,
-        archive::Error::TooLarge { .. } => ErrorCode::TooLarge,
-        _ => ErrorCode::Io,
     }
 }
 

@@ -2,26 +2,17 @@
 
 use super::account::Account;
 use super::farewell::{Farewells, cancelled};
-use super::names;
 use super::pace::{Pace, TooSlow};
 use super::provider_log::{ProviderLog, harmless};
-use super::put;
-use super::stream::{Failed, Stream};
+use super::stream::Stream;
 use super::target::{HostFailure, Target};
-use crate::archive::{self, ObjectName};
 use crate::channel::{Answer, Call, Failure, Outcome};
-use crate::contract::{
-    Encoding, ErrorCode, MAX_ATTACHMENT, MAX_PUT, MAX_READ, MAX_RECEIPT, MAX_REGIONS, MAX_STREAMS,
-    MAX_WRITE, RawRange, World,
-};
-use crate::digest::{self, Digest};
+use crate::contract::{ErrorCode, MAX_RECEIPT, MAX_WRITE, RawRange, World};
 use crate::extent::Extent;
 use crate::sandbox::{self, Process};
-use crate::volume::coverage::{Cover, CoverageError};
-use crate::volume::discard;
+use crate::volume::coverage::CoverageError;
 use crate::volume::plan::Cursor;
 use crate::volume::read_ahead::ReadAhead;
-use crate::volume::reader::PIECE;
 use std::collections::BTreeMap;
 use std::pin::pin;
 use std::sync::Arc;
@@ -188,21 +179,21 @@ async fn within<T>(
     }
 }
 
-struct Run {
-    target: Arc<Target>,
-    terms: Terms,
-    account: Arc<Account>,
+pub(super) struct Run {
+    pub(super) target: Arc<Target>,
+    pub(super) terms: Terms,
+    pub(super) account: Arc<Account>,
     pace: Option<Pace>,
-    log: ProviderLog,
-    cursor: Cursor,
-    read_ahead: ReadAhead,
+    pub(super) log: ProviderLog,
+    pub(super) cursor: Cursor,
+    pub(super) read_ahead: ReadAhead,
     /// Bytes that `read` gave to the provider.
-    read_given: u64,
+    pub(super) read_given: u64,
     /// Bytes that were charged for them.
-    read_charged: u64,
-    streams: BTreeMap<u32, Stream>,
-    next_stream: u32,
-    buffer: Vec<u8>,
+    pub(super) read_charged: u64,
+    pub(super) streams: BTreeMap<u32, Stream>,
+    pub(super) next_stream: u32,
+    pub(super) buffer: Vec<u8>,
     /// What the call that is being answered is answered if the run is cancelled meanwhile.
     owed: Option<Answer>,
 }
@@ -334,243 +325,14 @@ impl Run {
             Call::Claim { stream, range } => self.claim(stream, range).await,
             Call::Finish { stream } => self.finish(stream).await,
             Call::DropStream { stream } => self.drop_stream(stream).await,
-            Call::Attachment { name } => match self.terms.attachments.get(&name) {
-                Some(bytes) => {
-                    debug_assert!(bytes.len() <= MAX_ATTACHMENT);
-                    Ok(Answer::Bytes {
-                        length: process.give_payload(bytes)?,
-                    })
-                }
-                None => Ok(Answer::Nothing),
-            },
-            Call::Log { level, message } => {
-                self.log.line(level, &message);
-                Ok(Answer::Unit)
-            }
+            Call::Attachment { name } => Ok(self.attachment(&name, process)?),
+            Call::Log { level, message } => Ok(self.log(level, &message)),
             // The process's own budget has answered it.
             Call::Grow { .. } => Err(ErrorCode::TooLarge),
             // `stored` is not of this world's run.
             Call::ObjectSize { .. } | Call::ObjectRead { .. } => Err(ErrorCode::NotFound),
             Call::Done(_) => return Err(RunError::Protocol),
         })
-    }
-
-    fn next_regions(&mut self, limit: u32) -> Answer {
-        let regions = self
-            .cursor
-            .next(&self.target.frozen.plan, limit.min(MAX_REGIONS) as usize);
-        Answer::Regions(
-            regions
-                .into_iter()
-                .map(|region| (region.extent.start(), region.extent.len(), region.zero))
-                .collect(),
-        )
-    }
-
-    async fn discard(&mut self, range: RawRange) -> Result<Answer, ErrorCode> {
-        if !self.terms.discarder {
-            return Err(ErrorCode::NotFound);
-        }
-        let extent = self.whole_blocks(range)?;
-        put::ended(&self.target, extent).await;
-        self.check_host()?;
-        let fresh = self
-            .target
-            .books()
-            .begin_discard(&self.target.frozen.plan, extent)
-            .map_err(refused)?;
-        for part in fresh {
-            discard::trim(&self.target.frozen, self.target.canary, part)
-                .await
-                .map_err(|error| self.failed(error.into()))?;
-        }
-        Ok(Answer::Unit)
-    }
-
-    async fn read(&mut self, offset: u64, length: u32) -> Result<(), ErrorCode> {
-        if !self.terms.reader || self.terms.world == World::BlindProvider {
-            return Err(ErrorCode::NotFound);
-        }
-        if length > MAX_READ {
-            return Err(ErrorCode::TooLarge);
-        }
-        let plan = &self.target.frozen.plan;
-        let extent = Extent::new(offset, length.into())
-            .ok()
-            .filter(|extent| extent.end() <= plan.size())
-            .ok_or(ErrorCode::OutOfRange)?;
-        if !plan.dirty().contains(extent) {
-            return Err(ErrorCode::NotDirty);
-        }
-        if self.target.books().is_discarded(extent) {
-            return Err(ErrorCode::Discarded);
-        }
-        self.charge_read(extent.len())?;
-        self.buffer.clear();
-        let read = self.read_ahead.read(extent, &mut self.buffer).await;
-        read.map_err(|error| self.failed(error.into()))
-    }
-
-    /// Charges a read of `length` bytes: in sum no less than was given, and no less than was fetched for it. A byte here
-    /// and a byte there cost the host a whole window each.
-    fn charge_read(&mut self, length: u64) -> Result<(), ErrorCode> {
-        let given = self.read_given.saturating_add(length);
-        let due = given.max(self.read_ahead.fetched());
-        self.account.read(due.saturating_sub(self.read_charged))?;
-        self.read_given = given;
-        self.read_charged = due.max(self.read_charged);
-        Ok(())
-    }
-
-    async fn put(&mut self, range: RawRange, encoding: Encoding) -> Result<Answer, ErrorCode> {
-        self.check_host()?;
-        if range.length > MAX_PUT {
-            return Err(ErrorCode::TooLarge);
-        }
-        let extent = self.whole_blocks(range)?;
-        self.reserve(Cover::Put, extent)?;
-        put::start(&self.target, extent, encoding).await;
-        Ok(Answer::Unit)
-    }
-
-    async fn create(&mut self, name: &str, encoding: Encoding) -> Result<Answer, ErrorCode> {
-        self.check_host()?;
-        let mut name: ObjectName = name.parse().map_err(|_| ErrorCode::InvalidName)?;
-        if let Some(volume) = self.terms.own_names {
-            name = names::of_volume(volume, &name).map_err(|_| ErrorCode::InvalidName)?;
-        }
-        if self.streams.len() >= MAX_STREAMS {
-            return Err(ErrorCode::QuotaExceeded(crate::contract::Quota::Objects));
-        }
-        self.account.object()?;
-        let created = self
-            .target
-            .encode(move |target| match target.archive.create(&name, encoding) {
-                Ok(writer) => Ok(Some(writer)),
-                Err(archive::Error::Exists { .. }) => Ok(None),
-                Err(error) => Err(error.into()),
-            })
-            .await;
-        match created {
-            Ok(Some(writer)) => {
-                let number = self.next_stream;
-                self.next_stream += 1;
-                self.streams
-                    .insert(number, Stream::start(Arc::clone(&self.target), writer));
-                Ok(Answer::Stream(number))
-            }
-            Ok(None) => Err(ErrorCode::Exists),
-            Err(failure) => Err(self.failed(failure)),
-        }
-    }
-
-    async fn write(&mut self, stream: u32, bytes: Vec<u8>) -> Result<Answer, ErrorCode> {
-        self.check_host()?;
-        let stream = self.streams.get(&stream).ok_or(ErrorCode::NotFound)?;
-        self.account.output(bytes.len() as u64)?;
-        if !bytes.is_empty() {
-            stream.write(bytes).await.map_err(io)?;
-        }
-        Ok(Answer::Unit)
-    }
-
-    async fn splice(&mut self, number: u32, range: RawRange) -> Result<Answer, ErrorCode> {
-        self.check_host()?;
-        let extent = self.whole_blocks(range)?;
-        if !self.streams.contains_key(&number) {
-            return Err(ErrorCode::NotFound);
-        }
-        self.reserve(Cover::Stream(number), extent)?;
-        let stream = self.streams.get(&number).ok_or(ErrorCode::NotFound)?;
-        stream.splice(extent).await.map_err(io)?;
-        Ok(Answer::Unit)
-    }
-
-    async fn claim(&mut self, number: u32, range: RawRange) -> Result<Answer, ErrorCode> {
-        self.check_host()?;
-        if self.terms.world == World::BlindProvider {
-            return Err(ErrorCode::Other(Some(
-                "a blind provider cannot claim: it exports no restore".into(),
-            )));
-        }
-        // Its proof would answer guesses at what may not be read.
-        if !self.terms.reader {
-            return Err(ErrorCode::Other(Some(
-                "nothing can be claimed that may not be read: no reader is granted".into(),
-            )));
-        }
-        let extent = self.whole_blocks(range)?;
-        if !self.streams.contains_key(&number) {
-            return Err(ErrorCode::NotFound);
-        }
-        let checked = self.target.books().check(&self.target.frozen.plan, extent);
-        checked.map_err(refused)?;
-        // Entered in the books only when every digest is in the table: a claim that fails half-way must not count.
-        for piece in extent.pieces(PIECE) {
-            self.enter_digests(piece).await?;
-        }
-        self.target
-            .books()
-            .begin_claim(&self.target.frozen.plan, number, extent)
-            .map_err(refused)?;
-        self.target.advance(extent);
-        Ok(Answer::Unit)
-    }
-
-    /// Enters the digests of blocks as of the point in time: from what the provider read, else read anew.
-    async fn enter_digests(&mut self, piece: Extent) -> Result<(), ErrorCode> {
-        let plan = &self.target.frozen.plan;
-        let block = plan.block();
-        let first = piece.start() / u64::from(block);
-        let count = piece.len().div_ceil(block.into());
-        let known: Option<Vec<Digest>> = (first..first + count)
-            .map(|index| match self.target.is_zero(index) {
-                true => Some(Digest::of(&[])),
-                false => self.read_ahead.take_digest(index),
-            })
-            .collect();
-        let digests = match known {
-            Some(digests) => digests,
-            None => {
-                self.account.read(piece.len())?;
-                let held = self.target.frozen.bytes(piece).await;
-                let held = held.map_err(|error| self.failed(error.into()))?;
-                digest::of_blocks(&held.bytes, block)
-            }
-        };
-        // Writing a full page of the table is file work.
-        let entered = self.target.encode(move |target| {
-            let mut entries = (first..).zip(digests);
-            entries.try_for_each(|(index, digest)| target.claim(index, digest))
-        });
-        entered.await.map_err(|failure| self.failed(failure))
-    }
-
-    async fn finish(&mut self, number: u32) -> Result<Answer, ErrorCode> {
-        let stream = self.streams.remove(&number).ok_or(ErrorCode::NotFound)?;
-        let info = match stream.finish().await {
-            Ok(info) => info,
-            Err(Failed) => {
-                self.target.books().drop_stream(number);
-                return Err(ErrorCode::Io);
-            }
-        };
-        let done = self.target.books().finish_stream(number);
-        for extent in done.iter() {
-            self.target
-                .finished(extent)
-                .await
-                .map_err(|failure| self.failed(failure))?;
-        }
-        Ok(Answer::Size(info.size))
-    }
-
-    async fn drop_stream(&mut self, number: u32) -> Result<Answer, ErrorCode> {
-        if let Some(stream) = self.streams.remove(&number) {
-            stream.discard().await;
-            self.target.books().drop_stream(number);
-        }
-        Ok(Answer::Unit)
     }
 
     /// Waits for everything that is under way; streams that were not finished are gone.
@@ -583,16 +345,7 @@ impl Run {
         self.target.tasks.wait().await;
     }
 
-    /// Checks, charges and enters that the host copies `extent`.
-    fn reserve(&mut self, cover: Cover, extent: Extent) -> Result<(), ErrorCode> {
-        let plan = &self.target.frozen.plan;
-        let mut books = self.target.books();
-        books.check(plan, extent).map_err(refused)?;
-        self.account.copy(extent.len())?;
-        books.begin(plan, cover, extent).map_err(refused)
-    }
-
-    fn whole_blocks(&self, range: RawRange) -> Result<Extent, ErrorCode> {
+    pub(super) fn whole_blocks(&self, range: RawRange) -> Result<Extent, ErrorCode> {
         self.target
             .frozen
             .plan
@@ -601,7 +354,7 @@ impl Run {
     }
 
     /// A failure of an earlier call shows in a later one.
-    fn check_host(&self) -> Result<(), ErrorCode> {
+    pub(super) fn check_host(&self) -> Result<(), ErrorCode> {
         if self.target.has_failed() {
             Err(ErrorCode::Io)
         } else {
@@ -609,17 +362,13 @@ impl Run {
         }
     }
 
-    fn failed(&self, failure: HostFailure) -> ErrorCode {
+    pub(super) fn failed(&self, failure: HostFailure) -> ErrorCode {
         self.target.fail(failure);
         ErrorCode::Io
     }
 }
 
-fn io(_: Failed) -> ErrorCode {
-    ErrorCode::Io
-}
-
-fn refused(error: CoverageError) -> ErrorCode {
+pub(super) fn refused(error: CoverageError) -> ErrorCode {
     use CoverageError::{Covered, NotDirty, Unfinished};
     match error {
         NotDirty(_) | Covered(_) | Unfinished(_) => ErrorCode::NotDirty,
