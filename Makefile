@@ -96,6 +96,7 @@ lint:
 	cargo fmt --all --check
 	cargo clippy --release --locked --workspace --all-targets -- -D warnings
 	RUSTDOCFLAGS="-D warnings" cargo doc --release --locked --workspace --no-deps --document-private-items
+	RUSTFLAGS="--cfg fuzzing" cargo check --locked --manifest-path tests/fuzz/Cargo.toml --target-dir $(CARGO_TARGET_DIR)/fuzz-check
 	@if ! cargo deny --version >/dev/null 2>&1; then \
 		echo "the licences and sources of what is depended on are not checked (deny.toml): there is no cargo-deny; type: cargo install --locked cargo-deny"; \
 		exit; fi; \

@@ -70,7 +70,10 @@ impl Scratch {
                     component: ComponentId::of(b""),
                     world: World::Provider,
                     settings: String::new(),
-                    limits: fleecebox::contract::GuestLimits { memory: 1 << 20, cpu_ms: 1000 },
+                    limits: fleecebox::contract::GuestLimits {
+                        memory: 1 << 20,
+                        cpu_ms: 1000,
+                    },
                 },
                 host_version: "0".into(),
                 volumes: vec![VolumeRecord {
@@ -94,8 +97,8 @@ impl Scratch {
                     proof: Proof::Proven,
                 }],
                 attachments: Vec::new(),
-moment: fleecebox::archive::Moment::One,
-left_out: Vec::new(),
+                moment: fleecebox::archive::Moment::One,
+                left_out: Vec::new(),
             },
         }
     }

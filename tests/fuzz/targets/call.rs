@@ -7,7 +7,9 @@
 
 use arbitrary::Arbitrary;
 use fleecebox::channel::{AsyncSocket, Bounds, Call, OpenImage, Order, Run};
-use fleecebox::contract::{BitmapMode, Context, GuestLimits, MAX_NAME, MAX_REGIONS, VolumeInfo, World};
+use fleecebox::contract::{
+    BitmapMode, Context, GuestLimits, MAX_NAME, MAX_REGIONS, VolumeInfo, World,
+};
 use fleecebox_fuzz::runtime;
 use libfuzzer_sys::fuzz_target;
 use std::os::unix::net::UnixStream;

@@ -6,15 +6,19 @@
 #![no_main]
 
 use fleecebox::channel::Failure;
-use fleecebox_worker::compile_here;
 use fleecebox::contract::world_of;
+use fleecebox_worker::compile_here;
 use libfuzzer_sys::fuzz_target;
 use std::collections::BTreeSet;
 
 fuzz_target!(|component: &[u8]| {
     match compile_here(component) {
         Err(failure) => {
-            assert_ne!(failure, Failure::Stale, "what was compiled cannot be loaded");
+            assert_ne!(
+                failure,
+                Failure::Stale,
+                "what was compiled cannot be loaded"
+            );
             assert!(!failure.to_string().contains('\n'), "{failure}");
         }
         Ok(interface) => {

@@ -6,9 +6,9 @@
 #![no_main]
 
 use fleecebox::config::Config;
+use fleecebox::config::Names;
 use fleecebox::policy::check::{Components, contradictions, findings};
 use fleecebox::policy::explain::explain;
-use fleecebox::config::Names;
 use fleecebox::policy::{self, Restores, decide};
 use libfuzzer_sys::fuzz_target;
 use std::path::Path;

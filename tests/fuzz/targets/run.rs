@@ -10,16 +10,21 @@
 
 use arbitrary::{Arbitrary, Unstructured};
 use fleecebox::archive::{BackupId, Digest, Entry};
-use fleecebox::channel::{Answer, Call, Confinement, Order, Outcome, Payload, Run, Socket, take_over};
-use fleecebox::contract::{BitmapMode, Context, Encoding, ErrorCode, GuestLimits, LogLevel, RawRange, VolumeInfo, World};
-use fleecebox::extent::Extent;
-use fleecebox::grants::account::Account;
-use fleecebox::grants::run::{Terms, run};
-use fleecebox::grants::target::Target;
+use fleecebox::channel::{
+    ARGUMENT, Answer, Call, Confinement, Order, Outcome, Payload, Run, Socket, take_over,
+};
+use fleecebox::config::Limits;
+use fleecebox::contract::{
+    BitmapMode, Context, Encoding, ErrorCode, GuestLimits, LogLevel, RawRange, VolumeInfo, World,
+};
 use fleecebox::contract::{MAX_READ, MAX_WRITE};
 use fleecebox::event::Events;
-use fleecebox::config::Limits;
-use fleecebox::sandbox::{ARGUMENT, Process, Program};
+use fleecebox::extent::Extent;
+use fleecebox::grants::account::Account;
+use fleecebox::grants::farewell::Farewells;
+use fleecebox::grants::run::{Terms, run};
+use fleecebox::grants::target::Target;
+use fleecebox::sandbox::{Process, Program};
 use fleecebox::volume::canary::Canary;
 use fleecebox::volume::frozen::Frozen;
 use fleecebox::volume::plan::Plan;
@@ -356,6 +361,7 @@ impl Case {
             own_names: None,
             account: Arc::new(Account::new(limits)),
             attachments: Arc::new([("a".to_owned(), vec![1, 2, 3])].into()),
+            farewells: Farewells::default(),
         }
     }
 
