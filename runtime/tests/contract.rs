@@ -1,5 +1,7 @@
 //! A released version of the contract never changes, but for its comments.
 
+use fleecebox::archive::MAX_BLOCK_SIZE;
+use fleecebox::contract::{MAX_NAME, MAX_PUT, MAX_READ, MAX_RECEIPT, MAX_TEXT, MAX_WRITE};
 use std::path::Path;
 use wit_component::WitPrinter;
 use wit_parser::Resolve;
@@ -59,4 +61,48 @@ fn a_case_that_is_added_is_noticed_and_a_comment_is_not() {
         "        too-large,\n        too-small,",
     );
     assert_ne!(words_of(&added), words_of(text));
+}
+
+/// The contract gives its bounds in words, beside the function that keeps to each. `%` stands for the number.
+#[test]
+fn every_bound_is_the_one_that_the_contract_names() {
+    let lines = include_str!("../../wit/provider.wit").lines();
+    let comments = lines.filter_map(|line| line.trim().strip_prefix("/// "));
+    let text = comments.collect::<Vec<_>>().join(" ");
+    let (kib, mib) = (|bytes: u64| bytes >> 10, |bytes: u64| bytes >> 20);
+    for (words, number) in [
+        ("power of two, at most % MiB", mib(MAX_BLOCK_SIZE.into())),
+        ("`too-large` above % MiB; with `not-dirty`", mib(MAX_PUT)),
+        ("A plain name has 1 to % bytes", MAX_NAME as u64),
+        ("cuts a message at % KiB", kib(MAX_TEXT as u64)),
+        (
+            "`too-large` above % MiB; or with `io`",
+            mib(MAX_READ.into()),
+        ),
+        (
+            "the receipt, is kept with the backup; it has at most % KiB",
+            kib(MAX_RECEIPT as u64),
+        ),
+        (
+            "exactly `length` bytes, at most % MiB",
+            mib(MAX_READ.into()),
+        ),
+    ] {
+        let said = words.replace('%', &number.to_string());
+        assert!(text.contains(&said), "the contract does not say \"{said}\"");
+    }
+    // These, the least of `max-read` and `max-write`, and how an image is asked are all that it gives in numbers.
+    let named = text.matches("KiB").count() + text.matches("MiB").count();
+    assert_eq!(
+        named, 10,
+        "a bound came or went: hold it against its number here"
+    );
+    assert!(
+        text.contains("Largest length that `read` accepts, in bytes: at least 64 KiB")
+            && MAX_READ >= 64 << 10
+    );
+    assert!(
+        text.contains("Largest list that `write` accepts, in bytes: at least 64 KiB")
+            && MAX_WRITE >= 64 << 10
+    );
 }
