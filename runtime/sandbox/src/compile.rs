@@ -7,8 +7,7 @@ use bytes::Bytes;
 use fleecebox_channel::{
     COMPILE_CPU_SECONDS, COMPILE_MEMORY, Call, Failure, Gap, Order, Outcome, Payload,
 };
-use fleecebox_contract::Interface;
-use fleecebox_contract::MAX_COMPONENT;
+use fleecebox_contract::{Interface, MAX_COMPONENT};
 use rustix::process::Signal;
 use std::fs::File;
 use std::os::unix::process::ExitStatusExt;

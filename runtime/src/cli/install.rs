@@ -1,8 +1,7 @@
 //! `fleecebox provider install`.
 
 use super::{Failure, Session, installed, places};
-use crate::contract::MAX_COMPONENT;
-use crate::contract::Wasi;
+use crate::contract::{MAX_COMPONENT, Wasi};
 use crate::registry::{self, Reference};
 use crate::sandbox::{self, Program};
 use anyhow::{Context, anyhow};

@@ -2,8 +2,7 @@
 
 use super::trace::Conversation;
 use crate::channel::{Answer, Call};
-use crate::contract::BLOCK_SIZE;
-use crate::contract::{ErrorCode, RawRange};
+use crate::contract::{BLOCK_SIZE, ErrorCode, RawRange};
 use crate::extent::{Extent, ExtentSet};
 use crate::grants::image::ImageError;
 use crate::grants::run::RunError;

@@ -6,8 +6,7 @@ use super::{KitError, Subject};
 use crate::archive::{
     Archive, BackupId, BackupWriter, DiskRecord, Manifest, Moment, Namespace, NamespaceName,
 };
-use crate::config::Limits;
-use crate::config::{Config, Provider};
+use crate::config::{Config, Limits, Provider};
 use crate::event::Events;
 use crate::extent::Extent;
 use crate::grants::account::Account;

@@ -2,8 +2,7 @@
 //! charged.
 
 use crate::config::Limits;
-use crate::contract::LINE_COST;
-use crate::contract::{ErrorCode, Quota};
+use crate::contract::{ErrorCode, LINE_COST, Quota};
 use crate::sandbox::Usage;
 use serde::Serialize;
 use std::collections::BTreeMap;

@@ -1,7 +1,6 @@
 //! A component that may run: compiled, and of a world that grants all that it imports.
 
-use crate::contract::Refusal;
-use crate::contract::{Wasi, World};
+use crate::contract::{Refusal, Wasi, World};
 use crate::event::Events;
 use crate::sandbox::{self, Cache, CompileError, Compiled, FitError, Program};
 use bytes::Bytes;

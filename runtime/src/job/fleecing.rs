@@ -3,8 +3,7 @@
 //! QEMU keeps the old data of overwritten blocks there. The job keeps a descriptor of each since its creation: QEMU's
 //! buffered writes report an error of the storage below only to those who ask with fsync.
 
-use crate::config::Limits;
-use crate::config::Vm;
+use crate::config::{Limits, Vm};
 use crate::qemu::JobId;
 use crate::qemu::snapshot::FleecingFormat;
 use cap_std::fs::{Dir, DirBuilder, DirBuilderExt, File, OpenOptions, OpenOptionsExt};

@@ -5,8 +5,7 @@
 
 use crate::archive::{ComponentId, NamespaceName};
 use crate::config::{Config, Limits, Lines, Names, Rule, Tenant};
-use crate::contract::MAX_COMPONENT;
-use crate::contract::{MAX_RECEIPT, Wasi, World};
+use crate::contract::{MAX_COMPONENT, MAX_RECEIPT, Wasi, World};
 use serde::Serialize;
 use std::collections::{BTreeMap, BTreeSet};
 use std::fmt;

@@ -4,8 +4,7 @@
 use super::check::{Components, findings};
 use super::explain::explain;
 use super::{decide, parse};
-use crate::config::Config;
-use crate::config::{Limits, Names};
+use crate::config::{Config, Limits, Names};
 use proptest::prelude::*;
 use std::path::Path;
 
