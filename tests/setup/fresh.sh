@@ -13,7 +13,8 @@
 #                         tests/setup/packages.sh does for it, and then it has to pass
 #
 # It needs root, debootstrap, and a kernel with overlayfs. All processes and mounts go with it, and its folder too. It
-# uses Rust, cargo's registry and what was built in the target folder, and changes none of them.
+# uses Rust, cargo's registry and what was built in the target folder, and changes none of them. All of these have the
+# paths there that they have here, and files their times: cargo builds anew what has moved or is younger.
 #
 # Environment:
 #   FLEECEBOX_CACHE   holds the fresh Debian and what is run in it; .cache in the checkout unless set.
@@ -31,6 +32,8 @@ fail() {
 checkout=$(cd "$(dirname "$0")/../.." && pwd)
 cache=${FLEECEBOX_CACHE:-$checkout/.cache}/fresh
 built=${CARGO_TARGET_DIR:-$checkout/target}
+cargo=${CARGO_HOME:-$HOME/.cargo}
+rustup=${RUSTUP_HOME:-$HOME/.rustup}
 PATH=$PATH:/usr/sbin:/sbin
 
 main() {
@@ -93,11 +96,29 @@ inside() {
     }
 }
 
-# What is written over a folder of this machine's goes into a folder beside the root.
+# Shows a folder of this machine's. What is written over it goes into a folder beside the root.
 over() {
-    mkdir -p "$FLEECEBOX_FRESH_ROOT/$3/upper" "$FLEECEBOX_FRESH_ROOT/$3/work" "$root$2"
-    mount -t overlay overlay "$root$2" \
-        -o "lowerdir=$1,upperdir=$FLEECEBOX_FRESH_ROOT/$3/upper,workdir=$FLEECEBOX_FRESH_ROOT/$3/work"
+    mkdir -p "$FLEECEBOX_FRESH_ROOT/$2/upper" "$FLEECEBOX_FRESH_ROOT/$2/work" "$root$1"
+    mount -t overlay overlay "$root$1" \
+        -o "lowerdir=$1,upperdir=$FLEECEBOX_FRESH_ROOT/$2/upper,workdir=$FLEECEBOX_FRESH_ROOT/$2/work"
+}
+
+# The last commit's files; those that the checkout has unchanged are as old as there.
+check_out() {
+    git clone -q "$checkout" "$root$checkout"
+    git -C "$checkout" ls-files -z | (cd "$root$checkout" && xargs -0 sh -c '
+        here=$1
+        shift
+        for file; do ! cmp -s "$here/$file" "$file" || touch -c -r "$here/$file" "$file"; done' sh "$checkout")
+}
+
+# Lets anybody come to a folder, as home folders do not.
+open_way_to() {
+    way=$1
+    while [ "$way" != / ]; do
+        way=$(dirname "$way")
+        chmod a+x "$root$way"
+    done
 }
 
 mount_all() {
@@ -105,14 +126,14 @@ mount_all() {
     mount -t proc proc "$root/proc"
     mount --rbind /sys "$root/sys"
     mount --rbind /dev "$root/dev"
-    cargo=${CARGO_HOME:-$HOME/.cargo}
-    over "${RUSTUP_HOME:-$HOME/.rustup}" /opt/rust/rustup rustup
-    mkdir -p "$root/opt/rust/cargo"
+    over "$rustup" rustup
+    mkdir -p "$root$cargo"
     for part in bin registry; do
-        [ ! -d "$cargo/$part" ] || over "$cargo/$part" "/opt/rust/cargo/$part" "cargo-$part"
+        [ ! -d "$cargo/$part" ] || over "$cargo/$part" "cargo-$part"
     done
-    git clone -q "$checkout" "$root/opt/fleecebox"
-    [ -z "$built" ] || over "$built" /opt/fleecebox/target target
+    check_out
+    [ -z "$built" ] || over "$built" target
+    for folder in "$rustup" "$cargo" "$checkout"; do open_way_to "$folder"; done
     if [ -n "${FLEECEBOX_RUST_LIBRARY:-}" ]; then
         install -D -m 644 "$FLEECEBOX_RUST_LIBRARY" "$root/opt/rust/${FLEECEBOX_RUST_LIBRARY##*/}"
     fi
@@ -133,8 +154,8 @@ prepare() {
     user)
         inside "$root" useradd --uid 1000 --create-home --shell /bin/sh user
         # All but files of this machine's, which would be copied.
-        (cd "$root/opt" && find fleecebox -path fleecebox/target -prune -o -exec chown -h 1000:1000 {} + &&
-            find fleecebox/target rust/cargo \( -type d -o -name '.*lock' -o -name '.package-cache*' \) -exec chown 1000:1000 {} +)
+        find "$root$checkout" -path "$root$built" -prune -o -exec chown -h 1000:1000 {} +
+        find ${built:+"$root$built"} "$root$cargo" \( -type d -o -name '.*lock' -o -name '.package-cache*' \) -exec chown 1000:1000 {} +
         ;;
     esac
 }
@@ -143,13 +164,13 @@ prepare() {
 there() {
     if [ "$1" = user ]; then home=/home/user as="setpriv --reuid=user --regid=user --init-groups"; else home=/root as=; fi
     shift
-    set -- chroot "$root" $as env -i "HOME=$home" TERM=dumb RUSTUP_HOME=/opt/rust/rustup CARGO_HOME=/opt/rust/cargo \
-        PATH=/opt/rust/cargo/bin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin \
+    set -- chroot "$root" $as env -i "HOME=$home" TERM=dumb "RUSTUP_HOME=$rustup" "CARGO_HOME=$cargo" \
+        ${built:+"CARGO_TARGET_DIR=$built"} "PATH=$cargo/bin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin" \
         ${http_proxy:+"http_proxy=$http_proxy"} ${https_proxy:+"https_proxy=$https_proxy"} \
         ${no_proxy:+"no_proxy=$no_proxy"} ${PIP_CERT:+"PIP_CERT=$PIP_CERT"} \
         ${NODE_EXTRA_CA_CERTS:+"NODE_EXTRA_CA_CERTS=$NODE_EXTRA_CA_CERTS"} \
         ${FLEECEBOX_RUST_LIBRARY:+"FLEECEBOX_RUST_LIBRARY=/opt/rust/${FLEECEBOX_RUST_LIBRARY##*/}"} \
-        sh -c 'cd /opt/fleecebox && exec "$@"' sh "$@"
+        sh -c 'cd "$1" && shift && exec "$@"' sh "$checkout" "$@"
     "$@"
 }
 
