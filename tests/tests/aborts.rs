@@ -32,7 +32,7 @@ const STEPS: [&str; 6] = [
 ];
 
 /// How long a job without memory may take to end.
-const SHORT_OF_MEMORY: Duration = Duration::from_secs(20);
+const SHORT_OF_MEMORY: Duration = Duration::from_secs(60);
 
 /// More than a job of one small disk ever starts, beside the runtime's.
 const MOST_THREADS: u32 = 40;
@@ -125,6 +125,8 @@ impl Scene {
     /// A backup that stops itself at `step`.
     fn stopped_at(&self, step: &str) -> Result<Running> {
         let backup = self.site.backup_command(&self.order);
+        // With backtraces, for which a process that has no memory left would need some.
+        let backup = backup.env("RUST_BACKTRACE", "1");
         let running = backup.env("FLEECEBOX_STOP_AT", step).start()?;
         let stat = format!("/proc/{}/stat", running.process().pid);
         eventually("the job to stop itself", LIMIT, || {
@@ -262,14 +264,9 @@ fn a_job_whose_memory_ends_leaves_nothing_in_qemu() -> Result<()> {
                 prlimit(Some(job), Resource::Data, limit)?;
                 kill_process(job, Signal::CONT)?;
                 let stat = format!("/proc/{}/stat", running.process().pid);
-                let ended = eventually("the job to end", SHORT_OF_MEMORY, || {
+                eventually("the job to end", SHORT_OF_MEMORY, || {
                     Ok(fs::read_to_string(&stat)?.contains(") Z ").then_some(()))
-                });
-                if ended.is_err() {
-                    // Seldom a thread that died so leaves another waiting: whoever sees it kills it.
-                    eprintln!("it waits for ever, and is killed");
-                    kill_process(job, Signal::KILL)?;
-                }
+                })?;
                 aborted += u32::from(running.wait_for_the_job()?.is_none());
                 let outcome = running.finish_broken()?;
                 scene
