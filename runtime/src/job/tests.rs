@@ -13,14 +13,14 @@ use super::signals::Signals;
 use super::subject::{Folders, VmAccess};
 use super::volume_run::VolumeError;
 use crate::archive::Archive;
-use crate::channel::{Answer, Call, Outcome};
+use crate::channel::{Answer, Call, Order, Outcome};
 use crate::config::{Provider, Vm};
 use crate::conformance::trace::{Cut, Trace};
 use crate::contract::ErrorCode;
 use crate::event::{Event, Events};
 use crate::grants::account::Account;
 use crate::grants::run::RunError;
-use crate::sandbox::{self, Cache, Program};
+use crate::sandbox::{self, Cache, Listener, Program, Witness};
 use cap_std::ambient_authority;
 use cap_std::fs::Dir;
 use daemon::{Daemon, SIZE, state};
@@ -328,6 +328,32 @@ async fn an_escaped_sandbox_that_does_only_what_it_was_granted_is_a_provider() {
     let (done, told) = host.run("does only what it was granted", "").await;
     let summary = done.unwrap_or_else(|error| panic!("{error:?}: {told:?}"));
     assert_eq!(summary.manifest.record.volumes.len(), 1);
+}
+
+/// Breaks where the job is in the midst of reading the VM's disks.
+#[derive(Debug)]
+struct Breaks;
+
+impl Witness for Breaks {
+    fn begin(&self, order: &Order) -> Option<Box<dyn Listener>> {
+        assert!(!matches!(order, Order::Run(_)), "planted");
+        None
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_job_that_panics_takes_its_snapshot_down_before_it_ends() {
+    let host = Host::new().await;
+    let state_now = async || state(&host.daemon.monitor().await).await;
+    let before = state_now().await;
+    let program = host.program.clone().watched_by(Breaks);
+    let signals = Signals::default();
+    let (done, _) = host.signalled("none", "", &signals, &program).await;
+    let Err(BackupError::Panicked(text)) = done else {
+        panic!("{done:?}");
+    };
+    assert_eq!(text, "planted");
+    assert_eq!(state_now().await, before);
 }
 
 /// A job that is cancelled in the midst of its run's fourth call, what was asked and answered, how long after the cancel
