@@ -32,7 +32,8 @@
 //! Crates cannot name what they do not depend on: [`qemu`], [`nbd`] and [`archive`] know neither each other nor providers
 //! nor sandboxes, [`sandbox`] and the confined side, which alone has wasmtime, share only the [`channel`], and the
 //! [`contract`] stands below all. Between the rooms of this crate, a test with a table of allowed arrows holds it
-//! (`tests/walls.rs`): none points upwards, and [`volume`], [`grants`], [`policy`] and [`recording`] open nothing by a path.
+//! (`tests/walls.rs`): none points upwards, and [`volume`], [`grants`], [`policy`] and [`recording`] open nothing by a path, but
+//! for the NBD server's socket.
 
 #![deny(missing_docs)]
 

@@ -7,7 +7,7 @@
 //! 3. [`machine::disks`]: what there is to back up, and its bitmaps.
 //! 4. [`Watchdog::spawn`], then [`snapshot::take`]: freeze, one transaction over all disks, thaw, exports.
 //! 5. Reading happens elsewhere, over NBD; [`PointInTime::check_alive`] says whether the snapshot still holds.
-//! 6. [`PointInTime::teardown`], then per disk [`bitmap::accept`] or [`bitmap::back_out`].
+//! 6. [`PointInTime::teardown`], then per disk [`bitmap::accept`] or [`bitmap::back_out`]; [`PointInTime::finish`].
 //!
 //! Absences: this module knows no provider and no archive, reads no byte of a disk, and opens no path
 //! but the sockets that it is given; images' files are looked at, by [`open_files()`], and not opened.

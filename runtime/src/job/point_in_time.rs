@@ -2,7 +2,8 @@
 //! every way out.
 //!
 //! [`super::subject`] → [`Prepared::new`] → [`Prepared::take`] → read, while [`Prepared::watch`] looks after the guest →
-//! [`Prepared::release`] → [`Prepared::settle`] the bitmaps → [`Prepared::close`].
+//! [`Prepared::release`] → [`Prepared::settle`] the bitmaps → [`Prepared::finish`], with the exports by which the storage
+//! was asked → [`Prepared::close`].
 //!
 //! A backup and an export differ only in who reads, and in what says that the reading came to something.
 

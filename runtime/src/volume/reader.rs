@@ -27,7 +27,8 @@ const ALL_ASKING: usize = 24;
 pub const PIECE: u64 = 1 << 20;
 
 /// Bytes of one disk that are read but not stored yet. More than the
-/// connections hold; it bounds the job's memory, since whoever reads holds a [`Permit`] until the bytes are gone.
+/// connections hold; it bounds the job's memory, since what is stored is read under a
+/// [`Permit`], which is held until the bytes are gone. What is read ahead for the provider has a bound of its own.
 const IN_FLIGHT: usize = 24 << 20;
 
 /// The right to hold some bytes of the disk in memory; kept until these are stored or dropped.

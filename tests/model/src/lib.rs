@@ -8,8 +8,8 @@
 //! # Read it beside the code
 //! | here | there |
 //! |---|---|
-//! | `qemu.rs`: `Action`, `point_in_time`, `pour_back` | `qemu/snapshot.rs`: `actions`; `qemu/bitmap.rs`: `pour_back` |
-//! | `run.rs`: `Do` in the order of `Job::new`, `release`, `switch_bitmaps` | `job/recover.rs`: `recover`; `job/backup.rs`: `Backup::make` |
+//! | `qemu.rs`: `Action`, `point_in_time`, `pour_back` | `qemu/src/snapshot/make.rs`: `freeze_disks`; `qemu/src/bitmap.rs`: `switch`, `pour_back` |
+//! | `run.rs`: `Do` in the order of `Job::new`, `release`, `switch_bitmaps` | `job/recover.rs`: `recover`; `job/backup.rs`: `Attempt::make`; `job/point_in_time.rs`: `Prepared::settle` |
 //! | `run.rs`: `after_error` | each `?` and each `left` of these |
 //! | `decision.rs` | **is** `job/base.rs`: `choose`, `in_full` and `remedies` are called, not copied |
 //! | `archive.rs`: `Commit` | `archive/backup.rs`: `BackupWriter::commit`, and its `CommitUnknown` |

@@ -60,7 +60,8 @@ typedef struct fleecebox_provider_types_error_code_t {
 #define FLEECEBOX_PROVIDER_TYPES_ERROR_CODE_IO 3
 // The name is empty, too long, or not a single plain component; `create` says what is plain.
 #define FLEECEBOX_PROVIDER_TYPES_ERROR_CODE_INVALID_NAME 4
-// The range is not part of what this backup covers: some byte of it lies in no dirty region.
+// The range is not part of what this backup covers: some byte of it lies in no dirty region, or where it is to
+// be covered, is covered already.
 #define FLEECEBOX_PROVIDER_TYPES_ERROR_CODE_NOT_DIRTY 5
 // There is no such object.
 #define FLEECEBOX_PROVIDER_TYPES_ERROR_CODE_NOT_FOUND 6
@@ -306,8 +307,7 @@ extern bool fleecebox_provider_volume_method_discarder_discard(fleecebox_provide
 // 
 // The range is one chunk: it is found again only by a `put` of exactly the same bytes.
 // 
-// Fails with `out-of-range`; with `too-large` above 1 MiB; with `not-dirty`, `discarded`,
-// `quota-exceeded` or `io`.
+// Fails with `out-of-range`; with `too-large` above 1 MiB; with `not-dirty`, `quota-exceeded` or `io`.
 extern bool fleecebox_provider_archive_method_writer_put(fleecebox_provider_archive_borrow_writer_t self, fleecebox_provider_archive_borrow_snapshot_t source, fleecebox_provider_archive_extent_t *range, fleecebox_provider_archive_encoding_t encoding, fleecebox_provider_archive_error_code_t *err);
 // Starts an object with a name of the provider's choice, unique within this backup; within this volume's part
 // of it where the provider may not see the bytes.
@@ -320,13 +320,13 @@ extern bool fleecebox_provider_archive_method_writer_create(fleecebox_provider_a
 extern uint32_t fleecebox_provider_archive_method_output_stream_max_write(fleecebox_provider_archive_borrow_output_stream_t self);
 // Appends bytes of the provider's own making. An empty list appends nothing.
 // 
-// Fails with `too-large` above `max-write`; with `quota-exceeded(output-bytes)` or `io`.
+// Fails with `too-large` above `max-write`; with `quota-exceeded(output-bytes)` or `io`. More than 32 MiB trap.
 extern bool fleecebox_provider_archive_method_output_stream_write(fleecebox_provider_archive_borrow_output_stream_t self, fleecebox_list_u8_t *bytes, fleecebox_provider_archive_error_code_t *err);
 // Appends a range of a volume, of any length, without passing it through the provider. The host remembers
 // where, and restores the range without the provider.
 // May return before the copy is done; a failure then shows in a later call or in `finish`.
 // 
-// Fails with `out-of-range`, `not-dirty`, `discarded`, `quota-exceeded` or `io`.
+// Fails with `out-of-range`, `not-dirty`, `quota-exceeded` or `io`.
 extern bool fleecebox_provider_archive_method_output_stream_splice(fleecebox_provider_archive_borrow_output_stream_t self, fleecebox_provider_archive_borrow_snapshot_t source, fleecebox_provider_archive_extent_t *range, fleecebox_provider_archive_error_code_t *err);
 // Says that the bytes written so far hold the backup of `range`, of any length, which `image.read` will
 // give back. The host checks that against what it knows of the volume before it commits.

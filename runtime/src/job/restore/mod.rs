@@ -1,7 +1,7 @@
 //! A restore: volumes of a stored backup, each to a file or a block device.
 //!
-//! The only rooms of a job that look for something by a path: `place` finds where a volume goes, and from there on all is
-//! done by descriptors; `in_use` asks the system who has it open.
+//! `place` finds where a volume goes by its path, and from there on all is done by descriptors; `in_use` asks the system who
+//! has it open.
 
 mod destination;
 mod error;
