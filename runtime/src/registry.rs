@@ -9,6 +9,7 @@
 //! The HTTP and TLS are ureq's. Not oci-client, which speaks all of the specification: 0.18 reads a manifest of any length
 //! into memory and lets a body take any time, and a registry is as little trusted as what it serves.
 
+use crate::contract::with_causes;
 use serde::Deserialize;
 use sha2::{Digest, Sha256};
 use std::fmt;
@@ -245,6 +246,7 @@ fn check(what: &'static str, expected: &str, bytes: &[u8]) -> Result<(), Error> 
 fn component_layer(manifest: &[u8]) -> Result<Layer, Error> {
     let bad = |what: String| Error::NotAComponent(what);
     let manifest: Manifest = serde_json::from_slice(manifest)
+        .map_err(|error| with_causes(&error))
         .map_err(|error| bad(format!("its manifest is none of OCI's ({error})")))?;
     if manifest.layers.is_empty() && !manifest.manifests.is_empty() {
         let offered = manifest.manifests.iter().take(4);

@@ -21,6 +21,7 @@ use super::transfer::Transfer;
 use super::volume_run::{Covered, Uncovered, VolumeError};
 use crate::archive::{self, Archive, BackupId, Manifest, Moment, NamespaceName, Recheck};
 use crate::config::Provider;
+use crate::contract::with_causes;
 use crate::event::Events;
 use crate::grants::account::Account;
 use crate::grants::farewell::Farewells;
@@ -391,7 +392,7 @@ impl Backup<'_> {
         let manifest = self.transfer.commit(covered, volumes).await?;
         // The backup is there, whether or not the journal can say so: the archive decides.
         if let Err(error) = self.prepared.step(Step::Committed) {
-            self.transfer.means.events.warn(error.to_string());
+            self.transfer.means.events.warn(with_causes(&error));
         }
         Ok(manifest)
     }

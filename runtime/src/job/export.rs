@@ -22,7 +22,7 @@ use crate::archive::{
     self, Archive, BackupId, ExportRecord, ExportedDisk, LeftOut, Moment, NamespaceName,
 };
 use crate::config::Limits;
-use crate::contract::BLOCK_SIZE;
+use crate::contract::{BLOCK_SIZE, with_causes};
 use crate::event::Events;
 use crate::extent::Extent;
 use crate::nbd;
@@ -497,7 +497,7 @@ impl Export<'_> {
         recorded.await.map_err(ExportError::Task)??;
         // It has it, whether or not the journal can say so: the record decides.
         if let Err(error) = prepared.step(Step::Committed) {
-            self.subject.events.warn(error.to_string());
+            self.subject.events.warn(with_causes(&error));
         }
         Ok(())
     }

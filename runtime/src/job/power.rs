@@ -4,6 +4,7 @@
 //! the VM is gone again, so that a job that was killed in between leaves the VM to the next one.
 
 use super::journal::{Journal, JournalError};
+use crate::contract::with_causes;
 use crate::event::Events;
 use crate::qemu::{MachineError, Monitor, MonitorError, machine};
 use std::io;
@@ -313,9 +314,10 @@ impl Reached {
         match self.end(events).await {
             Ok(()) => journal
                 .set_vm_started(false)
-                .map_err(|error| error.to_string()),
+                .map_err(|error| with_causes(&error)),
             Err(error) => Err(format!(
-                "the VM that was started paused still runs: {error}"
+                "the VM that was started paused still runs: {}",
+                with_causes(&error)
             )),
         }
     }

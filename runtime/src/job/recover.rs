@@ -9,6 +9,7 @@ use super::power::{self, PowerError};
 use super::signals::Signals;
 use super::storage::{Storage, Unanswered};
 use crate::archive::{self, Archive, BackupId, Namespace, NamespaceName};
+use crate::contract::with_causes;
 use crate::event::Events;
 use crate::qemu::bitmap::{self, BitmapPlan, Tracking};
 use crate::qemu::claim::{Claim, ClaimError};
@@ -282,7 +283,7 @@ impl InQemu<'_> {
                 let namespace = match archive.namespace(&name) {
                     Ok(namespace) => Arc::new(namespace),
                     Err(error) => {
-                        unsettled.push(format!("namespace {name}: {error}"));
+                        unsettled.push(format!("namespace {name}: {}", with_causes(&error)));
                         continue;
                     }
                 };
@@ -458,7 +459,7 @@ pub fn recorded(namespace: &Namespace, id: BackupId) -> Result<Recorded, archive
     match found {
         Err(archive::Error::NotFound { .. }) => Ok(Recorded::Absent),
         Err(error @ archive::Error::Damaged { .. }) => Ok(Recorded::Damaged {
-            reason: error.to_string(),
+            reason: with_causes(&error),
         }),
         found => found,
     }

@@ -10,7 +10,7 @@ use crate::archive::{
     self, BackupId, BackupRecord, BackupWriter, ComponentId, LeftOut, Manifest, Moment, Namespace,
     Proof, ProviderRecord, VolumeRecord,
 };
-use crate::contract::World;
+use crate::contract::{World, with_causes};
 use crate::grants::account::Account;
 use crate::grants::farewell::Farewells;
 use bytes::Bytes;
@@ -194,8 +194,8 @@ impl Transfer<'_> {
         };
         let error = match removed.await {
             Some(Ok(Ok(()))) => return None,
-            Some(Ok(Err(error))) => error.to_string(),
-            Some(Err(error)) => error.to_string(),
+            Some(Ok(Err(error))) => with_causes(&error),
+            Some(Err(error)) => with_causes(&error),
             None => "a task of the job still writes, or the archive does not answer".into(),
         };
         Some(format!("what backup {} stored: {error}", self.id))
