@@ -5,6 +5,7 @@
 
 use super::line::{self, Read};
 use super::socket;
+use fleecebox_contract::with_causes;
 use qapi::qga::{
     QgaCommand, guest_fsfreeze_freeze, guest_fsfreeze_status, guest_fsfreeze_thaw,
     guest_sync_delimited,
@@ -69,7 +70,7 @@ pub enum Freeze {
 #[derive(Debug, thiserror::Error)]
 pub enum AgentError {
     /// The socket cannot be connected to.
-    #[error("cannot connect to the agent socket {path}: {source}")]
+    #[error("cannot connect to the agent socket {path}")]
     Connect {
         /// The socket.
         path: PathBuf,
@@ -77,7 +78,7 @@ pub enum AgentError {
         source: io::Error,
     },
     /// Reading or writing failed.
-    #[error("the connection to the guest agent failed: {0}")]
+    #[error("the connection to the guest agent failed")]
     Io(#[from] io::Error),
     /// QEMU closed the connection.
     #[error("the connection to the guest agent was closed")]
@@ -115,11 +116,12 @@ pub enum AgentError {
         cap: usize,
     },
     /// The guest does not say that it is thawed.
-    #[error("the guest's file systems may still be frozen after {} s: {}", .limit.as_secs_f32(), .last.as_ref().map_or_else(|| "the agent says so".into(), ToString::to_string))]
+    #[error("the guest's file systems may still be frozen after {} s{}", .limit.as_secs_f32(), if last.is_none() { ": the agent says so" } else { "" })]
     StillFrozen {
         /// How long it was tried.
         limit: Duration,
         /// What the last try met, where the agent did not simply say "frozen".
+        #[source]
         last: Option<Box<AgentError>>,
     },
 }
@@ -217,7 +219,7 @@ impl Agent {
         // Its answer does not matter: the status does.
         match self.call(guest_fsfreeze_thaw {}, limit).await {
             Err(e @ (AgentError::Closed | AgentError::Io(_))) => return Err(e),
-            Err(e) => tracing::debug!("thaw: {e}"),
+            Err(e) => tracing::debug!("thaw: {}", with_causes(&e)),
             Ok(_) => {}
         }
         match self.call(guest_fsfreeze_status {}, limit).await {
