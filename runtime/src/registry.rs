@@ -124,11 +124,12 @@ impl Reference {
 #[derive(Debug, thiserror::Error)]
 pub enum Error {
     /// The registry cannot be reached, or breaks off.
-    #[error("the registry {host}: {reason}")]
+    #[error("the registry {host}")]
     Unreachable {
         /// The registry, or the server of its tokens.
         host: String,
         /// One line.
+        #[source]
         reason: ureq::Error,
     },
     /// The registry has no such thing, or does not give it.

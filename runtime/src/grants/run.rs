@@ -46,7 +46,7 @@ pub enum RunError {
     #[error(transparent)]
     Host(#[from] HostFailure),
     /// The sandbox process died or broke the protocol.
-    #[error("the provider's sandbox: {0}")]
+    #[error("the provider's sandbox")]
     Sandbox(#[from] sandbox::Error),
     /// The provider's code trapped or passed a limit.
     #[error("the provider failed: {0}")]

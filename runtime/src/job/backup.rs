@@ -95,7 +95,7 @@ pub struct Summary {
 #[derive(Debug, thiserror::Error)]
 pub enum BackupError {
     /// The component cannot be used.
-    #[error("provider {name}: {source}")]
+    #[error("provider {name}")]
     Component {
         /// The provider's name.
         name: String,
@@ -106,7 +106,7 @@ pub enum BackupError {
     #[error(transparent)]
     Point(#[from] PointError),
     /// A volume was not backed up.
-    #[error("volume {volume}: {source}")]
+    #[error("volume {volume}")]
     Volume {
         /// Its name.
         volume: String,
@@ -114,7 +114,7 @@ pub enum BackupError {
         source: VolumeError,
     },
     /// What the provider claims cannot be read back.
-    #[error("volume {volume}: {source}")]
+    #[error("volume {volume}")]
     Proof {
         /// Its name.
         volume: String,
@@ -122,10 +122,10 @@ pub enum BackupError {
         source: ProofError,
     },
     /// The archive failed.
-    #[error("the archive: {0}")]
+    #[error("the archive")]
     Archive(#[from] archive::Error),
     /// A task of the job died.
-    #[error("a task of the job died: {0}")]
+    #[error("a task of the job died")]
     Task(#[source] tokio::task::JoinError),
     /// A signal asked for the end.
     #[error("cancelled; {}", match left {

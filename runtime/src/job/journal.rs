@@ -112,10 +112,10 @@ pub enum JournalError {
         folder: PathBuf,
     },
     /// The file system failed.
-    #[error("cannot keep the job's journal: {0}")]
+    #[error("cannot keep the job's journal")]
     Io(#[from] io::Error),
     /// The file of the dead run cannot be read, or not be set aside.
-    #[error("cannot read the journal {path}: {source}", path = path.display())]
+    #[error("cannot read the journal {path}", path = path.display())]
     File {
         /// The file.
         path: PathBuf,

@@ -52,10 +52,10 @@ pub enum PointError {
     #[error(transparent)]
     Extra(#[from] ExtraError),
     /// The agent cannot be reached.
-    #[error("the guest agent: {0}")]
+    #[error("the guest agent")]
     Agent(#[from] qemu::AgentError),
     /// The watchdog cannot be started.
-    #[error("the watchdog: {0}")]
+    #[error("the watchdog")]
     Watchdog(#[from] qemu::WatchdogError),
     /// Another job has the VM.
     #[error(transparent)]
@@ -88,13 +88,13 @@ pub enum PointError {
     #[error(transparent)]
     GivenUp(#[from] GivenUp),
     /// The snapshot did not hold to the end.
-    #[error("{0}; nothing read from it can be trusted")]
+    #[error("nothing read from the snapshot can be trusted")]
     Broken(#[from] Broken),
     /// What QEMU kept in the fleecing images may have been lost.
-    #[error("the storage below the fleecing folder failed: {0}")]
-    FleecingLost(io::Error),
+    #[error("the storage below the fleecing folder failed")]
+    FleecingLost(#[source] io::Error),
     /// The system gives no random bytes.
-    #[error("no random bytes: {0}")]
+    #[error("no random bytes")]
     Random(#[from] getrandom::Error),
 }
 

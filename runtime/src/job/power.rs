@@ -46,11 +46,11 @@ pub enum PowerError {
     Monitor(#[from] MonitorError),
     /// Nothing listens on its monitor's socket, and nothing says how to start it.
     #[error(
-        "{0}; the VM does not run, and the key `start` of this VM in the configuration does not say how to start it paused"
+        "the VM does not run, and the key `start` of this VM in the configuration does not say how to start it paused"
     )]
-    Stopped(MonitorError),
+    Stopped(#[source] MonitorError),
     /// The command cannot be run.
-    #[error("the VM does not run, and its command `start` ({command}) cannot be run: {source}")]
+    #[error("the VM does not run, and its command `start` ({command}) cannot be run")]
     Command {
         /// Its program.
         command: String,
@@ -67,7 +67,7 @@ pub enum PowerError {
     },
     /// There is no monitor although the command seems to be content.
     #[error(
-        "the command `start` ({command}) gave no VM within {} s: {source}",
+        "the command `start` ({command}) gave no VM within {} s",
         START_LIMIT.as_secs()
     )]
     Silent {
@@ -276,7 +276,7 @@ async fn runs(monitor: &Monitor) -> Result<bool, PowerError> {
 enum EndError {
     #[error(transparent)]
     Monitor(#[from] MonitorError),
-    #[error("its command `stop` ({command}) cannot be run: {source}")]
+    #[error("its command `stop` ({command}) cannot be run")]
     Command { command: String, source: io::Error },
     #[error("its command `stop` ({command}) did not stop it: {status}")]
     NotStopped { command: String, status: ExitStatus },

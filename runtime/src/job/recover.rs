@@ -31,14 +31,14 @@ pub enum RecoverError {
     #[error(transparent)]
     Monitor(#[from] MonitorError),
     /// Something of the dead run is still in QEMU.
-    #[error("a job that died left something in QEMU that cannot be removed: {0}")]
+    #[error("a job that died left something in QEMU that cannot be removed")]
     Left(#[from] RemovalError),
     /// The archive cannot say what it holds.
-    #[error("the archive cannot say what it holds: {0}")]
+    #[error("the archive cannot say what it holds")]
     Archive(#[from] archive::Error),
     /// A fleecing image of the dead run cannot be removed.
-    #[error("a fleecing image of a job that died cannot be removed: {0}")]
-    Files(io::Error),
+    #[error("a fleecing image of a job that died cannot be removed")]
+    Files(#[source] io::Error),
     /// The journal cannot be kept, or a live job has it.
     #[error(transparent)]
     Journal(#[from] JournalError),

@@ -58,7 +58,7 @@ pub enum FindError {
         unseen: Vec<String>,
     },
     /// It is there and cannot be read.
-    #[error("backup {backup}: {source}")]
+    #[error("backup {backup}")]
     Unreadable {
         /// The id.
         backup: BackupId,

@@ -60,7 +60,7 @@ enum Awaited {
 #[derive(Debug, thiserror::Error)]
 pub enum BadRecording {
     /// It cannot be read.
-    #[error("it cannot be read: {0}")]
+    #[error("it cannot be read")]
     Io(#[from] io::Error),
     /// It is something else.
     #[error("it is no recording: {0}")]

@@ -57,7 +57,7 @@ pub enum ReplayError {
         recorded: World,
     },
     /// The sandbox.
-    #[error("the provider's sandbox: {0}")]
+    #[error("the provider's sandbox")]
     Sandbox(#[from] sandbox::Error),
 }
 
