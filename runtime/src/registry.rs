@@ -248,7 +248,7 @@ fn component_layer(manifest: &[u8]) -> Result<Layer, Error> {
     let bad = |what: String| Error::NotAComponent(what);
     let manifest: Manifest = serde_json::from_slice(manifest)
         .map_err(|error| with_causes(&error))
-        .map_err(|error| bad(format!("its manifest is none of OCI's ({error})")))?;
+        .map_err(|why| bad(format!("its manifest is none of OCI's ({why})")))?;
     if manifest.layers.is_empty() && !manifest.manifests.is_empty() {
         let offered = manifest.manifests.iter().take(4);
         let offered: Vec<_> = offered

@@ -12,12 +12,8 @@ pub fn with_causes(error: &dyn Error) -> String {
     let mut said = error.to_string();
     let mut cause = error.source();
     while let Some(error) = cause {
-        let also = error.to_string();
-        // Most errors still name their cause in their own words; it is not said twice.
-        if !said.contains(&also) {
-            said.push_str(": ");
-            said.push_str(&also);
-        }
+        said.push_str(": ");
+        said.push_str(&error.to_string());
         cause = error.source();
     }
     said

@@ -116,14 +116,16 @@ pub enum AgentError {
         cap: usize,
     },
     /// The guest does not say that it is thawed.
-    #[error("the guest's file systems may still be frozen after {} s{}", .limit.as_secs_f32(), if last.is_none() { ": the agent says so" } else { "" })]
+    #[error("the guest's file systems may still be frozen after {} s", .limit.as_secs_f32())]
     StillFrozen {
         /// How long it was tried.
         limit: Duration,
-        /// What the last try met, where the agent did not simply say "frozen".
-        #[source]
-        last: Option<Box<AgentError>>,
+        /// What the last try met.
+        source: Box<AgentError>,
     },
+    /// It was asked to thaw, and nothing but its word is known.
+    #[error("the agent says so")]
+    SaysSo,
 }
 
 /// One connection to the guest agent's socket. QEMU serves one client per socket.
@@ -192,16 +194,16 @@ impl Agent {
     pub async fn thaw(&mut self) -> Result<(), AgentError> {
         let limit = self.limits.thaw;
         let deadline = Instant::now() + limit;
-        let mut last = None;
+        let mut last = AgentError::SaysSo;
         while let Some(left) = deadline.checked_duration_since(Instant::now()) {
             match timeout(left, self.try_thaw()).await {
                 Ok(Ok(true)) => return Ok(()),
-                Ok(Ok(false)) => last = None,
+                Ok(Ok(false)) => last = AgentError::SaysSo,
                 Ok(Err(e @ (AgentError::Closed | AgentError::Io(_)))) => {
-                    last = Some(Box::new(e));
+                    last = e;
                     break;
                 }
-                Ok(Err(e)) => last = Some(Box::new(e)),
+                Ok(Err(e)) => last = e,
                 Err(_) => {
                     self.in_step = false;
                     break;
@@ -209,7 +211,8 @@ impl Agent {
             }
             sleep(PAUSE).await;
         }
-        Err(AgentError::StillFrozen { limit, last })
+        let source = Box::new(last);
+        Err(AgentError::StillFrozen { limit, source })
     }
 
     /// One thaw, and whether the guest then says that nothing is frozen. The agent works on one

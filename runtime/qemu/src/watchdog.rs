@@ -428,8 +428,8 @@ async fn thaw(path: &Path) -> Result<(), Trouble> {
 fn is_over(what: &str, result: Result<(), Trouble>) -> bool {
     match result {
         Ok(()) | Err(Trouble::NoVm) => true,
-        Err(Trouble::Other(e)) => {
-            say(&format!("cannot {what} yet: {e}"));
+        Err(Trouble::Other(why)) => {
+            say(&format!("cannot {what} yet: {why}"));
             false
         }
     }

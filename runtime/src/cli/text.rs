@@ -31,7 +31,7 @@ mod tests {
     use anyhow::anyhow;
 
     #[derive(Debug, thiserror::Error)]
-    #[error("volume a: {source}")]
+    #[error("volume a")]
     struct Volume {
         source: std::io::Error,
     }

@@ -480,9 +480,9 @@ pub(super) fn restored_otherwise(volume: &str, bytes: &[u8], export: &Export) ->
 }
 
 /// A restore that ends with a finding.
-pub(super) fn not_restored(volume: &str, finding: &str) -> Mistake {
+pub(super) fn not_restored(volume: &str, why: &str) -> Mistake {
     Mistake::new(
-        format!("volume {volume}: it cannot be restored: {finding}"),
+        format!("volume {volume}: it cannot be restored: {why}"),
         "a backup that was proven when it was made is of no use afterwards",
         "an image depends on nothing but its receipt and objects, and gives the same bytes every time it is asked",
     )

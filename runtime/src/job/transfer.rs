@@ -192,13 +192,13 @@ impl Transfer<'_> {
             let removed = tokio::task::spawn_blocking(move || writer.abandon());
             timeout(ARCHIVE_TIME, removed).await.ok()
         };
-        let error = match removed.await {
+        let why = match removed.await {
             Some(Ok(Ok(()))) => return None,
             Some(Ok(Err(error))) => with_causes(&error),
             Some(Err(error)) => with_causes(&error),
             None => "a task of the job still writes, or the archive does not answer".into(),
         };
-        Some(format!("what backup {} stored: {error}", self.id))
+        Some(format!("what backup {} stored: {why}", self.id))
     }
 
     fn writer(&self) -> Result<&Arc<BackupWriter>, archive::Error> {
