@@ -9,6 +9,7 @@
 //! The HTTP and TLS are ureq's. Not oci-client, which speaks all of the specification: 0.18 reads a manifest of any length
 //! into memory and lets a body take any time, and a registry is as little trusted as what it serves.
 
+use crate::contract::with_causes;
 use serde::Deserialize;
 use sha2::{Digest, Sha256};
 use std::fmt;
@@ -123,11 +124,12 @@ impl Reference {
 #[derive(Debug, thiserror::Error)]
 pub enum Error {
     /// The registry cannot be reached, or breaks off.
-    #[error("the registry {host}: {reason}")]
+    #[error("the registry {host}")]
     Unreachable {
         /// The registry, or the server of its tokens.
         host: String,
         /// One line.
+        #[source]
         reason: ureq::Error,
     },
     /// The registry has no such thing, or does not give it.
@@ -245,7 +247,8 @@ fn check(what: &'static str, expected: &str, bytes: &[u8]) -> Result<(), Error> 
 fn component_layer(manifest: &[u8]) -> Result<Layer, Error> {
     let bad = |what: String| Error::NotAComponent(what);
     let manifest: Manifest = serde_json::from_slice(manifest)
-        .map_err(|error| bad(format!("its manifest is none of OCI's ({error})")))?;
+        .map_err(|error| with_causes(&error))
+        .map_err(|why| bad(format!("its manifest is none of OCI's ({why})")))?;
     if manifest.layers.is_empty() && !manifest.manifests.is_empty() {
         let offered = manifest.manifests.iter().take(4);
         let offered: Vec<_> = offered

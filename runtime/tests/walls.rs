@@ -40,7 +40,7 @@ const ALONE: &[(&str, &str, &str)] = &[
 /// Of the product; below, the crates stand in one line with its rooms.
 const ROOMS: Table = &[
     ("event", &["channel"]),
-    ("registry", &[]),
+    ("registry", &["contract"]),
     ("templates", &[]),
     ("volume", &["buffer", "digest", "extent", "nbd"]),
     ("config", &["archive", "contract", "qemu"]),

@@ -18,8 +18,8 @@ use super::pack_writer::PackWriter;
 use super::store::{MANIFEST, OBJECTS, Store};
 use super::stored::StoredObjects;
 use cap_std::fs::Dir;
-use fleecebox_contract::Encoding;
 use fleecebox_contract::digest::Digest;
+use fleecebox_contract::{Encoding, with_causes};
 use std::collections::BTreeSet;
 use std::sync::{Arc, Mutex, OnceLock, RwLock};
 
@@ -311,7 +311,7 @@ impl BackupWriter {
     fn record_checks(&self, author: Author) {
         let by = format!("backup {}", self.id);
         if let Err(error) = self.store.checks.record(&by, author) {
-            tracing::warn!(%error, "what was read back is not recorded");
+            tracing::warn!(error = %with_causes(&error), "what was read back is not recorded");
         }
     }
 
@@ -342,7 +342,7 @@ impl BackupWriter {
 
     fn fail(&self, first: &Error) {
         // Whatever fails after it is its consequence.
-        let _ = self.failed.set(first.to_string());
+        let _ = self.failed.set(with_causes(first));
     }
 }
 
@@ -358,6 +358,6 @@ impl Drop for BackupWriter {
 /// On a way out that has its own error to report.
 fn discard(store: &Store, id: BackupId) {
     if let Err(error) = store.discard(id) {
-        tracing::warn!(backup = %id, %error, "an uncommitted backup is left for recovery to remove");
+        tracing::warn!(backup = %id, error = %with_causes(&error), "an uncommitted backup is left for recovery to remove");
     }
 }

@@ -22,6 +22,7 @@ use super::lock;
 use super::name::random;
 use cap_std::fs::Dir;
 use fleecebox_contract::extent::{Extent, ExtentSet};
+use fleecebox_contract::with_causes;
 use serde::{Deserialize, Serialize};
 use std::collections::{BTreeMap, HashMap};
 use std::io;
@@ -221,7 +222,7 @@ impl Checks {
                 .collect(),
         };
         let mut bytes =
-            serde_json::to_vec(&record).map_err(|error| Error::Serialise(error.to_string()))?;
+            serde_json::to_vec(&record).map_err(|error| Error::Serialise(with_causes(&error)))?;
         bytes.push(b'\n');
         let digest = blake3::keyed_hash(&self.key, &bytes);
         bytes.extend(digest.to_hex().as_bytes());
@@ -236,7 +237,7 @@ impl Checks {
         let mut state = lock(&self.state);
         if state.recorded.is_none() {
             let recorded = self.load(state.recheck).unwrap_or_else(|error| {
-                tracing::warn!(%error, "what was read back before cannot be told");
+                tracing::warn!(error = %with_causes(&error), "what was read back before cannot be told");
                 Recorded::default()
             });
             state.recorded = Some(recorded);

@@ -7,6 +7,7 @@
 use super::error::{Damage, Error};
 use super::name::{BackupId, random};
 use cap_std::fs::{Dir, DirBuilder, DirBuilderExt, OpenOptions, OpenOptionsExt};
+use fleecebox_contract::with_causes;
 use rustix::fs::{FlockOperation, OFlags, RenameFlags, flock, renameat_with};
 use rustix::io::Errno;
 use std::fs::File;
@@ -217,7 +218,7 @@ pub(super) fn remove(dir: &Dir, name: &str) {
     if let Err(error) = dir.remove_file(name)
         && error.kind() != io::ErrorKind::NotFound
     {
-        tracing::warn!(name, %error, "cannot remove a temporary file");
+        tracing::warn!(name, error = %with_causes(&error), "cannot remove a temporary file");
     }
 }
 

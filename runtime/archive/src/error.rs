@@ -8,7 +8,7 @@ use std::io;
 #[derive(Debug, thiserror::Error)]
 pub enum Error {
     /// The file system refused. Nothing is known about the content.
-    #[error("{path}: {source}")]
+    #[error("{path}")]
     Io {
         /// Relative to the archive or namespace.
         path: String,
@@ -50,11 +50,12 @@ pub enum Error {
         namespace: NamespaceName,
     },
     /// The bytes are not what was written.
-    #[error("{path}: {damage}")]
+    #[error("{path}")]
     Damaged {
         /// The damaged file.
         path: String,
         /// What does not fit.
+        #[source]
         damage: Damage,
     },
     /// More bytes in one call than the archive takes at once, or none.
@@ -136,20 +137,20 @@ pub enum Error {
     Committed(BackupId),
     /// The manifest was about to appear and it is not known whether it has, or whether it survives a power
     /// failure. Ask [`super::Namespace::manifest`] later; until then nothing may be undone.
-    #[error("it is not known whether the backup was committed: {source}")]
+    #[error("it is not known whether the backup was committed")]
     CommitUnknown {
         /// As the file system said it.
         source: io::Error,
     },
     /// The compressor failed.
-    #[error("encoding failed: {0}")]
-    Encode(io::Error),
+    #[error("encoding failed")]
+    Encode(#[source] io::Error),
     /// A record cannot be written as JSON or as a page.
     #[error("cannot be serialised: {0}")]
     Serialise(String),
     /// The system gives no random bytes.
-    #[error("no random bytes: {0}")]
-    Random(getrandom::Error),
+    #[error("no random bytes")]
+    Random(#[source] getrandom::Error),
 }
 
 /// What about a file is not as it was written.

@@ -10,6 +10,7 @@ use super::frame::Frame;
 use super::name::{BackupId, PackName};
 use super::pack::{self, ChunkId, ENTRY, Place};
 use super::store::Store;
+use fleecebox_contract::with_causes;
 use std::collections::BTreeMap;
 
 /// In `packs/`.
@@ -65,7 +66,9 @@ impl Index {
                     news += 1;
                     match read_pack(store, name) {
                         Ok(chunks) => drop(packs.insert(name, Contents { length, chunks })),
-                        Err(error) => tracing::warn!(%error, "left out of the index"),
+                        Err(error) => {
+                            tracing::warn!(error = %with_causes(&error), "left out of the index");
+                        }
                     }
                 }
             }
@@ -74,7 +77,7 @@ impl Index {
             && let Some(backup) = backup
             && let Err(error) = write_cache(store, backup, &packs)
         {
-            tracing::warn!(%error, "the index is not cached");
+            tracing::warn!(error = %with_causes(&error), "the index is not cached");
         }
         Ok(Self::of(packs))
     }

@@ -107,6 +107,7 @@ pub use soundness::Lack;
 pub use stored::{STORED_READ_LIMIT, StoredObjects};
 
 use cap_std::fs::Dir;
+use fleecebox_contract::with_causes;
 use serde::{Deserialize, Serialize};
 use std::sync::{Mutex, MutexGuard};
 
@@ -149,7 +150,7 @@ impl Archive {
             id: ArchiveId::random()?,
         };
         let json =
-            serde_json::to_vec(&file).map_err(|error| Error::Serialise(error.to_string()))?;
+            serde_json::to_vec(&file).map_err(|error| Error::Serialise(with_causes(&error)))?;
         directory::make_once(&root, ARCHIVE_FILE, &json, ARCHIVE_FILE_LIMIT)?;
         Self::open(root)
     }
@@ -161,7 +162,7 @@ impl Archive {
             other => other?,
         };
         let file: ArchiveFile = serde_json::from_slice(&json)
-            .map_err(|error| Error::damaged(ARCHIVE_FILE)(Damage::Json(error.to_string())))?;
+            .map_err(|error| Error::damaged(ARCHIVE_FILE)(Damage::Json(with_causes(&error))))?;
         if file.format != ARCHIVE_FORMAT {
             return Err(Error::damaged(ARCHIVE_FILE)(Damage::Format {
                 expected: ARCHIVE_FORMAT,

@@ -13,7 +13,7 @@ use super::soundness;
 use super::store::{MANIFEST, Store};
 use super::stored::StoredObjects;
 use cap_std::fs::Dir;
-use fleecebox_contract::extent::Extent;
+use fleecebox_contract::{extent::Extent, with_causes};
 use std::io;
 use std::sync::{Arc, OnceLock};
 
@@ -203,7 +203,7 @@ impl Namespace {
     /// cannot say any more which chunk it was. Whether the bytes are the right ones is for the caller to check here too.
     pub fn copies(&self, frame: &Frame) -> Vec<Frame> {
         self.store.copies(frame).unwrap_or_else(|error| {
-            tracing::debug!(%error, "no copies can be looked for");
+            tracing::debug!(error = %with_causes(&error), "no copies can be looked for");
             Vec::new()
         })
     }

@@ -1,7 +1,7 @@
 //! JSON with its own digest, by which every change is noticed.
 
 use super::error::{Damage, Error};
-use fleecebox_contract::digest::Digest;
+use fleecebox_contract::{digest::Digest, with_causes};
 use serde::Serialize;
 use serde::de::DeserializeOwned;
 use serde_json::Value;
@@ -11,7 +11,7 @@ const DIGEST: &str = "digest";
 
 /// Compact JSON with sorted keys, and its digest among them.
 pub(super) fn seal(content: &impl Serialize) -> Result<Vec<u8>, Error> {
-    let serialise = |error: serde_json::Error| Error::Serialise(error.to_string());
+    let serialise = |error: serde_json::Error| Error::Serialise(with_causes(&error));
     let mut value = serde_json::to_value(content).map_err(serialise)?;
     let digest = digest_of(&value).map_err(serialise)?;
     if let Value::Object(fields) = &mut value {
@@ -26,7 +26,7 @@ pub(super) fn unseal<T: DeserializeOwned>(
     expected: u32,
     otherwise: &'static str,
 ) -> Result<T, Damage> {
-    let json = |error: serde_json::Error| Damage::Json(error.to_string());
+    let json = |error: serde_json::Error| Damage::Json(with_causes(&error));
     let mut value: Value = serde_json::from_slice(bytes).map_err(json)?;
     // First, since another format may carry its digest in another way.
     match value.get("format").and_then(Value::as_u64) {

@@ -10,8 +10,8 @@ use super::name::{BackupId, ComponentId};
 use super::namespace::{COMPONENT_LIMIT, Namespace};
 use super::needs::{Needs, by_walking};
 use super::store::Store;
-use fleecebox_contract::digest;
 use fleecebox_contract::extent::Extent;
+use fleecebox_contract::{digest, with_causes};
 use std::borrow::Cow;
 use std::collections::BTreeSet;
 use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
@@ -37,7 +37,7 @@ impl Lack {
     fn of(file: impl Into<String>, error: &Error) -> Self {
         Self {
             file: file.into(),
-            why: error.to_string(),
+            why: with_causes(error),
         }
     }
 }

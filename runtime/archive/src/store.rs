@@ -9,6 +9,7 @@ use super::index::Index;
 use super::name::{ArchiveId, BackupId, ComponentId, NamespaceName, ObjectName};
 use super::pack::{self, Place};
 use cap_std::fs::Dir;
+use fleecebox_contract::with_causes;
 use rustix::fs::Advice;
 use std::fs::File;
 use std::io;
@@ -71,7 +72,7 @@ impl Store {
         if why.is_damage() {
             self.checks.note_wrong(&file, bytes);
         }
-        tracing::warn!(error = %why, "a chunk at {bytes} of {file} is not as it was stored; it is stored anew");
+        tracing::warn!(error = %with_causes(&why), "a chunk at {bytes} of {file} is not as it was stored; it is stored anew");
         false
     }
 

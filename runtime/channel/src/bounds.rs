@@ -74,7 +74,6 @@ impl Bounds {
 
     /// Says whether the sandbox may make `call`.
     pub fn check(&self, call: &Call) -> Result<(), Violation> {
-        let name = name(call);
         let granted = match (call, self.phase) {
             (Call::Attachment { .. } | Call::Log { .. } | Call::Grow { .. }, phase) => {
                 !matches!(phase, Phase::Compile | Phase::Fit)
@@ -111,7 +110,7 @@ impl Bounds {
             ) => matches!(phase, Phase::Run { .. }),
         };
         if !granted {
-            return Err(Violation::NotGranted(name));
+            return Err(Violation::NotGranted(call.name()));
         }
         let (named, most) = match call {
             Call::Create { name, .. }
@@ -123,7 +122,7 @@ impl Bounds {
         for (actual, limit) in [(named as u64, most as u64), self.load(call)] {
             if actual > limit {
                 return Err(Violation::TooMuch {
-                    call: name,
+                    call: call.name(),
                     actual,
                     limit,
                 });
@@ -146,27 +145,6 @@ impl Bounds {
             Call::Done(Outcome::Compiled { length, .. }) => (*length, Payload::COMPILE_SIZE),
             _ => (0, 0),
         }
-    }
-}
-
-fn name(call: &Call) -> &'static str {
-    match call {
-        Call::NextRegions { .. } => "dirty-regions.next",
-        Call::Discard(_) => "discarder.discard",
-        Call::Read { .. } => "reader.read",
-        Call::Put(..) => "writer.put",
-        Call::Create { .. } => "writer.create",
-        Call::Write { .. } => "output-stream.write",
-        Call::Splice { .. } => "output-stream.splice",
-        Call::Claim { .. } => "output-stream.claim",
-        Call::Finish { .. } => "output-stream.finish",
-        Call::DropStream { .. } => "output-stream.drop",
-        Call::Attachment { .. } => "context.attachment",
-        Call::Log { .. } => "context.log",
-        Call::Grow { .. } => "memory.grow",
-        Call::ObjectSize { .. } => "objects.size",
-        Call::ObjectRead { .. } => "objects.read",
-        Call::Done(_) => "done",
     }
 }
 

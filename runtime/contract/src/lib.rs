@@ -8,6 +8,7 @@
 //! - [`digest`]: what names a block's bytes
 //! - [`buffer`]: large memory that is used again
 //! - [`terminal`]: text of others, made harmless
+//! - [`with_causes`]: what an error says, with its causes
 //!
 //! It does nothing: no files, no sockets, no processes, no time.
 
@@ -15,6 +16,7 @@
 
 mod bounds;
 pub mod buffer;
+mod causes;
 pub mod digest;
 pub mod extent;
 pub mod terminal;
@@ -22,5 +24,6 @@ mod words;
 mod worlds;
 
 pub use bounds::*;
+pub use causes::with_causes;
 pub use words::*;
 pub use worlds::{BACKUP, BLIND_BACKUP, Interface, RESTORE, Refusal, wasi_of, world_of};

@@ -13,8 +13,8 @@ const SHOWN_MESSAGE: usize = 256;
 #[derive(Debug, Clone, thiserror::Error)]
 pub enum Error {
     /// The socket failed, or the server closed it.
-    #[error("the connection to the NBD server is lost: {0}")]
-    Lost(Arc<io::Error>),
+    #[error("the connection to the NBD server is lost")]
+    Lost(#[source] Arc<io::Error>),
     /// This side ended the connection with [`disconnect`](super::Connection::disconnect).
     #[error("the connection to the NBD server was closed by this side")]
     Disconnected,
@@ -22,7 +22,7 @@ pub enum Error {
     #[error("the NBD server did not finish the handshake within {0:?}")]
     HandshakeTimeout(Duration),
     /// The server did what the protocol forbids; the connection is closed.
-    #[error("the NBD server broke the protocol: {0}")]
+    #[error("the NBD server broke the protocol")]
     Violation(#[from] Violation),
     /// The server refused something that this connection cannot do without.
     #[error("the NBD server refused {option}: {reason}{}", Said(message))]

@@ -5,6 +5,7 @@
 
 use super::line::{self, Read};
 use super::socket;
+use fleecebox_contract::with_causes;
 use qapi::qga::{
     QgaCommand, guest_fsfreeze_freeze, guest_fsfreeze_status, guest_fsfreeze_thaw,
     guest_sync_delimited,
@@ -69,7 +70,7 @@ pub enum Freeze {
 #[derive(Debug, thiserror::Error)]
 pub enum AgentError {
     /// The socket cannot be connected to.
-    #[error("cannot connect to the agent socket {path}: {source}")]
+    #[error("cannot connect to the agent socket {path}")]
     Connect {
         /// The socket.
         path: PathBuf,
@@ -77,7 +78,7 @@ pub enum AgentError {
         source: io::Error,
     },
     /// Reading or writing failed.
-    #[error("the connection to the guest agent failed: {0}")]
+    #[error("the connection to the guest agent failed")]
     Io(#[from] io::Error),
     /// QEMU closed the connection.
     #[error("the connection to the guest agent was closed")]
@@ -115,13 +116,16 @@ pub enum AgentError {
         cap: usize,
     },
     /// The guest does not say that it is thawed.
-    #[error("the guest's file systems may still be frozen after {} s: {}", .limit.as_secs_f32(), .last.as_ref().map_or_else(|| "the agent says so".into(), ToString::to_string))]
+    #[error("the guest's file systems may still be frozen after {} s", .limit.as_secs_f32())]
     StillFrozen {
         /// How long it was tried.
         limit: Duration,
-        /// What the last try met, where the agent did not simply say "frozen".
-        last: Option<Box<AgentError>>,
+        /// What the last try met.
+        source: Box<AgentError>,
     },
+    /// It was asked to thaw, and nothing but its word is known.
+    #[error("the agent says so")]
+    SaysSo,
 }
 
 /// One connection to the guest agent's socket. QEMU serves one client per socket.
@@ -190,16 +194,16 @@ impl Agent {
     pub async fn thaw(&mut self) -> Result<(), AgentError> {
         let limit = self.limits.thaw;
         let deadline = Instant::now() + limit;
-        let mut last = None;
+        let mut last = AgentError::SaysSo;
         while let Some(left) = deadline.checked_duration_since(Instant::now()) {
             match timeout(left, self.try_thaw()).await {
                 Ok(Ok(true)) => return Ok(()),
-                Ok(Ok(false)) => last = None,
+                Ok(Ok(false)) => last = AgentError::SaysSo,
                 Ok(Err(e @ (AgentError::Closed | AgentError::Io(_)))) => {
-                    last = Some(Box::new(e));
+                    last = e;
                     break;
                 }
-                Ok(Err(e)) => last = Some(Box::new(e)),
+                Ok(Err(e)) => last = e,
                 Err(_) => {
                     self.in_step = false;
                     break;
@@ -207,7 +211,8 @@ impl Agent {
             }
             sleep(PAUSE).await;
         }
-        Err(AgentError::StillFrozen { limit, last })
+        let source = Box::new(last);
+        Err(AgentError::StillFrozen { limit, source })
     }
 
     /// One thaw, and whether the guest then says that nothing is frozen. The agent works on one
@@ -217,7 +222,7 @@ impl Agent {
         // Its answer does not matter: the status does.
         match self.call(guest_fsfreeze_thaw {}, limit).await {
             Err(e @ (AgentError::Closed | AgentError::Io(_))) => return Err(e),
-            Err(e) => tracing::debug!("thaw: {e}"),
+            Err(e) => tracing::debug!("thaw: {}", with_causes(&e)),
             Ok(_) => {}
         }
         match self.call(guest_fsfreeze_status {}, limit).await {

@@ -12,6 +12,7 @@ use super::monitor::{Monitor, MonitorError};
 use super::present;
 use super::removal::Reason;
 use super::schema::Schema;
+use fleecebox_contract::with_causes;
 use serde::Deserialize;
 use serde_json::json;
 use std::collections::BTreeSet;
@@ -55,7 +56,7 @@ pub enum AccessError {
     },
     /// QEMU gave up half-way, and does not take back what it had done.
     #[error(
-        "{source}; QEMU left of it {nodes}, which stays until the VM is started anew (the form `job` leaves nothing)"
+        "QEMU left of it {nodes}, which stays until the VM is started anew (the form `job` leaves nothing)"
     )]
     Left {
         /// Nodes.
@@ -323,7 +324,10 @@ async fn bitmap_info(monitor: &Monitor, schema: &Schema) -> Vec<String> {
                 format!("{drive}: {action}, {dirty} of {size} bytes dirty")
             })
             .collect(),
-        Err(error) => vec![format!("QEMU does not tell of its bitmaps: {error}")],
+        Err(error) => vec![format!(
+            "QEMU does not tell of its bitmaps: {}",
+            with_causes(&error)
+        )],
     }
 }
 

@@ -209,11 +209,12 @@ pub enum MachineError {
         available: Vec<String>,
     },
     /// A disk that was named cannot be backed up.
-    #[error("disk {name} cannot be backed up: {reason}")]
+    #[error("disk {name} cannot be backed up")]
     Unfit {
         /// The name given.
         name: String,
         /// Why.
+        #[source]
         reason: SkipReason,
     },
     /// One word is the name of two disks.

@@ -5,6 +5,7 @@
 
 use super::line::{self, Read};
 use super::socket;
+use fleecebox_contract::with_causes;
 use qapi::qmp::QmpCommand;
 use serde::Deserialize;
 use serde::de::DeserializeOwned;
@@ -54,7 +55,7 @@ const COMMANDS_QUEUED: usize = 16;
 #[derive(Debug, thiserror::Error)]
 pub enum MonitorError {
     /// The socket cannot be connected to.
-    #[error("cannot connect to the monitor socket {path}: {source}")]
+    #[error("cannot connect to the monitor socket {path}")]
     Connect {
         /// The socket.
         path: PathBuf,
@@ -70,11 +71,12 @@ pub enum MonitorError {
         path: PathBuf,
     },
     /// The peer did not greet as the QMP specification asks of a server.
-    #[error("{socket} is not a QMP monitor: {reason}")]
+    #[error("{socket} is not a QMP monitor")]
     NotQmp {
         /// Which socket.
         socket: String,
         /// What came instead.
+        #[source]
         reason: NotQmp,
     },
     /// QEMU answered with an error.
@@ -88,7 +90,7 @@ pub enum MonitorError {
         description: String,
     },
     /// The answer is not of the shape that the command promises.
-    #[error("the answer to {command} cannot be understood: {source}")]
+    #[error("the answer to {command} cannot be understood")]
     Answer {
         /// The command's name.
         command: String,
@@ -96,7 +98,7 @@ pub enum MonitorError {
         source: serde_json::Error,
     },
     /// The command cannot be written as JSON.
-    #[error("{command} cannot be encoded: {source}")]
+    #[error("{command} cannot be encoded")]
     Encode {
         /// The command's name.
         command: String,
@@ -104,7 +106,7 @@ pub enum MonitorError {
         source: serde_json::Error,
     },
     /// A descriptor or socket for QEMU cannot be made.
-    #[error("nothing can be opened on QEMU's behalf: {source}")]
+    #[error("nothing can be opened on QEMU's behalf")]
     Descriptor {
         /// What the system said.
         source: io::Error,
@@ -189,8 +191,8 @@ pub enum NotQmp {
     #[error("it did not greet as one")]
     OtherGreeting,
     /// It greeted, but did not take `qmp_capabilities`.
-    #[error("it refused the handshake: {0}")]
-    Handshake(Box<MonitorError>),
+    #[error("it refused the handshake")]
+    Handshake(#[source] Box<MonitorError>),
     /// Reading failed.
     #[error(transparent)]
     Io(#[from] io::Error),
@@ -591,7 +593,7 @@ async fn write_commands(
             Err(e) => Err(e),
         };
         if let Err(e) = sent {
-            lose(&waiting, e.to_string());
+            lose(&waiting, with_causes(&e));
             return;
         }
     }
@@ -625,7 +627,7 @@ async fn read_messages(
             Ok(Read::Whole) => {}
             Ok(Read::Closed) => break "QEMU closed it".to_owned(),
             Ok(Read::TooLong) => break format!("a line of more than {LINE_CAP} bytes came"),
-            Err(e) => break e.to_string(),
+            Err(e) => break with_causes(&e),
         }
         match Message::parse(&bytes) {
             Message::Answer { id, result } => {

@@ -58,11 +58,12 @@ pub enum ServerFate {
 
 /// A step that failed; others were tried all the same.
 #[derive(Debug, thiserror::Error)]
-#[error("could not remove {what}: {reason}")]
+#[error("could not remove {what}")]
 pub struct RemovalError {
     /// What is still there, or may be.
     pub what: Thing,
     /// Why.
+    #[source]
     pub reason: Reason,
 }
 

@@ -10,6 +10,7 @@
 
 use super::agent::{Agent, AgentError, Limits};
 use super::monitor::{Monitor, MonitorError};
+use fleecebox_contract::with_causes;
 use qapi::qmp::cont;
 use rustix::process::{PidfdFlags, Signal, pidfd_open, pidfd_send_signal};
 use std::io::{self, Write};
@@ -68,10 +69,10 @@ enum Word {
 #[derive(Debug, thiserror::Error)]
 pub enum WatchdogError {
     /// The process cannot be started.
-    #[error("cannot start the watchdog process: {0}")]
+    #[error("cannot start the watchdog process")]
     Start(#[source] io::Error),
     /// It did not echo what it was told.
-    #[error("the watchdog process did not answer: {0}")]
+    #[error("the watchdog process did not answer")]
     Talk(#[source] io::Error),
     /// It answered with something else.
     #[error("the watchdog process answered {actual:#04x} where {expected:#04x} was expected")]
@@ -279,7 +280,10 @@ pub fn serve(
         Ok(true) => ExitCode::SUCCESS,
         Ok(false) => ExitCode::FAILURE,
         Err(e) => {
-            say(&format!("the watchdog process cannot work: {e}"));
+            say(&format!(
+                "the watchdog process cannot work: {}",
+                with_causes(&e)
+            ));
             ExitCode::FAILURE
         }
     }
@@ -325,7 +329,10 @@ async fn watch() -> io::Result<Stakes> {
     if let (End::Silent, Some(job)) = (end, job) {
         say("the backup job does not run while its VM stands still; it is killed");
         if let Err(error) = pidfd_send_signal(job, Signal::KILL) {
-            say(&format!("cannot kill the backup job: {error}"));
+            say(&format!(
+                "cannot kill the backup job: {}",
+                with_causes(&error)
+            ));
         }
     }
     Ok(stakes)
@@ -401,7 +408,7 @@ enum Trouble {
 async fn continue_vm(path: &Path) -> Result<(), Trouble> {
     let trouble = |e: MonitorError| match &e {
         MonitorError::Connect { source, .. } if is_nobody(source) => Trouble::NoVm,
-        _ => Trouble::Other(e.to_string()),
+        _ => Trouble::Other(with_causes(&e)),
     };
     let monitor = Monitor::connect(path).await.map_err(trouble)?;
     monitor.execute(cont {}).await.map(drop).map_err(trouble)
@@ -410,7 +417,7 @@ async fn continue_vm(path: &Path) -> Result<(), Trouble> {
 async fn thaw(path: &Path) -> Result<(), Trouble> {
     let trouble = |e: AgentError| match &e {
         AgentError::Connect { source, .. } if is_nobody(source) => Trouble::NoVm,
-        _ => Trouble::Other(e.to_string()),
+        _ => Trouble::Other(with_causes(&e)),
     };
     let mut agent = Agent::connect(path, Limits::default())
         .await
@@ -421,8 +428,8 @@ async fn thaw(path: &Path) -> Result<(), Trouble> {
 fn is_over(what: &str, result: Result<(), Trouble>) -> bool {
     match result {
         Ok(()) | Err(Trouble::NoVm) => true,
-        Err(Trouble::Other(e)) => {
-            say(&format!("cannot {what} yet: {e}"));
+        Err(Trouble::Other(why)) => {
+            say(&format!("cannot {what} yet: {why}"));
             false
         }
     }

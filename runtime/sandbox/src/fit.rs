@@ -15,8 +15,8 @@ const FIT_TIME: Duration = Duration::from_secs(120);
 #[derive(Debug, thiserror::Error)]
 pub enum FitError {
     /// It imports or exports something of another type than its world says.
-    #[error("it cannot be used as a provider: {0}")]
-    Refused(Failure),
+    #[error("it cannot be used as a provider")]
+    Refused(#[source] Failure),
     /// The process that was to find out failed, or is not confined as required.
     #[error(transparent)]
     Process(#[from] Error),

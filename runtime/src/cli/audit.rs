@@ -1,6 +1,7 @@
 //! `fleecebox audit`.
 
 use super::{Failure, Session, Status, places, text};
+use crate::contract::with_causes;
 use crate::job::audit::FILE;
 use crate::job::doubts::{self, Looked, Suspect};
 use anyhow::{Context, anyhow};
@@ -119,12 +120,12 @@ fn suspects(session: &Session, archive: &str) -> Result<(), Failure> {
                 found.extend(suspects);
                 bad += unreadable.len();
                 for (id, error) in unreadable {
-                    say!("warning: backup {id}: {error}");
+                    say!("warning: backup {id}: {}", with_causes(&error));
                 }
             }
             Err(error) => {
                 bad += 1;
-                say!("warning: namespace {name}: {error}");
+                say!("warning: namespace {name}: {}", with_causes(&error));
             }
         }
     }

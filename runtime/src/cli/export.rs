@@ -3,6 +3,7 @@
 use super::progress::Progress;
 use super::vm::{self, VmArguments, check_name};
 use super::{Failure, Session, Status, places, text, words};
+use crate::contract::with_causes;
 use crate::job::audit::{Job, Record};
 use crate::job::export::{self, Ended, ExportPlaces, ExportRequest, Held, Mechanism, Verdict};
 use crate::job::subject::{Folders, VmAccess};
@@ -156,7 +157,7 @@ fn tell(session: &Session, held: &Held) {
     if session.json {
         match serde_json::to_string(held) {
             Ok(line) => show!("{line}"),
-            Err(error) => say!("warning: {error}"),
+            Err(error) => say!("warning: {}", with_causes(&error)),
         }
     } else {
         for volume in &held.volumes {

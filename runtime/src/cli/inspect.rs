@@ -1,7 +1,7 @@
 //! `fleecebox provider inspect`.
 
 use super::{Failure, Session, installed, places};
-use crate::contract::{Wasi, World};
+use crate::contract::{Wasi, World, with_causes};
 use crate::sandbox::{self, Program};
 use anyhow::anyhow;
 use clap::Args;
@@ -25,10 +25,10 @@ impl Inspect {
         };
         let bytes = places::read(&file, "component")?;
         let cache = places::cache(session)?;
-        let name = file.display();
+        let name = file.display().to_string();
         let compiled = sandbox::compile(&Program::this(), bytes.into(), &cache)
             .await
-            .map_err(|error| Failure::Mistake(anyhow!("{name}: {error}")))?;
+            .map_err(|error| Failure::Mistake(anyhow!(error).context(name.clone())))?;
         let world = crate::contract::world_of(&compiled.interface, &Wasi::ALL.into());
         let wasi = crate::contract::wasi_of(&compiled.interface);
         let sha256 = hex::encode(compiled.sha256);
@@ -38,7 +38,7 @@ impl Inspect {
                 "sha256": sha256,
                 "size": compiled.size,
                 "world": world.as_ref().ok(),
-                "refused": world.as_ref().err().map(ToString::to_string),
+                "refused": world.as_ref().err().map(|it| with_causes(it)),
                 "needs": world.as_ref().ok().map(|&world| needs(world)),
                 "wasi": wasi,
                 "imports": compiled.interface.imports,
@@ -67,9 +67,9 @@ impl Inspect {
         }
         match world {
             Ok(_) => Ok(()),
-            Err(refusal) => Err(Failure::Mistake(anyhow!(
-                "{name} cannot be used as a provider: {refusal}"
-            ))),
+            Err(refusal) => Err(Failure::Mistake(
+                anyhow!(refusal).context(format!("{name} cannot be used as a provider")),
+            )),
         }
     }
 }

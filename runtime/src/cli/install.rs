@@ -45,7 +45,7 @@ impl Install {
         let cache = places::cache(session)?;
         let compiled = sandbox::compile(&Program::this(), bytes.clone(), &cache)
             .await
-            .map_err(|error| Failure::Mistake(anyhow!("{shown}: {error}")))?;
+            .map_err(|error| Failure::Mistake(anyhow!(error).context(shown.clone())))?;
         let sha256 = hex::encode(compiled.sha256);
         if let Some(digest) = digest.filter(|digest| !digest.eq_ignore_ascii_case(&sha256)) {
             return Err(Failure::Mistake(anyhow!(
@@ -54,7 +54,10 @@ impl Install {
             )));
         }
         let world = crate::contract::world_of(&compiled.interface, &Wasi::ALL.into()).map_err(
-            |refusal| Failure::Mistake(anyhow!("{shown} cannot be used as a provider: {refusal}")),
+            |refusal| {
+                let refused = format!("{shown} cannot be used as a provider");
+                Failure::Mistake(anyhow!(refusal).context(refused))
+            },
         )?;
         let (folder, _) = installed::folder(session)?;
         let file = installed::file(&name);
@@ -119,8 +122,10 @@ impl Source {
             () = session.cancel.cancelled() => return Err(Failure::Cancelled(anyhow!("cancelled"))),
         };
         let bytes = fetched.map_err(|error| match error {
-            registry::Error::Unreachable { .. } => Failure::Failed(anyhow!("{shown}: {error}")),
-            error => Failure::Mistake(anyhow!("{shown}: {error}")),
+            registry::Error::Unreachable { .. } => {
+                Failure::Failed(anyhow!(error).context(shown.clone()))
+            }
+            error => Failure::Mistake(anyhow!(error).context(shown.clone())),
         })?;
         Ok(Self {
             shown,

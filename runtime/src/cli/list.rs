@@ -2,6 +2,7 @@
 
 use super::{Failure, Session, Status, places, text};
 use crate::archive::{self, LeftOut, Moment};
+use crate::contract::with_causes;
 use anyhow::anyhow;
 use clap::Args;
 use serde_json::json;
@@ -26,7 +27,10 @@ impl List {
         // One that is bad must not hide the others.
         let mut warn = |what: String, error: &archive::Error| {
             bad += 1;
-            say!("warning: {}", text::one_line(&format!("{what}: {error}")));
+            say!(
+                "warning: {}",
+                text::one_line(&format!("{what}: {}", with_causes(error)))
+            );
         };
         for name in archive.namespaces().map_err(places::failed)? {
             let opened = archive.namespace(&name);

@@ -4,7 +4,7 @@
 use super::{Failure, Session, Status};
 use crate::archive::{self, Archive};
 use crate::config::{self, Vm};
-use crate::contract::MAX_COMPONENT;
+use crate::contract::{MAX_COMPONENT, with_causes};
 use crate::job::audit::{Audit, Outcome, Record};
 use crate::job::slots::{self, Slot};
 use crate::policy::{Decision, Denied, Tenancy};
@@ -247,7 +247,10 @@ pub(super) fn begun(session: &Session, record: &mut Record) -> Result<(), Failur
 pub(super) fn find_dead(session: &Session) -> Result<(), Failure> {
     let (dir, _) = folder(&session.state)?;
     if let Err(error) = Audit::open(&dir).and_then(|mut audit| audit.find_dead(&dir)) {
-        say!("warning: jobs that died cannot be written down: {error}");
+        say!(
+            "warning: jobs that died cannot be written down: {}",
+            with_causes(&error)
+        );
     }
     Ok(())
 }

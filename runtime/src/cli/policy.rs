@@ -3,7 +3,7 @@
 use super::{Failure, Session, Status, places};
 use crate::archive::ComponentId;
 use crate::config::{Config, ConfigError};
-use crate::contract::Wasi;
+use crate::contract::{Wasi, with_causes};
 use crate::policy::check::{Components, Inspected, findings};
 use crate::policy::explain::{Verdict, explain};
 use crate::sandbox::{self, Program};
@@ -102,14 +102,14 @@ async fn inspect_all(
 async fn inspect(session: &Session, path: &Path) -> Result<Inspected, String> {
     let shown = path.display();
     let length = std::fs::metadata(path)
-        .map_err(|error| format!("{shown}: {error}"))?
+        .map_err(|error| format!("{shown}: {}", with_causes(&error)))?
         .len();
     if length > crate::contract::MAX_COMPONENT {
         return Err(format!(
             "{shown} has {length} bytes, more than any component may have"
         ));
     }
-    let bytes = std::fs::read(path).map_err(|error| format!("{shown}: {error}"))?;
+    let bytes = std::fs::read(path).map_err(|error| format!("{shown}: {}", with_causes(&error)))?;
     let (size, id) = (bytes.len() as u64, ComponentId::of(&bytes));
     let cache = places::cache(session).map_err(|_| "the state folder cannot be used".to_owned())?;
     let compiled = sandbox::compile(&Program::this(), bytes.into(), &cache).await;

@@ -1,7 +1,7 @@
 //! `fleecebox provider list`.
 
 use super::{Failure, Session, Status, installed, places};
-use crate::contract::Wasi;
+use crate::contract::{Wasi, with_causes};
 use crate::sandbox::{self, Program};
 use anyhow::anyhow;
 use clap::Args;
@@ -27,7 +27,7 @@ impl Providers {
             let looked_at = match places::read(&provider.component, "component") {
                 Ok(bytes) => sandbox::compile(&Program::this(), bytes.into(), &cache)
                     .await
-                    .map_err(|error| error.to_string()),
+                    .map_err(|error| with_causes(&error)),
                 Err(failure) => Err(failure.line()),
             };
             // One that is broken must not hide the others.
@@ -36,7 +36,7 @@ impl Providers {
                 .map_err(Clone::clone)
                 .and_then(|compiled| {
                     crate::contract::world_of(&compiled.interface, &Wasi::ALL.into())
-                        .map_err(|refusal| refusal.to_string())
+                        .map_err(|refusal| with_causes(&refusal))
                 });
             bad += usize::from(world.is_err());
             let sha256 = looked_at.as_ref().ok().map(|it| hex::encode(it.sha256));

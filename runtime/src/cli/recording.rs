@@ -81,7 +81,7 @@ pub(super) async fn replay(
     let recording = File::open(path)
         .map_err(Into::into)
         .and_then(|file| Recording::read(&mut BufReader::new(file)))
-        .map_err(|error| Failure::Mistake(anyhow!("{}: {error}", path.display())))?;
+        .map_err(|error| Failure::Mistake(anyhow!(error).context(path.display().to_string())))?;
     let header = &recording.header;
     let same = header.component == hex::encode(component.compiled.sha256);
     if !session.json {

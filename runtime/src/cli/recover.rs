@@ -161,9 +161,9 @@ fn tell(session: &Session, results: &[Outcome]) {
                 rows.push(json!({ "vm": vm, "found": found, "unsettled": unsettled }));
             }
             Err(failure) => {
-                let error = failure.line();
-                say!("{vm}: {error}");
-                rows.push(json!({ "vm": vm, "error": error }));
+                let why = failure.line();
+                say!("{vm}: {why}");
+                rows.push(json!({ "vm": vm, "error": why }));
             }
         }
     }

@@ -56,7 +56,7 @@ impl Test {
         let component = Component::load(bytes.clone(), &program, &cache, Wasi::ALL.into(), &events)
             .await
             .map_err(|error| match error.is_refusal() {
-                true => Failure::Mistake(anyhow!("{shown}: {error}")),
+                true => Failure::Mistake(anyhow!(error).context(shown.clone())),
                 false => Failure::Failed(anyhow!(error).context(shown.clone())),
             })?;
         if let Some(path) = &self.replay {

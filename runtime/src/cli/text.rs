@@ -1,5 +1,6 @@
 //! Text for people: sizes, durations, and errors in one line.
 
+use crate::contract::with_causes;
 pub(super) use crate::terminal::one_line;
 use std::time::Duration;
 
@@ -8,17 +9,9 @@ pub(super) fn total(sizes: impl Iterator<Item = u64>) -> u64 {
     sizes.fold(0, u64::saturating_add)
 }
 
-/// An error with its causes on one line. Most errors name their cause in their own words; it is not said twice.
+/// An error with its causes on one line.
 pub(super) fn error(error: &anyhow::Error) -> String {
-    let mut said = String::new();
-    for cause in error.chain().map(ToString::to_string) {
-        if said.is_empty() {
-            said = cause;
-        } else if !said.contains(&cause) {
-            said = format!("{said}: {cause}");
-        }
-    }
-    one_line(&said)
+    one_line(&with_causes(error.as_ref()))
 }
 
 /// A number of bytes, such as `1.5 GiB`.
@@ -38,7 +31,7 @@ mod tests {
     use anyhow::anyhow;
 
     #[derive(Debug, thiserror::Error)]
-    #[error("volume a: {source}")]
+    #[error("volume a")]
     struct Volume {
         source: std::io::Error,
     }

@@ -4,6 +4,7 @@ use super::progress::Progress;
 use super::stored::Stored;
 use super::{AllowWasi, Failure, Sandboxes, Session, Status, places, text};
 use crate::archive::Manifest;
+use crate::contract::with_causes;
 use crate::job::audit::{Job, Record};
 use crate::job::means::Means;
 use crate::job::reading::Reading;
@@ -77,8 +78,8 @@ impl Verify {
 /// A `volume` or `object`, its name, and what is wrong with it.
 fn words(found: &Found) -> (&'static str, String, String) {
     match found {
-        Found::Volume { name, finding } => ("volume", name.clone(), finding.to_string()),
-        Found::Object { name, error } => ("object", name.to_string(), error.to_string()),
+        Found::Volume { name, finding } => ("volume", name.clone(), with_causes(finding)),
+        Found::Object { name, error } => ("object", name.to_string(), with_causes(error)),
     }
 }
 

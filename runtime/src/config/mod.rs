@@ -184,7 +184,7 @@ impl Provider {
 #[derive(Debug, thiserror::Error)]
 pub enum ConfigError {
     /// The file that was named cannot be read.
-    #[error("cannot read the configuration {path}: {source}", path = path.display())]
+    #[error("cannot read the configuration {path}", path = path.display())]
     Read {
         /// The file.
         path: PathBuf,

@@ -8,7 +8,7 @@ use super::{Case, KitError, Need, Needs, Outcome, Subject};
 use crate::archive::{BackupId, Manifest, RunContent, VolumeRecord};
 use crate::channel::{Answer, Call, Outcome as Ended};
 use crate::config::Provider;
-use crate::contract::{BitmapMode, ErrorCode, MAX_READ, World};
+use crate::contract::{BitmapMode, ErrorCode, MAX_READ, World, with_causes};
 use crate::extent::{Extent, ExtentSet};
 use crate::grants::image::ImageError;
 use crate::grants::run::RunError;
@@ -277,10 +277,12 @@ async fn read_back(
     let name = export.name();
     let mistake = |extent, how: String| diagnosis::out_of_order(name, extent, &how);
     let first = requests[0];
-    let mut image = stand
-        .open_image(manifest, name)
-        .await
-        .map_err(|error| mistake(first, format!("could not be opened: {error}")))?;
+    let mut image = stand.open_image(manifest, name).await.map_err(|error| {
+        mistake(
+            first,
+            format!("could not be opened: {}", with_causes(&error)),
+        )
+    })?;
     for &extent in requests {
         match image.read(extent).await {
             Ok(bytes)
@@ -288,7 +290,10 @@ async fn read_back(
             Ok(_) => {
                 return Err(mistake(extent, "gives other bytes than the disk held".into()).into());
             }
-            Err(error) => return Err(mistake(extent, format!("does not give it: {error}")).into()),
+            Err(error) => {
+                let how = format!("does not give it: {}", with_causes(&error));
+                return Err(mistake(extent, how).into());
+            }
         }
     }
     image.close().await;
@@ -486,13 +491,13 @@ fn after_a_refusal(when: &str, error: &BackupError) -> Option<Mistake> {
                 format!("`run` did not return within {seconds} s"),
                 "a call that fails may be tried again once or twice, not for ever",
             ),
-            error => (error.to_string(), "return the error as it came"),
+            error => (with_causes(error), "return the error as it came"),
         },
         BackupError::Proof { source, .. } => (
-            format!("`run` returned success, but {source}"),
+            format!("`run` returned success, but {}", with_causes(source)),
             "claim only what was written: look at what every call returns",
         ),
-        error => (error.to_string(), "return the error as it came"),
+        error => (with_causes(error), "return the error as it came"),
     };
     Some(Mistake::new(
         format!("{when}, {what}"),
@@ -536,7 +541,7 @@ async fn failing_restore(subject: &Subject) -> Tried {
                     source: ImageError::Answered(_),
                     ..
                 } => continue,
-                source => source.to_string(),
+                source => with_causes(source),
             };
             mistakes.push(Mistake::new(
                 format!("when call {} of `{call}` failed with `io`: {said}", after + 1),
@@ -620,7 +625,7 @@ fn after_a_cancel(when: &str, made: &Made) -> Option<Mistake> {
         _ => None,
     })?;
     Some(Mistake::new(
-        format!("{when}, {failure}"),
+        format!("{when}, {}", with_causes(failure)),
         "the operator would be told of a broken provider instead of a cancelled job",
         "return the error as it came instead of trapping",
     ))
@@ -703,7 +708,10 @@ async fn bad_sector(subject: &Subject) -> Tried {
     for exchange in ends {
         if let Call::Done(Ended::Failed(failure)) = &exchange.call {
             return Err(Mistake::new(
-                format!("when the disk could not be read at {bad}, {failure}"),
+                format!(
+                    "when the disk could not be read at {bad}, {}",
+                    with_causes(failure)
+                ),
                 "the operator would be told of a broken provider instead of a broken disk",
                 "return the error as it came instead of trapping",
             )

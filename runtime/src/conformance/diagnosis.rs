@@ -2,7 +2,7 @@
 
 use super::trace::Conversation;
 use crate::channel::{Answer, Call};
-use crate::contract::{BLOCK_SIZE, ErrorCode, RawRange};
+use crate::contract::{BLOCK_SIZE, ErrorCode, RawRange, with_causes};
 use crate::extent::{Extent, ExtentSet};
 use crate::grants::image::ImageError;
 use crate::grants::run::RunError;
@@ -64,7 +64,7 @@ pub(super) fn failed(error: &BackupError, exports: &[Export], trace: &[Conversat
 
 fn other(error: &BackupError) -> Mistake {
     Mistake::new(
-        error.to_string(),
+        with_causes(error),
         NO_COMMIT,
         "see what the message names; `fleecebox provider inspect` shows what the component is",
     )
@@ -108,7 +108,7 @@ fn run_failed(
             "the receipt says where things are; write the things themselves, and long indexes, to an object",
         ),
         error => Mistake::new(
-            format!("volume {volume}: {error}"),
+            format!("volume {volume}: {}", with_causes(error)),
             NO_COMMIT,
             "see what the message names",
         ),
@@ -355,7 +355,8 @@ pub(super) fn given_back(
     if !image.is_empty() && !asked && (receipt as u64) < claimed {
         return Mistake::new(
             format!(
-                "volume {volume}: keeps state between instances: {error}; its image read no object"
+                "volume {volume}: keeps state between instances: {}; its image read no object",
+                with_causes(error)
             ),
             "an image is opened in a fresh instance, perhaps years later: what `run` kept in memory is not there",
             "open the image from the receipt and the objects alone; keep nothing in globals or statics",
@@ -367,12 +368,12 @@ pub(super) fn given_back(
             source: ImageError::Guest(_),
             ..
         } => Mistake::new(
-            format!("volume {volume}: {error}"),
+            format!("volume {volume}: {}", with_causes(error)),
             "what was claimed could not be restored, so the host refuses the backup",
             "return an error instead of trapping; what the image needs must be in the receipt and the objects",
         ),
         _ => Mistake::new(
-            format!("volume {volume}: {error}"),
+            format!("volume {volume}: {}", with_causes(error)),
             "what was claimed could not be restored, so the host refuses the backup",
             "`image.read` gives back exactly the bytes of any range of whole blocks that was claimed, whatever the claims were cut like",
         ),
@@ -479,9 +480,9 @@ pub(super) fn restored_otherwise(volume: &str, bytes: &[u8], export: &Export) ->
 }
 
 /// A restore that ends with a finding.
-pub(super) fn not_restored(volume: &str, finding: &str) -> Mistake {
+pub(super) fn not_restored(volume: &str, why: &str) -> Mistake {
     Mistake::new(
-        format!("volume {volume}: it cannot be restored: {finding}"),
+        format!("volume {volume}: it cannot be restored: {why}"),
         "a backup that was proven when it was made is of no use afterwards",
         "an image depends on nothing but its receipt and objects, and gives the same bytes every time it is asked",
     )

@@ -241,10 +241,10 @@ impl Report {
 #[derive(Debug, thiserror::Error)]
 pub enum KitError {
     /// A file, a folder or a socket.
-    #[error("the kit's own files: {0}")]
+    #[error("the kit's own files")]
     Io(#[from] std::io::Error),
     /// The archive.
-    #[error("the kit's archive: {0}")]
+    #[error("the kit's archive")]
     Archive(#[from] archive::Error),
     /// The host's side of a job.
     #[error("the host failed, not the provider: {0}")]

@@ -7,6 +7,7 @@ use crate::archive::{
     Archive, BackupId, BackupWriter, DiskRecord, Manifest, Moment, Namespace, NamespaceName,
 };
 use crate::config::{Config, Limits, Provider};
+use crate::contract::with_causes;
 use crate::event::Events;
 use crate::extent::Extent;
 use crate::grants::account::Account;
@@ -333,8 +334,9 @@ impl<'a> Stand<'a> {
         let volume = manifest.record.volumes.iter().find(|it| it.name == name);
         let volume = volume.ok_or("it is not in the manifest")?;
         let size = volume.root.size();
-        let file = tempfile::tempfile_in(self.folder.path()).map_err(|error| error.to_string())?;
-        file.set_len(size).map_err(|error| error.to_string())?;
+        let file =
+            tempfile::tempfile_in(self.folder.path()).map_err(|error| with_causes(&error))?;
+        file.set_len(size).map_err(|error| with_causes(&error))?;
         let file = Arc::new(file);
         let config = Config::default();
         let reading = Reading::new(&config, &self.namespace, manifest, BTreeSet::new());
@@ -349,13 +351,13 @@ impl<'a> Stand<'a> {
         };
         let findings = read_back::read_back(wanted)
             .await
-            .map_err(|e| e.to_string())?;
+            .map_err(|error| with_causes(&error))?;
         if let Some(finding) = findings.first() {
-            return Err(finding.to_string());
+            return Err(with_causes(finding));
         }
         let mut bytes = vec![0; size as usize];
         file.read_exact_at(&mut bytes, 0)
-            .map_err(|error| error.to_string())?;
+            .map_err(|error| with_causes(&error))?;
         Ok(bytes)
     }
 
@@ -439,7 +441,7 @@ impl Made {
                     source: ProofError::Archive(_) | ProofError::Task(_),
                     ..
                 }),
-            ) => Some(KitError::Host(error.to_string())),
+            ) => Some(KitError::Host(with_causes(error))),
             _ => None,
         }
     }

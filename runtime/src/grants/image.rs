@@ -87,10 +87,10 @@ impl Pace {
 #[derive(Debug, thiserror::Error)]
 pub enum ImageError {
     /// The sandbox process died or broke the protocol.
-    #[error("its sandbox: {0}")]
+    #[error("its sandbox")]
     Sandbox(#[from] sandbox::Error),
     /// The provider's code trapped or passed a limit.
-    #[error("{0}")]
+    #[error(transparent)]
     Guest(Failure),
     /// The provider returned an error.
     #[error("it answered with the error '{0}'")]

@@ -7,7 +7,7 @@ use super::provider_log::{ProviderLog, harmless};
 use super::stream::Stream;
 use super::target::{HostFailure, Target};
 use crate::channel::{Answer, Call, Failure, Outcome};
-use crate::contract::{ErrorCode, MAX_RECEIPT, MAX_WRITE, RawRange, World};
+use crate::contract::{ErrorCode, MAX_RECEIPT, MAX_WRITE, RawRange, World, with_causes};
 use crate::extent::Extent;
 use crate::sandbox::{self, Process};
 use crate::volume::coverage::CoverageError;
@@ -46,7 +46,7 @@ pub enum RunError {
     #[error(transparent)]
     Host(#[from] HostFailure),
     /// The sandbox process died or broke the protocol.
-    #[error("the provider's sandbox: {0}")]
+    #[error("the provider's sandbox")]
     Sandbox(#[from] sandbox::Error),
     /// The provider's code trapped or passed a limit.
     #[error("the provider failed: {0}")]
@@ -226,13 +226,13 @@ impl Run {
             let call = match self.next(process).await? {
                 Call::Done(Outcome::Receipt(receipt)) => return self.check_receipt(receipt),
                 Call::Done(Outcome::GuestError(code)) => {
-                    return Err(RunError::GaveUp(harmless(&code.to_string())));
+                    return Err(RunError::GaveUp(harmless(&with_causes(&code))));
                 }
                 Call::Done(Outcome::Failed(Failure::TooLarge { length, .. })) => {
                     return Err(self.too_long(usize::try_from(length).unwrap_or(usize::MAX)));
                 }
                 Call::Done(Outcome::Failed(failure)) => {
-                    return Err(RunError::Guest(harmless(&failure.to_string())));
+                    return Err(RunError::Guest(harmless(&with_causes(&failure))));
                 }
                 Call::Done(_) => return Err(RunError::Protocol),
                 call => call,

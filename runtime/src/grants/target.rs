@@ -19,13 +19,13 @@ use tokio_util::task::TaskTracker;
 #[derive(Debug, thiserror::Error)]
 pub enum HostFailure {
     /// The snapshot could not be read, or not be given back.
-    #[error("reading the snapshot failed: {0}")]
+    #[error("reading the snapshot failed")]
     Snapshot(#[from] nbd::Error),
     /// The archive could not store.
-    #[error("storing in the archive failed: {0}")]
+    #[error("storing in the archive failed")]
     Archive(#[from] archive::Error),
     /// A task of the job itself died.
-    #[error("a task of the job died: {0}")]
+    #[error("a task of the job died")]
     Task(#[from] JoinError),
 }
 

@@ -9,7 +9,7 @@
 
 use crate::archive::ComponentId;
 use crate::config::{Limits, Names};
-use crate::contract::Wasi;
+use crate::contract::{Wasi, with_causes};
 use crate::grants::account::Used;
 use crate::policy::Decision;
 use cap_std::fs::{Dir, DirBuilder, DirBuilderExt, File, OpenOptions, OpenOptionsExt};
@@ -233,7 +233,8 @@ impl Audit {
             let name = entry?.file_name();
             if name.to_string_lossy().ends_with(".json") {
                 looked = looked.and(self.look(&folder, &name).map_err(|error| {
-                    io::Error::new(error.kind(), format!("{}: {error}", name.display()))
+                    let why = format!("{}: {}", name.display(), with_causes(&error));
+                    io::Error::new(error.kind(), why)
                 }));
             }
         }

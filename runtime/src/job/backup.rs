@@ -21,6 +21,7 @@ use super::transfer::Transfer;
 use super::volume_run::{Covered, Uncovered, VolumeError};
 use crate::archive::{self, Archive, BackupId, Manifest, Moment, NamespaceName, Recheck};
 use crate::config::Provider;
+use crate::contract::with_causes;
 use crate::event::Events;
 use crate::grants::account::Account;
 use crate::grants::farewell::Farewells;
@@ -94,7 +95,7 @@ pub struct Summary {
 #[derive(Debug, thiserror::Error)]
 pub enum BackupError {
     /// The component cannot be used.
-    #[error("provider {name}: {source}")]
+    #[error("provider {name}")]
     Component {
         /// The provider's name.
         name: String,
@@ -105,7 +106,7 @@ pub enum BackupError {
     #[error(transparent)]
     Point(#[from] PointError),
     /// A volume was not backed up.
-    #[error("volume {volume}: {source}")]
+    #[error("volume {volume}")]
     Volume {
         /// Its name.
         volume: String,
@@ -113,7 +114,7 @@ pub enum BackupError {
         source: VolumeError,
     },
     /// What the provider claims cannot be read back.
-    #[error("volume {volume}: {source}")]
+    #[error("volume {volume}")]
     Proof {
         /// Its name.
         volume: String,
@@ -121,10 +122,10 @@ pub enum BackupError {
         source: ProofError,
     },
     /// The archive failed.
-    #[error("the archive: {0}")]
+    #[error("the archive")]
     Archive(#[from] archive::Error),
     /// A task of the job died.
-    #[error("a task of the job died: {0}")]
+    #[error("a task of the job died")]
     Task(#[source] tokio::task::JoinError),
     /// A signal asked for the end.
     #[error("cancelled; {}", match left {
@@ -391,7 +392,7 @@ impl Backup<'_> {
         let manifest = self.transfer.commit(covered, volumes).await?;
         // The backup is there, whether or not the journal can say so: the archive decides.
         if let Err(error) = self.prepared.step(Step::Committed) {
-            self.transfer.means.events.warn(error.to_string());
+            self.transfer.means.events.warn(with_causes(&error));
         }
         Ok(manifest)
     }

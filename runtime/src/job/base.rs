@@ -349,7 +349,7 @@ pub enum ChoiceError {
     #[error(transparent)]
     Name(#[from] BitmapNameError),
     /// The archive cannot say what it holds.
-    #[error("the archive cannot say what it holds: {0}")]
+    #[error("the archive cannot say what it holds")]
     Archive(#[from] archive::Error),
 }
 

@@ -67,13 +67,13 @@ pub struct Question {
 #[derive(Debug, thiserror::Error)]
 pub enum ClaimsError {
     /// The backup's block table cannot be read.
-    #[error("the block table of its backup: {0}")]
+    #[error("the block table of its backup")]
     Table(#[from] archive::Error),
     /// The provider does not open its image.
     #[error(transparent)]
     Open(#[from] ImageError),
     /// A task of the job died.
-    #[error("a task of the job died: {0}")]
+    #[error("a task of the job died")]
     Task(#[from] JoinError),
 }
 

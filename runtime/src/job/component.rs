@@ -24,7 +24,7 @@ pub enum ComponentError {
     #[error(transparent)]
     Compile(#[from] CompileError),
     /// Its imports are not granted, or it exports no provider.
-    #[error("it cannot be used as a provider: {0}")]
+    #[error("it cannot be used as a provider")]
     Refused(#[from] Refusal),
     /// It cannot be run, or not as confined as required.
     #[error(transparent)]

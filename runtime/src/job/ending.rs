@@ -8,6 +8,7 @@ use super::journal::{self, Lock};
 use super::recover::{self, InQemu, RecoverError};
 use super::signals::Signals;
 use super::storage::Storage;
+use crate::contract::with_causes;
 use crate::event::Events;
 use crate::qemu::claim::{Claim, ClaimError};
 use crate::qemu::monitor::NotQmp;
@@ -69,7 +70,10 @@ pub fn serve() -> ExitCode {
     watchdog::serve_arguments(async |text| match serde_json::from_str(text) {
         Ok(ending) => end(&ending).await,
         Err(error) => {
-            say(&format!("the snapshot of the job that died stays: {error}"));
+            say(&format!(
+                "the snapshot of the job that died stays: {}",
+                with_causes(&error)
+            ));
             false
         }
     })
@@ -108,8 +112,9 @@ async fn end(ending: &Ending) -> bool {
             Err(Trouble::Other(error)) => {
                 failed += 1;
                 tell(format!(
-                    "cannot end the snapshot of job {} yet: {error}",
-                    ending.job
+                    "cannot end the snapshot of job {} yet: {}",
+                    ending.job,
+                    with_causes(&error)
                 ));
             }
         }

@@ -22,7 +22,7 @@ use crate::archive::{
     self, Archive, BackupId, ExportRecord, ExportedDisk, LeftOut, Moment, NamespaceName,
 };
 use crate::config::Limits;
-use crate::contract::BLOCK_SIZE;
+use crate::contract::{BLOCK_SIZE, with_causes};
 use crate::event::Events;
 use crate::extent::Extent;
 use crate::nbd;
@@ -148,10 +148,10 @@ pub enum ExportError {
     #[error(transparent)]
     Point(#[from] PointError),
     /// What tools have cannot be recorded.
-    #[error("the record of what the tool has: {0}")]
+    #[error("the record of what the tool has")]
     Records(#[from] archive::Error),
     /// The control socket cannot be made.
-    #[error("the control socket {path}: {source}", path = path.display())]
+    #[error("the control socket {path}", path = path.display())]
     Control {
         /// Its path.
         path: PathBuf,
@@ -159,7 +159,7 @@ pub enum ExportError {
         source: io::Error,
     },
     /// No file can stand for the disk.
-    #[error("disk {disk} cannot be had as a file: {source}")]
+    #[error("disk {disk} cannot be had as a file")]
     File {
         /// The disk.
         disk: String,
@@ -168,7 +168,7 @@ pub enum ExportError {
     },
     /// The disk cannot be read any more.
     #[error(
-        "disk {disk} cannot be read as of the point in time any more ({source}): what was read of it cannot be trusted, so this counts as a failure (a tool that gives space back leaves the first 64 KiB of each disk)"
+        "disk {disk} cannot be read as of the point in time any more, and what was read of it cannot be trusted, so this counts as a failure (a tool that gives space back leaves the first 64 KiB of each disk)"
     )]
     Unreadable {
         /// The disk.
@@ -180,7 +180,7 @@ pub enum ExportError {
     #[error("a fault of this program ended the export: {0}")]
     Panicked(String),
     /// A task died.
-    #[error("a task of the export died: {0}")]
+    #[error("a task of the export died")]
     Task(#[source] tokio::task::JoinError),
 }
 
@@ -189,9 +189,9 @@ pub enum ExportError {
 pub enum FileError {
     /// QEMU refuses.
     #[error(
-        "{0} (QEMU needs FUSE, /dev/fuse, and, where it does not run as root, fusermount3 and a fleecing folder that it may use)"
+        "QEMU needs FUSE, /dev/fuse, and, where it does not run as root, fusermount3 and a fleecing folder that it may use"
     )]
-    Qemu(MonitorError),
+    Qemu(#[source] MonitorError),
     /// The file cannot be made.
     #[error(transparent)]
     Io(#[from] io::Error),
@@ -497,7 +497,7 @@ impl Export<'_> {
         recorded.await.map_err(ExportError::Task)??;
         // It has it, whether or not the journal can say so: the record decides.
         if let Err(error) = prepared.step(Step::Committed) {
-            self.subject.events.warn(error.to_string());
+            self.subject.events.warn(with_causes(&error));
         }
         Ok(())
     }

@@ -39,7 +39,7 @@ pub enum Source {
 #[derive(Debug, thiserror::Error)]
 pub enum ExtraError {
     /// QEMU does not take it.
-    #[error("the extra volume {name}: {source}")]
+    #[error("the extra volume {name}")]
     Machine {
         /// Its name.
         name: String,
@@ -47,7 +47,7 @@ pub enum ExtraError {
         source: MachineError,
     },
     /// The file cannot be looked at.
-    #[error("the extra volume {name}: {source}")]
+    #[error("the extra volume {name}")]
     Look {
         /// Its name.
         name: String,

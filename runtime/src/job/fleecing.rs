@@ -81,7 +81,7 @@ pub enum FleecingError {
         size: u64,
     },
     /// The file system failed.
-    #[error("cannot make fleecing images in {folder}: {source}", folder = folder.display())]
+    #[error("cannot make fleecing images in {folder}", folder = folder.display())]
     Io {
         /// The folder.
         folder: PathBuf,

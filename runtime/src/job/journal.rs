@@ -3,6 +3,7 @@
 //! One small JSON file per VM, replaced as a whole at each step, in a folder whose lock the job holds. It never
 //! decides what is in the archive (the archive does) nor what QEMU holds (QEMU is asked): it only says where to look.
 
+use crate::contract::with_causes;
 use cap_std::fs::Dir;
 use cap_tempfile::TempFile;
 use serde::{Deserialize, Serialize};
@@ -111,10 +112,10 @@ pub enum JournalError {
         folder: PathBuf,
     },
     /// The file system failed.
-    #[error("cannot keep the job's journal: {0}")]
+    #[error("cannot keep the job's journal")]
     Io(#[from] io::Error),
     /// The file of the dead run cannot be read, or not be set aside.
-    #[error("cannot read the journal {path}: {source}", path = path.display())]
+    #[error("cannot read the journal {path}", path = path.display())]
     File {
         /// The file.
         path: PathBuf,
@@ -306,7 +307,7 @@ pub fn read_record(folder: &Dir) -> io::Result<Option<Result<Record, String>>> {
     match folder.read(FILE) {
         Ok(bytes) if bytes.is_empty() => Ok(Some(Err("it is empty".into()))),
         Ok(bytes) => Ok(Some(
-            serde_json::from_slice(&bytes).map_err(|error| error.to_string()),
+            serde_json::from_slice(&bytes).map_err(|error| with_causes(&error)),
         )),
         Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(None),
         Err(error) => Err(error),

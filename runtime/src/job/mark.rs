@@ -21,7 +21,7 @@ pub(super) enum MarkError {
     #[error(transparent)]
     Nbd(#[from] nbd::Error),
     /// The system gives no random bytes.
-    #[error("no random bytes: {0}")]
+    #[error("no random bytes")]
     Random(#[from] getrandom::Error),
 }
 

@@ -20,7 +20,7 @@ use super::storage::{Storage, Unanswered};
 use super::subject::{Subject, VmAccess, tell_choice};
 use super::volume_run::Uncovered;
 use crate::archive::{BackupId, DiskRecord, Moment};
-use crate::contract::BLOCK_SIZE;
+use crate::contract::{BLOCK_SIZE, with_causes};
 use crate::event::Event;
 use crate::policy::Denied;
 use crate::qemu::agent::Freeze;
@@ -53,10 +53,10 @@ pub enum PointError {
     #[error(transparent)]
     Extra(#[from] ExtraError),
     /// The agent cannot be reached.
-    #[error("the guest agent: {0}")]
+    #[error("the guest agent")]
     Agent(#[from] qemu::AgentError),
     /// The watchdog cannot be started.
-    #[error("the watchdog: {0}")]
+    #[error("the watchdog")]
     Watchdog(#[from] qemu::WatchdogError),
     /// Another job has the VM.
     #[error(transparent)]
@@ -89,13 +89,13 @@ pub enum PointError {
     #[error(transparent)]
     GivenUp(#[from] GivenUp),
     /// The snapshot did not hold to the end.
-    #[error("{0}; nothing read from it can be trusted")]
+    #[error("nothing read from the snapshot can be trusted")]
     Broken(#[from] Broken),
     /// What QEMU kept in the fleecing images may have been lost.
-    #[error("the storage below the fleecing folder failed: {0}")]
-    FleecingLost(io::Error),
+    #[error("the storage below the fleecing folder failed")]
+    FleecingLost(#[source] io::Error),
     /// The system gives no random bytes.
-    #[error("no random bytes: {0}")]
+    #[error("no random bytes")]
     Random(#[from] getrandom::Error),
 }
 
@@ -269,8 +269,9 @@ impl<'a> Prepared<'a> {
         if let Err(error) = point.make_room(self.monitor, index).await {
             let disk = self.disks.get(usize::from(index));
             self.subject.events.warn(format!(
-                "{}: its fleecing image does not shrink while it is read: {error}",
-                disk.map_or("", |(disk, _)| &disk.name)
+                "{}: its fleecing image does not shrink while it is read: {}",
+                disk.map_or("", |(disk, _)| &disk.name),
+                with_causes(&error)
             ));
         }
     }
@@ -334,7 +335,7 @@ impl<'a> Prepared<'a> {
         };
         let extra = &self.subject.vm.extra;
         let detached = extra::detach_files(self.monitor, self.job, extra).await;
-        let mut left: Vec<_> = detached.iter().map(ToString::to_string).collect();
+        let mut left: Vec<_> = detached.iter().map(|it| with_causes(it)).collect();
         left.extend(self.remove_fleecing());
         Err((error, left))
     }
@@ -368,7 +369,8 @@ impl<'a> Prepared<'a> {
             // The VM will not stand still: all that is lost is that somebody ends the snapshot of a job that dies.
             Err(error) if agent.is_none() && !stops => {
                 self.subject.events.warn(format!(
-                    "{error}; if this job dies, its snapshot stays until the next run"
+                    "{}; if this job dies, its snapshot stays until the next run",
+                    with_causes(&error)
                 ));
                 None
             }
@@ -417,7 +419,7 @@ impl<'a> Prepared<'a> {
                 && let Err(error) = watchdog.runs().await
             {
                 // It may thaw the guest once more, which does no harm. The point in time is there and stays.
-                self.subject.events.warn(error.to_string());
+                self.subject.events.warn(with_causes(&error));
             }
             self.watchdog = watchdog;
         }
@@ -445,8 +447,9 @@ impl<'a> Prepared<'a> {
             match mark::set(self.monitor, point, index, disk, bitmap, base).await {
                 Ok(mark) => choice.mark = Some(mark),
                 Err(error) => self.subject.events.warn(format!(
-                    "{}: its bitmap cannot be marked, so the next backup does not see whether somebody clears it: {error}",
-                    disk.name
+                    "{}: its bitmap cannot be marked, so the next backup does not see whether somebody clears it: {}",
+                    disk.name,
+                    with_causes(&error)
                 )),
             }
         }
@@ -462,7 +465,7 @@ impl<'a> Prepared<'a> {
         match Agent::connect(path, qemu::agent::Limits::default()).await {
             Ok(agent) => Ok(Some(agent)),
             Err(error) if vm.config.freeze == Freeze::IfAvailable => {
-                events.note(format!("{NOT_FROZEN}: {error}"));
+                events.note(format!("{NOT_FROZEN}: {}", with_causes(&error)));
                 Ok(None)
             }
             Err(error) => Err(error.into()),
@@ -512,13 +515,13 @@ impl<'a> Prepared<'a> {
     /// be kept. Returns what is left; the next run removes it.
     pub async fn release(&mut self, point: &PointInTime) -> Vec<String> {
         let mut left = Vec::new();
-        left.extend(self.step(Step::Releasing).err().map(|e| e.to_string()));
+        left.extend(self.step(Step::Releasing).err().map(|e| with_causes(&e)));
         if let Err(unanswered) = self.wait_for_storage(point).await {
             left.push(self.keep(&unanswered));
         } else {
             let errors = point.teardown(self.monitor).await;
             self.kept = !errors.is_empty();
-            left.extend(errors.iter().map(ToString::to_string));
+            left.extend(errors.iter().map(|it| with_causes(it)));
             // QEMU may still hold a file that could not be taken from it; deleting it harms neither side.
             self.fleecing.remove_images();
             left.extend(self.resume().await);
@@ -564,7 +567,10 @@ impl<'a> Prepared<'a> {
         );
         let continued = monitor.execute(qapi::qmp::cont {}).await;
         let error = continued.err()?;
-        Some(format!("the VM is stopped by an I/O error: {error}"))
+        Some(format!(
+            "the VM is stopped by an I/O error: {}",
+            with_causes(&error)
+        ))
     }
 
     /// Whether no QEMU answers any more that could have anything of the job's. What answers again is cleaned up by whoever
@@ -576,8 +582,9 @@ impl<'a> Prepared<'a> {
     fn remove_fleecing(&self) -> Option<String> {
         let error = self.fleecing.remove().err()?;
         Some(format!(
-            "the fleecing images in {}: {error}",
-            self.fleecing.folder().display()
+            "the fleecing images in {}: {}",
+            self.fleecing.folder().display(),
+            with_causes(&error)
         ))
     }
 
@@ -590,7 +597,7 @@ impl<'a> Prepared<'a> {
             return left;
         }
         if let Err(error) = self.step(Step::SwitchingBitmaps) {
-            left.push(error.to_string());
+            left.push(with_causes(&error));
         }
         if let Err(unanswered) = self.wait_for_storage(point).await {
             left.push(format!("the bitmaps: {unanswered}"));
@@ -611,7 +618,11 @@ impl<'a> Prepared<'a> {
                     "{}: its bitmap could not be made whole; the next backup reads it in full",
                     disk.name
                 )),
-                Err(error) => left.push(format!("the bitmaps of {}: {error}", disk.name)),
+                Err(error) => left.push(format!(
+                    "the bitmaps of {}: {}",
+                    disk.name,
+                    with_causes(&error)
+                )),
             }
         }
         left
@@ -639,7 +650,7 @@ impl<'a> Prepared<'a> {
                 "disk {disk}, which is not in the backup, was unplugged while it ran, and could not be closed, as the backup asked its storage whether it answers: QEMU still has its node {node} open (QMP blockdev-del closes it)"
             ));
         }
-        left.extend(errors.iter().map(ToString::to_string));
+        left.extend(errors.iter().map(|it| with_causes(it)));
         left.extend(self.remove_fleecing());
         left
     }
@@ -647,17 +658,17 @@ impl<'a> Prepared<'a> {
     /// While anything is left, the journal stays for the next run, and the watchdog does what it can.
     pub async fn close(&mut self, left: &mut Vec<String>) {
         if !left.is_empty() {
-            left.extend(self.journal.end_incomplete().err().map(|e| e.to_string()));
+            left.extend(self.journal.end_incomplete().err().map(|e| with_causes(&e)));
             return;
         }
         if let Err(error) = self.journal.clear() {
-            left.push(error.to_string());
+            left.push(with_causes(&error));
         }
         if let Some(watchdog) = self.watchdog.take()
             && let Err(error) = watchdog.disarm().await
         {
             // There is nothing left that it could end.
-            self.subject.events.warn(error.to_string());
+            self.subject.events.warn(with_causes(&error));
         }
     }
 

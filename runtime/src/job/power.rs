@@ -4,6 +4,7 @@
 //! the VM is gone again, so that a job that was killed in between leaves the VM to the next one.
 
 use super::journal::{Journal, JournalError};
+use crate::contract::with_causes;
 use crate::event::Events;
 use crate::qemu::{MachineError, Monitor, MonitorError, machine};
 use std::io;
@@ -45,11 +46,11 @@ pub enum PowerError {
     Monitor(#[from] MonitorError),
     /// Nothing listens on its monitor's socket, and nothing says how to start it.
     #[error(
-        "{0}; the VM does not run, and the key `start` of this VM in the configuration does not say how to start it paused"
+        "the VM does not run, and the key `start` of this VM in the configuration does not say how to start it paused"
     )]
-    Stopped(MonitorError),
+    Stopped(#[source] MonitorError),
     /// The command cannot be run.
-    #[error("the VM does not run, and its command `start` ({command}) cannot be run: {source}")]
+    #[error("the VM does not run, and its command `start` ({command}) cannot be run")]
     Command {
         /// Its program.
         command: String,
@@ -66,7 +67,7 @@ pub enum PowerError {
     },
     /// There is no monitor although the command seems to be content.
     #[error(
-        "the command `start` ({command}) gave no VM within {} s: {source}",
+        "the command `start` ({command}) gave no VM within {} s",
         START_LIMIT.as_secs()
     )]
     Silent {
@@ -275,7 +276,7 @@ async fn runs(monitor: &Monitor) -> Result<bool, PowerError> {
 enum EndError {
     #[error(transparent)]
     Monitor(#[from] MonitorError),
-    #[error("its command `stop` ({command}) cannot be run: {source}")]
+    #[error("its command `stop` ({command}) cannot be run")]
     Command { command: String, source: io::Error },
     #[error("its command `stop` ({command}) did not stop it: {status}")]
     NotStopped { command: String, status: ExitStatus },
@@ -313,9 +314,10 @@ impl Reached {
         match self.end(events).await {
             Ok(()) => journal
                 .set_vm_started(false)
-                .map_err(|error| error.to_string()),
+                .map_err(|error| with_causes(&error)),
             Err(error) => Err(format!(
-                "the VM that was started paused still runs: {error}"
+                "the VM that was started paused still runs: {}",
+                with_causes(&error)
             )),
         }
     }

@@ -32,7 +32,7 @@ pub struct Proving<'a> {
 #[derive(Debug, thiserror::Error)]
 pub enum ProofError {
     /// The provider does not give it back.
-    #[error("the provider claims {extent} but cannot give it back: {source}")]
+    #[error("the provider claims {extent} but cannot give it back")]
     NotGivenBack {
         /// What was asked for.
         extent: Extent,
@@ -40,7 +40,7 @@ pub enum ProofError {
         source: ImageError,
     },
     /// The provider cannot open its own backup.
-    #[error("the provider cannot open what it wrote: {0}")]
+    #[error("the provider cannot open what it wrote")]
     Open(#[source] ImageError),
     /// The provider gives back other bytes than the disk held.
     #[error("the provider claims {extent} but gives back other bytes than the disk held")]
@@ -57,10 +57,10 @@ pub enum ProofError {
         seconds: u64,
     },
     /// The archive failed.
-    #[error("the archive: {0}")]
+    #[error("the archive")]
     Archive(#[from] archive::Error),
     /// A task of the job died.
-    #[error("a task of the job died: {0}")]
+    #[error("a task of the job died")]
     Task(#[from] JoinError),
     /// The job was cancelled.
     #[error("cancelled")]

@@ -67,7 +67,7 @@ pub struct ReadBack<'a> {
 #[derive(Debug, thiserror::Error)]
 pub enum Finding {
     /// The archive does not give the bytes.
-    #[error("{extent}: {source}")]
+    #[error("{extent}")]
     Unreadable {
         /// Of the volume.
         extent: Extent,
@@ -83,9 +83,7 @@ pub enum Finding {
         origin: String,
     },
     /// The provider does not give back what it claimed.
-    #[error(
-        "{extent}: the provider of backup {backup} does not give back what it claimed: {source}"
-    )]
+    #[error("{extent}: the provider of backup {backup} does not give back what it claimed")]
     NotGivenBack {
         /// Of the volume.
         extent: Extent,
@@ -95,7 +93,7 @@ pub enum Finding {
         source: ImageError,
     },
     /// The provider of a backup cannot be asked.
-    #[error("the provider of backup {backup} cannot be asked for what it claimed: {source}")]
+    #[error("the provider of backup {backup} cannot be asked for what it claimed")]
     NoProvider {
         /// Where ranges were claimed.
         backup: BackupId,
@@ -111,8 +109,8 @@ pub enum Finding {
         backup: BackupId,
     },
     /// The block table itself cannot be read.
-    #[error("the block table: {0}")]
-    Table(archive::Error),
+    #[error("the block table")]
+    Table(#[source] archive::Error),
 }
 
 /// Why a backup's own provider cannot be run.
@@ -139,10 +137,10 @@ pub enum ProviderError {
 #[derive(Debug, thiserror::Error)]
 pub enum ReadBackError {
     /// The output cannot be written.
-    #[error("writing failed: {0}")]
+    #[error("writing failed")]
     Output(#[from] io::Error),
     /// A task of the job died.
-    #[error("a task of the job died: {0}")]
+    #[error("a task of the job died")]
     Task(#[from] tokio::task::JoinError),
     /// A signal asked for the end.
     #[error("cancelled")]

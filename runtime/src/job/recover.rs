@@ -9,6 +9,7 @@ use super::power::{self, PowerError};
 use super::signals::Signals;
 use super::storage::{Storage, Unanswered};
 use crate::archive::{self, Archive, BackupId, Namespace, NamespaceName};
+use crate::contract::with_causes;
 use crate::event::Events;
 use crate::qemu::bitmap::{self, BitmapPlan, Tracking};
 use crate::qemu::claim::{Claim, ClaimError};
@@ -30,14 +31,14 @@ pub enum RecoverError {
     #[error(transparent)]
     Monitor(#[from] MonitorError),
     /// Something of the dead run is still in QEMU.
-    #[error("a job that died left something in QEMU that cannot be removed: {0}")]
+    #[error("a job that died left something in QEMU that cannot be removed")]
     Left(#[from] RemovalError),
     /// The archive cannot say what it holds.
-    #[error("the archive cannot say what it holds: {0}")]
+    #[error("the archive cannot say what it holds")]
     Archive(#[from] archive::Error),
     /// A fleecing image of the dead run cannot be removed.
-    #[error("a fleecing image of a job that died cannot be removed: {0}")]
-    Files(io::Error),
+    #[error("a fleecing image of a job that died cannot be removed")]
+    Files(#[source] io::Error),
     /// The journal cannot be kept, or a live job has it.
     #[error(transparent)]
     Journal(#[from] JournalError),
@@ -282,7 +283,7 @@ impl InQemu<'_> {
                 let namespace = match archive.namespace(&name) {
                     Ok(namespace) => Arc::new(namespace),
                     Err(error) => {
-                        unsettled.push(format!("namespace {name}: {error}"));
+                        unsettled.push(format!("namespace {name}: {}", with_causes(&error)));
                         continue;
                     }
                 };
@@ -458,7 +459,7 @@ pub fn recorded(namespace: &Namespace, id: BackupId) -> Result<Recorded, archive
     match found {
         Err(archive::Error::NotFound { .. }) => Ok(Recorded::Absent),
         Err(error @ archive::Error::Damaged { .. }) => Ok(Recorded::Damaged {
-            reason: error.to_string(),
+            reason: with_causes(&error),
         }),
         found => found,
     }

@@ -28,7 +28,7 @@ pub enum SlotError {
         most: NonZeroU32,
     },
     /// The file system failed.
-    #[error("cannot lock a place for a job of tenant {tenant}: {source}")]
+    #[error("cannot lock a place for a job of tenant {tenant}")]
     Io {
         /// The tenant.
         tenant: String,

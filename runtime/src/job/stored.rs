@@ -1,6 +1,7 @@
 //! A stored backup, found by its id.
 
 use crate::archive::{self, Archive, BackupId, Manifest, Namespace, NamespaceName};
+use crate::contract::with_causes;
 use std::sync::Arc;
 
 /// A backup, and the part of the archive that holds it.
@@ -57,7 +58,7 @@ pub enum FindError {
         unseen: Vec<String>,
     },
     /// It is there and cannot be read.
-    #[error("backup {backup}: {source}")]
+    #[error("backup {backup}")]
     Unreadable {
         /// The id.
         backup: BackupId,
@@ -87,7 +88,7 @@ pub fn find(
         match looked.map(|namespace| (namespace.manifest(id), namespace)) {
             Ok((Err(archive::Error::NotFound { .. }), _)) => {}
             Ok((manifest, namespace)) => found.push((name, namespace, manifest)),
-            Err(error) => unseen.push(format!("namespace {name}: {error}")),
+            Err(error) => unseen.push(format!("namespace {name}: {}", with_causes(&error))),
         }
     }
     if found.len() > 1 {

@@ -10,7 +10,7 @@ use super::selection::{self, Selected, Selection};
 use super::signals::Signals;
 use crate::archive::{Archive, BackupId, LeftOut, Namespace};
 use crate::config::Vm;
-use crate::contract::BLOCK_SIZE;
+use crate::contract::{BLOCK_SIZE, with_causes};
 use crate::event::Events;
 use crate::qemu::claim::{Claim, ClaimError};
 use crate::qemu::machine::Standing;
@@ -156,7 +156,7 @@ pub async fn on_vm<T, E: From<PointError>>(
         ) {
             (Ok(()), Ok((_, left))) => left.clear(),
             (Ok(()), Err(_)) => {}
-            (Err(error), _) => events.warn(error.to_string()),
+            (Err(error), _) => events.warn(with_causes(&error)),
         }
         reached.monitor = monitor;
     }

@@ -10,7 +10,7 @@ use crate::archive::{
     self, BackupId, BackupRecord, BackupWriter, ComponentId, LeftOut, Manifest, Moment, Namespace,
     Proof, ProviderRecord, VolumeRecord,
 };
-use crate::contract::World;
+use crate::contract::{World, with_causes};
 use crate::grants::account::Account;
 use crate::grants::farewell::Farewells;
 use bytes::Bytes;
@@ -192,13 +192,13 @@ impl Transfer<'_> {
             let removed = tokio::task::spawn_blocking(move || writer.abandon());
             timeout(ARCHIVE_TIME, removed).await.ok()
         };
-        let error = match removed.await {
+        let why = match removed.await {
             Some(Ok(Ok(()))) => return None,
-            Some(Ok(Err(error))) => error.to_string(),
-            Some(Err(error)) => error.to_string(),
+            Some(Ok(Err(error))) => with_causes(&error),
+            Some(Err(error)) => with_causes(&error),
             None => "a task of the job still writes, or the archive does not answer".into(),
         };
-        Some(format!("what backup {} stored: {error}", self.id))
+        Some(format!("what backup {} stored: {why}", self.id))
     }
 
     fn writer(&self) -> Result<&Arc<BackupWriter>, archive::Error> {

@@ -5,6 +5,7 @@ use super::means::Means;
 use super::read_back::{self, Finding, ReadBack, ReadBackError};
 use super::reading::Reading;
 use crate::archive::{self, ObjectName};
+use crate::contract::with_causes;
 use crate::sandbox::Cache;
 
 /// What a verify came to.
@@ -51,11 +52,11 @@ pub async fn verify(
         Ok(()) => {}
         // Whoever may only read gets what was asked for.
         Err(error) if found.is_empty() => {
-            let note = format!("what was found is not recorded: {error}");
+            let note = format!("what was found is not recorded: {}", with_causes(&error));
             means.events.note(note);
         }
         Err(error) => {
-            let warning = format!("what was found is not recorded: {error}");
+            let warning = format!("what was found is not recorded: {}", with_causes(&error));
             means.events.warn(warning);
         }
     }

@@ -93,13 +93,13 @@ pub struct Covered {
 #[derive(Debug, thiserror::Error)]
 pub enum VolumeError {
     /// The export cannot be read.
-    #[error("reading the snapshot failed: {0}")]
+    #[error("reading the snapshot failed")]
     Snapshot(#[from] nbd::Error),
     /// The archive failed.
-    #[error("the archive: {0}")]
+    #[error("the archive")]
     Archive(#[from] archive::Error),
     /// The sandbox cannot be started.
-    #[error("the provider's sandbox: {0}")]
+    #[error("the provider's sandbox")]
     Sandbox(#[from] sandbox::Error),
     /// The provider did not do it.
     #[error(transparent)]

@@ -2,6 +2,7 @@
 
 use super::{FORMAT, Header, Line, MAX_RECORDING, Payload, carried_by_answer, carried_by_call};
 use crate::channel::{self, Answer, Bounds, Call, ImageRead, Order};
+use crate::contract::with_causes;
 use std::io::{self, BufRead, Read};
 use std::time::Duration;
 
@@ -59,7 +60,7 @@ enum Awaited {
 #[derive(Debug, thiserror::Error)]
 pub enum BadRecording {
     /// It cannot be read.
-    #[error("it cannot be read: {0}")]
+    #[error("it cannot be read")]
     Io(#[from] io::Error),
     /// It is something else.
     #[error("it is no recording: {0}")]
@@ -79,8 +80,9 @@ impl Recording {
     pub fn read(file: &mut impl BufRead) -> Result<Self, BadRecording> {
         let mut file = file.take(MAX_RECORDING + MAX_LINE);
         let first = line(&mut file)?.unwrap_or_default();
-        let header: Header = serde_json::from_slice(&first)
-            .map_err(|error| BadRecording::Header(format!("its first line: {error}")))?;
+        let header: Header = serde_json::from_slice(&first).map_err(|error| {
+            BadRecording::Header(format!("its first line: {}", with_causes(&error)))
+        })?;
         if header.fleecebox_recording != FORMAT {
             return Err(BadRecording::Header(format!(
                 "it is of format {}, made by {}; this program reads format {FORMAT}",
@@ -105,7 +107,7 @@ impl Recording {
                 Err(_) if bytes.last() != Some(&b'\n') => {
                     recording.cut = Some("the recording ends within a line".into());
                 }
-                Err(error) => return Err(bad(error.to_string())),
+                Err(error) => return Err(bad(with_causes(&error))),
             }
         }
         Ok(recording)
@@ -177,7 +179,7 @@ impl Recorded {
     fn call(&mut self, call: Call, payload: Option<Payload>) -> Result<(), String> {
         self.expect(Awaited::Call)?;
         let bounds = Bounds::new(&self.order);
-        bounds.check(&call).map_err(|error| error.to_string())?;
+        bounds.check(&call).map_err(|error| with_causes(&error))?;
         check_payload(carried_by_call(&call), &payload)?;
         self.awaited = match &call {
             Call::Done(_) => Awaited::Ask,

@@ -3,7 +3,7 @@
 use super::Payload;
 use super::read::{Recorded, Step};
 use crate::channel::{Answer, Call, Order};
-use crate::contract::{LogLevel, World};
+use crate::contract::{LogLevel, World, with_causes};
 use crate::sandbox::{self, Compiled, Program};
 use serde::Serialize;
 
@@ -57,7 +57,7 @@ pub enum ReplayError {
         recorded: World,
     },
     /// The sandbox.
-    #[error("the provider's sandbox: {0}")]
+    #[error("the provider's sandbox")]
     Sandbox(#[from] sandbox::Error),
 }
 
@@ -177,8 +177,8 @@ fn words(call: &Call) -> String {
 fn ending(outcome: &crate::channel::Outcome) -> String {
     use crate::channel::Outcome;
     match outcome {
-        Outcome::GuestError(code) => format!("the provider gave up: {code}"),
-        Outcome::Failed(failure) => format!("the provider failed: {failure}"),
+        Outcome::GuestError(code) => format!("the provider gave up: {}", with_causes(code)),
+        Outcome::Failed(failure) => format!("the provider failed: {}", with_causes(failure)),
         Outcome::Receipt(receipt) => format!("a receipt of {} bytes", receipt.len()),
         Outcome::Opened => "the image is open".into(),
         Outcome::Bytes { length } => format!("{length} bytes"),

@@ -2,7 +2,7 @@
 
 use super::{Header, Line, MAX_RECORDING, Payload, carried_by_answer, carried_by_call};
 use crate::channel::{Answer, Call, ImageRead, Order};
-use crate::contract::ErrorCode;
+use crate::contract::{ErrorCode, with_causes};
 use crate::sandbox::{self, Listener, Witness};
 use serde::Serialize;
 use std::fs::File;
@@ -91,7 +91,7 @@ impl Recorder {
                 Some(why) => Err(why),
                 None => Ok(()),
             },
-            Ok(Err(error)) => Err(format!("its file failed: {error}")),
+            Ok(Err(error)) => Err(format!("its file failed: {}", with_causes(&error))),
             Err(_) => Err("its file takes no more bytes".into()),
         }
     }

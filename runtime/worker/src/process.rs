@@ -5,6 +5,7 @@ use super::stubs::Lost;
 use super::surroundings::{passing_time, standing_time};
 use super::{engine, limits, orders};
 use fleecebox_channel::{Confinement, Order, Payload, Socket, take_over};
+use fleecebox_contract::with_causes;
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::net::UnixStream;
@@ -19,7 +20,7 @@ pub fn serve() -> ExitCode {
     match serve_one() {
         Ok(()) => ExitCode::SUCCESS,
         Err(unable) => {
-            eprintln!("{unable}");
+            eprintln!("{}", with_causes(&unable));
             ExitCode::FAILURE
         }
     }
@@ -28,18 +29,18 @@ pub fn serve() -> ExitCode {
 /// Why a sandbox process could not do as it was told.
 #[derive(Debug, thiserror::Error)]
 enum Unable {
-    #[error("the process could not be confined: {0}")]
-    Confine(std::io::Error),
-    #[error("the process got no files: {0}")]
-    Files(rustix::io::Errno),
+    #[error("the process could not be confined")]
+    Confine(#[source] std::io::Error),
+    #[error("the process got no files")]
+    Files(#[source] rustix::io::Errno),
     #[error("the process got {0} files, which do not belong to its order")]
     WrongFiles(usize),
-    #[error("wasmtime could not be set up: {0}")]
+    #[error("wasmtime could not be set up: {0:#}")]
     Engine(wasmtime::Error),
-    #[error("the guest's thread could not be started: {0}")]
-    Thread(std::io::Error),
-    #[error("what a guest's waits go by could not be made: {0}")]
-    Time(std::io::Error),
+    #[error("the guest's thread could not be started")]
+    Thread(#[source] std::io::Error),
+    #[error("what a guest's waits go by could not be made")]
+    Time(#[source] std::io::Error),
     #[error("the guest's thread panicked")]
     Panicked,
     #[error(transparent)]

@@ -7,8 +7,8 @@ use super::super::error::{Damage, Error};
 use super::super::frame::{Frame, ObjectRef};
 use super::super::name::BackupId;
 use super::{Entry, FAN_OUT, PageRef, Run, RunContent, Shape};
-use fleecebox_contract::Encoding;
 use fleecebox_contract::digest::Digest;
+use fleecebox_contract::{Encoding, with_causes};
 use serde::{Deserialize, Serialize};
 use std::ops::Range;
 
@@ -400,7 +400,7 @@ impl RunContent {
 }
 
 fn render(page: &WirePage) -> Result<Vec<u8>, Error> {
-    postcard::to_stdvec(page).map_err(|error| Error::Serialise(error.to_string()))
+    postcard::to_stdvec(page).map_err(|error| Error::Serialise(with_causes(&error)))
 }
 
 fn parse(bytes: &[u8]) -> Result<WirePage, Damage> {

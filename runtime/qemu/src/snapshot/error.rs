@@ -6,10 +6,12 @@ use crate::filter::FilterError;
 use crate::machine::Unusable;
 use crate::monitor::MonitorError;
 use crate::removal::RemovalError;
+use fleecebox_contract::with_causes;
 use std::fmt;
 use std::path::PathBuf;
 
-/// Why there is no point in time. What had been made was taken back, but for what `left` names.
+/// Why there is no point in time. What had been made was taken back, but for what `left` names; where all was, it says no
+/// more than its cause does.
 #[derive(Debug)]
 pub struct SnapshotError {
     /// What went wrong.
@@ -36,23 +38,33 @@ impl SnapshotError {
 
 impl fmt::Display for SnapshotError {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "{}", self.cause)?;
-        if let Some(e) = &self.frozen {
-            write!(f, "; the guest may still be frozen: {e}")?;
+        if self.is_undone() {
+            return self.cause.fmt(f);
         }
-        if let Some(e) = &self.stopped {
-            write!(f, "; the VM may still be stopped: {e}")?;
-        }
-        for e in &self.left {
-            write!(f, "; {e}")?;
-        }
-        Ok(())
+        let frozen = self
+            .frozen
+            .iter()
+            .map(|error| format!("the guest may still be frozen: {}", with_causes(error)));
+        let stopped = self
+            .stopped
+            .iter()
+            .map(|error| format!("the VM may still be stopped: {}", with_causes(error)));
+        let left = self.left.iter().map(|error| with_causes(error));
+        let kept: Vec<_> = frozen.chain(stopped).chain(left).collect();
+        write!(
+            f,
+            "there is no point in time, and not all could be taken back ({})",
+            kept.join("; ")
+        )
     }
 }
 
 impl std::error::Error for SnapshotError {
     fn source(&self) -> Option<&(dyn std::error::Error + 'static)> {
-        Some(&self.cause)
+        match self.is_undone() {
+            true => self.cause.source(),
+            false => Some(&self.cause),
+        }
     }
 }
 
@@ -60,13 +72,14 @@ impl std::error::Error for SnapshotError {
 #[derive(Debug, thiserror::Error)]
 pub enum Cause {
     /// The old bitmap of a disk is not one to rely on.
-    #[error("disk {disk} has no usable bitmap {bitmap}: {reason}")]
+    #[error("disk {disk} has no usable bitmap {bitmap}")]
     Bitmap {
         /// The disk.
         disk: String,
         /// The bitmap.
         bitmap: String,
         /// Why.
+        #[source]
         reason: Unusable,
     },
     /// The monitor failed before anything was changed but fleecing nodes.
@@ -74,7 +87,7 @@ pub enum Cause {
     Monitor(MonitorError),
     /// QEMU cannot open the fleecing image.
     #[error(
-        "QEMU cannot open the fleecing image {path}: {source}. The VM's QEMU must be able to open this path for writing: one that runs as another user, or confined as libvirt does, needs a fleecing folder that it may use"
+        "QEMU cannot open the fleecing image {path}, and must be able to open it for writing (one that runs as another user, or confined as libvirt does, needs a fleecing folder that it may use)"
     )]
     Fleecing {
         /// The file.
@@ -83,10 +96,10 @@ pub enum Cause {
         source: MonitorError,
     },
     /// The guest's file systems could not be frozen.
-    #[error("cannot freeze the guest's file systems: {0}")]
+    #[error("cannot freeze the guest's file systems")]
     Freeze(#[source] AgentError),
     /// The transaction failed, for all disks.
-    #[error("the point in time could not be taken: {0}")]
+    #[error("the point in time could not be taken")]
     Transaction(#[source] MonitorError),
     /// QEMU would abort.
     #[error(
@@ -99,10 +112,10 @@ pub enum Cause {
         export: String,
     },
     /// No filter can be put over the disks.
-    #[error("the point in time could not be taken by filters: {0}")]
+    #[error("the point in time could not be taken by filters")]
     Filter(#[from] FilterError),
     /// Proxmox's QEMU does not take it.
-    #[error("the point in time could not be taken by backup access: {0}")]
+    #[error("the point in time could not be taken by backup access")]
     BackupAccess(#[from] AccessError),
     /// The VM stays stopped; see [`SnapshotError::stopped`].
     #[error("the VM was not continued after the point in time")]
@@ -111,7 +124,7 @@ pub enum Cause {
     #[error("the guest's file systems did not thaw after the point in time")]
     Thaw,
     /// The node that reads as of the point in time cannot be made.
-    #[error("disk {disk} cannot be read as of the point in time: {source}")]
+    #[error("disk {disk} cannot be read as of the point in time")]
     Access {
         /// The disk.
         disk: String,
@@ -124,7 +137,7 @@ pub enum Cause {
     )]
     ServerRunning,
     /// The NBD server cannot be started.
-    #[error("QEMU cannot start an NBD server on {path}: {source}")]
+    #[error("QEMU cannot start an NBD server on {path}")]
     Server {
         /// Its socket.
         path: PathBuf,
@@ -132,7 +145,7 @@ pub enum Cause {
         source: MonitorError,
     },
     /// An export cannot be added.
-    #[error("disk {disk} cannot be exported: {source}")]
+    #[error("disk {disk} cannot be exported")]
     Export {
         /// The disk.
         disk: String,
@@ -148,7 +161,7 @@ pub enum UndoError {
     #[error(transparent)]
     Removal(#[from] RemovalError),
     /// A disk's bitmaps are not as they were before.
-    #[error("the bitmaps of disk {disk} could not be put back: {source}")]
+    #[error("the bitmaps of disk {disk} could not be put back")]
     Bitmap {
         /// The disk.
         disk: String,

@@ -16,6 +16,7 @@ use crate::present;
 use crate::removal::{self, ServerFate};
 use crate::schema::Schema;
 use crate::standstill::{self, Stopped};
+use fleecebox_contract::with_causes;
 use serde_json::{Value, json};
 use std::collections::BTreeMap;
 use std::os::fd::AsFd;
@@ -94,7 +95,9 @@ pub(super) async fn make(
                     return Err(Cause::Thaw);
                 }
                 Err(e) if request.freeze == Freeze::IfAvailable => {
-                    frozen.notes.push(format!("{NOT_FROZEN}: {e}"));
+                    frozen
+                        .notes
+                        .push(format!("{NOT_FROZEN}: {}", with_causes(&e)));
                     freeze_disks(monitor, schema, request, frozen, nodes).await?;
                 }
                 Err(e) => return Err(Cause::Freeze(e)),

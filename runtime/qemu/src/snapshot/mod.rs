@@ -231,7 +231,7 @@ pub enum Broken {
         disk: String,
     },
     /// The job ended, is ending, or met an error.
-    #[error("the snapshot of disk {disk} is broken: its job is {status}{}", .error.as_ref().map(|e| format!(" ({e})")).unwrap_or_default())]
+    #[error("the snapshot of disk {disk} is broken: its job is {status}{}", .error.as_ref().map(|said| format!(" ({said})")).unwrap_or_default())]
     Failed {
         /// The disk.
         disk: String,

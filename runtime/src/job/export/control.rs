@@ -1,6 +1,7 @@
 //! The socket on which a held export is told how it ends: one line each way.
 
 use super::{Ended, ExportError, Verdict};
+use crate::contract::with_causes;
 use cap_std::fs::Dir;
 use serde::{Deserialize, Serialize};
 use std::io;
@@ -81,7 +82,7 @@ impl Control {
             },
             Err(error) => Answer {
                 verdict: Verdict::Failure,
-                error: Some(error.to_string()),
+                error: Some(with_causes(error)),
                 left: Vec::new(),
             },
         };

@@ -10,6 +10,7 @@ use super::place::{Place, is_trusted};
 use super::temporary::Temporary;
 use super::{Format, qemu_img};
 use crate::config::Config;
+use crate::contract::with_causes;
 use crate::event::Events;
 use rustix::fd::OwnedFd;
 use rustix::fs::{
@@ -235,7 +236,7 @@ impl Replaced {
         if let Err(error) = self.give(file) {
             events.warn(format!(
                 "{path} cannot be given its former owner and mode: {}",
-                io::Error::from(error)
+                with_causes(&io::Error::from(error))
             ));
         }
     }
@@ -358,9 +359,10 @@ pub(super) fn unwritten(path: &Path, error: io::Error) -> DestinationError {
 /// An error of a write, with what may be done.
 fn explained(error: io::Error) -> io::Error {
     match error.kind() {
-        io::ErrorKind::FileTooLarge => {
-            io::Error::new(error.kind(), format!("{error}: {TOO_LARGE}"))
-        }
+        io::ErrorKind::FileTooLarge => io::Error::new(
+            error.kind(),
+            format!("{}: {TOO_LARGE}", with_causes(&error)),
+        ),
         _ => error,
     }
 }

@@ -11,11 +11,12 @@ pub enum RestoreError {
     #[error(transparent)]
     Destination(#[from] DestinationError),
     /// It does not come back as it was backed up.
-    #[error("volume {volume}: {finding}")]
+    #[error("volume {volume}")]
     Found {
         /// Its name.
         volume: String,
         /// What is wrong.
+        #[source]
         finding: Finding,
     },
     /// Reading it ended early.
@@ -27,7 +28,7 @@ pub enum RestoreError {
 #[derive(Debug, thiserror::Error)]
 pub enum DestinationError {
     /// The path leads to nothing that may be written.
-    #[error("{path} cannot be written: {source}", path = path.display())]
+    #[error("{path} cannot be written", path = path.display())]
     Place {
         /// As it was given.
         path: PathBuf,
@@ -92,7 +93,7 @@ pub enum DestinationError {
         path: PathBuf,
     },
     /// The size of a device cannot be told.
-    #[error("{path}: {source}", path = path.display())]
+    #[error("{path}", path = path.display())]
     Measure {
         /// As it was given.
         path: PathBuf,
@@ -100,7 +101,7 @@ pub enum DestinationError {
         source: io::Error,
     },
     /// A device cannot be made to read as zeroes.
-    #[error("{path} cannot be zeroed: {source}", path = path.display())]
+    #[error("{path} cannot be zeroed", path = path.display())]
     Zero {
         /// As it was given.
         path: PathBuf,
@@ -108,7 +109,7 @@ pub enum DestinationError {
         source: io::Error,
     },
     /// The bytes do not go there.
-    #[error("{path} cannot be written: {source}", path = path.display())]
+    #[error("{path} cannot be written", path = path.display())]
     Write {
         /// As it was given.
         path: PathBuf,
@@ -116,7 +117,7 @@ pub enum DestinationError {
         source: io::Error,
     },
     /// It cannot be made durable, or get its name.
-    #[error("{path} cannot be completed: {source}", path = path.display())]
+    #[error("{path} cannot be completed", path = path.display())]
     Complete {
         /// As it was given.
         path: PathBuf,
@@ -190,7 +191,7 @@ impl From<rustix::io::Errno> for PlaceError {
 #[derive(Debug, thiserror::Error)]
 pub enum ConvertError {
     /// The program is not there.
-    #[error("qemu-img, which writes qcow2, cannot be run (Debian: qemu-utils): {0}")]
+    #[error("qemu-img, which writes qcow2, cannot be run (Debian: qemu-utils)")]
     NotRun(#[source] io::Error),
     /// It cannot be spoken to.
     #[error(transparent)]

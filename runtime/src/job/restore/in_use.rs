@@ -4,6 +4,7 @@
 //! by QEMU's locks on the image, and those that neither shows by their monitors.
 
 use crate::config::Config;
+use crate::contract::with_causes;
 use crate::event::Events;
 use crate::qemu::{Monitor, open_files};
 use rustix::fs::{AtFlags, CWD, FileType, Stat, StatxFlags, major, makedev, minor, statx};
@@ -208,7 +209,8 @@ async fn machines(things: &BTreeSet<Thing>, config: &Config, events: &Events) ->
             }
             Ok(Err(error)) if error.is_nobody() => {}
             Ok(Err(error)) => events.warn(format!(
-                "the VM '{name}' cannot be asked for its disks: {error}"
+                "the VM '{name}' cannot be asked for its disks: {}",
+                with_causes(&error)
             )),
             Err(_) => events.warn(format!(
                 "the VM '{name}' cannot be asked for its disks: its monitor did not answer within {} s",

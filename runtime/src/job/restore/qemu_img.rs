@@ -2,6 +2,7 @@
 
 use super::destination::TOO_LARGE;
 use super::error::ConvertError;
+use crate::contract::with_causes;
 use rustix::io::Errno;
 use rustix::process::Signal;
 use std::fs::File;
@@ -44,7 +45,7 @@ pub(super) async fn convert(raw: &File, qcow2: &File) -> Result<(), ConvertError
 /// As for a write of this process.
 fn explained_words(said: &str) -> String {
     let too_large = std::io::Error::from_raw_os_error(Errno::FBIG.raw_os_error());
-    let words = too_large.to_string();
+    let words = with_causes(&too_large);
     // Without its number, as QEMU says it.
     let bare = words.split(" (").next().unwrap_or_default();
     match said.contains(bare) {
