@@ -373,15 +373,17 @@ pub enum Remedy {
 }
 
 /// What to do about all bitmaps of ours after a run died between its point in time and its end. None while all is
-/// well. `recorded` is as for [`choose`].
+/// well. `dead` is that run's backup, as far as a journal tells; `recorded` is as for [`choose`].
 ///
 /// A bitmap names its backup's base, and so the bitmap that stopped when it started: only these two are ever merged.
 /// Where the new one's backup committed but is damaged, merging loses nothing and leaves a bitmap whose base may be
-/// sound. One without its partner is left for [`choose`] to judge, unless the archive does not hold its backup: then
-/// nothing can ever be built on it, and it goes, lest each run that dies adds one that the guest's writes pay for.
+/// sound. One without its partner is left for [`choose`] to judge, unless it is the dead run's and the archive does not hold
+/// its backup: it goes, lest each run that dies adds one that the guest's writes pay for. Any other is a base that left the
+/// archive: [`choose`] says so, and lets it go at the commit.
 pub fn remedies(
     owner: &Owner,
     found: &[Own],
+    dead: Option<&str>,
     mut recorded: impl FnMut(BackupId) -> Result<Recorded, archive::Error>,
 ) -> Result<Vec<Remedy>, archive::Error> {
     let mut remedies = Vec::new();
@@ -411,10 +413,13 @@ pub fn remedies(
             (Recorded::Committed(_) | Recorded::Exported(_), Some(_)) => {
                 remedies.push(Remedy::Accept { node, plan })
             }
-            (Recorded::Damaged { .. }, Some(_)) | (Recorded::Absent, _) => {
+            (Recorded::Damaged { .. } | Recorded::Absent, Some(_)) => {
                 remedies.push(Remedy::BackOut { node, plan });
             }
-            (Recorded::Committed(_) | Recorded::Exported(_) | Recorded::Damaged { .. }, None) => {}
+            (Recorded::Absent, None) if dead == Some(new.name.backup()) => {
+                remedies.push(Remedy::BackOut { node, plan });
+            }
+            (_, None) => {}
         }
     }
     Ok(remedies)

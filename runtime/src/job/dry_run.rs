@@ -215,20 +215,15 @@ async fn settled_first(
     dead: Option<&str>,
 ) -> Result<Vec<String>, PointError> {
     let found = bitmap::find(monitor).await?;
-    let remedies = base::remedies(owner, &found, |id| recover::recorded(namespace, id));
-    let mut said = Vec::new();
-    for remedy in remedies.map_err(RecoverError::Archive)? {
-        match remedy {
-            Remedy::BackOut {
-                plan: BitmapPlan::New { name },
-                ..
-            } if dead != Some(name.backup()) => {}
-            Remedy::Accept { node, .. } | Remedy::BackOut { node, .. } => said.push(format!(
-                "{node}: a job that died left its bitmaps; they would be settled, after which the disk may be incremental"
-            )),
-        }
-    }
-    Ok(said)
+    let remedies = base::remedies(owner, &found, dead, |id| recover::recorded(namespace, id));
+    let said = |remedy| {
+        let (Remedy::Accept { node, .. } | Remedy::BackOut { node, .. }) = remedy;
+        format!(
+            "{node}: a job that died left its bitmaps; they would be settled, after which the disk may be incremental"
+        )
+    };
+    let remedies = remedies.map_err(RecoverError::Archive)?;
+    Ok(remedies.into_iter().map(said).collect())
 }
 
 fn tracked(disk: &qemu::Disk, choice: Choice, id: BackupId) -> DiskForecast {

@@ -11,7 +11,7 @@ use super::storage::{Storage, Unanswered};
 use crate::archive::{self, Archive, BackupId, Namespace, NamespaceName};
 use crate::contract::with_causes;
 use crate::event::Events;
-use crate::qemu::bitmap::{self, BitmapPlan, Tracking};
+use crate::qemu::bitmap::{self, Tracking};
 use crate::qemu::claim::{Claim, ClaimError};
 use crate::qemu::machine::{self, RunState};
 use crate::qemu::removal::{self, RemovalError, ServerFate};
@@ -377,7 +377,8 @@ async fn settle_bitmaps(
     events: &Events,
 ) -> Result<(), RecoverError> {
     let found = bitmap::find(monitor).await?;
-    for remedy in base::remedies(owner, &found, |id| recorded(namespace, id))? {
+    let dead = dead.map(|dead| dead.backup.as_str());
+    for remedy in base::remedies(owner, &found, dead, |id| recorded(namespace, id))? {
         match remedy {
             Remedy::Accept { node, plan } => {
                 events.note(format!(
@@ -385,11 +386,6 @@ async fn settle_bitmaps(
                 ));
                 bitmap::accept(monitor, &node, &plan).await?;
             }
-            // Without a dead job it is a base that left the archive: `choose` says so, and lets it go at the commit.
-            Remedy::BackOut {
-                plan: BitmapPlan::New { name },
-                ..
-            } if dead.is_none_or(|dead| dead.backup != name.backup()) => {}
             Remedy::BackOut { node, plan } => {
                 let what = match plan.old() {
                     Some(_) => "its changes are merged back",

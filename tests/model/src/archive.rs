@@ -41,6 +41,8 @@ pub(crate) struct Archive {
     /// Whether the next backup has to be an incremental: one succeeded, and nothing came in between that excuses
     /// another full one. Nobody in the model looks at it.
     pub tracked: bool,
+    /// Backups that were there, and were removed or lost. Nobody in the model looks at it.
+    pub gone: Vec<u8>,
 }
 
 impl Archive {
@@ -66,6 +68,13 @@ impl Archive {
             *block = read.unwrap_or(*block);
         }
         Some(content)
+    }
+
+    /// Takes away those that are `lost`.
+    pub(crate) fn lose(&mut self, lost: impl Fn(&Backup) -> bool) {
+        let gone = self.backups.iter().filter(|&backup| lost(backup));
+        self.gone.extend(gone.map(|backup| backup.id));
+        self.backups.retain(|backup| !lost(backup));
     }
 
     /// Makes every manifest that was looked at durable, as `Namespace::committed` does.

@@ -164,7 +164,7 @@ fn made_of(images: &[u8]) -> Disk {
 
 thread_local! {
     static CHOICES: RefCell<HashMap<(Question, u8, bool), Choice>> = RefCell::default();
-    static REMEDIES: RefCell<HashMap<Question, Vec<Remedy>>> = RefCell::default();
+    static REMEDIES: RefCell<HashMap<(Question, Option<u8>), Vec<Remedy>>> = RefCell::default();
 }
 
 /// What backup `id` of `archive` builds on; `full` is `--full`.
@@ -236,17 +236,24 @@ fn misled(question: &Question, held: &Archive, id: u8, bug: Option<Bug>) -> Opti
     })
 }
 
-/// What recovery does about the bitmaps of `archive`.
-pub(crate) fn remedies(archive: u8, qemu: &Qemu, held: &Archive, bug: Option<Bug>) -> Vec<Remedy> {
+/// What recovery does about the bitmaps of `archive`, where the run that died was to make the backup `dead`.
+pub(crate) fn remedies(
+    archive: u8,
+    qemu: &Qemu,
+    held: &Archive,
+    dead: Option<u8>,
+    bug: Option<Bug>,
+) -> Vec<Remedy> {
     let question = Question::new(archive, qemu, held, bug);
     if bug == Some(Bug::AnyStoppedBitmapMerged) {
         return any_stopped(&question);
     }
-    let mut remedies = REMEDIES.with_borrow_mut(|known| match known.get(&question) {
+    let asked = (question, dead);
+    let mut remedies = REMEDIES.with_borrow_mut(|known| match known.get(&asked) {
         Some(remedies) => remedies.clone(),
         None => {
-            let remedies = remedies_anew(&question);
-            known.insert(question, remedies.clone());
+            let remedies = remedies_anew(&asked.0, dead);
+            known.insert(asked, remedies.clone());
             remedies
         }
     });
@@ -256,7 +263,7 @@ pub(crate) fn remedies(archive: u8, qemu: &Qemu, held: &Archive, bug: Option<Bug
     remedies
 }
 
-fn remedies_anew(question: &Question) -> Vec<Remedy> {
+fn remedies_anew(question: &Question, dead: Option<u8>) -> Vec<Remedy> {
     let found: Vec<_> = question
         .bitmaps
         .iter()
@@ -267,7 +274,8 @@ fn remedies_anew(question: &Question) -> Vec<Remedy> {
             state,
         })
         .collect();
-    let remedies = base::remedies(&owner(question.archive), &found, |id| {
+    let dead = dead.map(|backup| backup_id(backup).to_string());
+    let remedies = base::remedies(&owner(question.archive), &found, dead.as_deref(), |id| {
         Ok(question.recorded(id))
     })
     .expect("an archive that answers leaves nothing to fail");

@@ -189,8 +189,10 @@ fn attempt(world: &mut World, job: &mut Job, next: &Do, outcome: Outcome) -> Res
         Do::SettleBitmaps => {
             connected(job)?;
             believe(world, archive);
-            let remedies =
-                decision::remedies(archive, &world.qemu, &world.archives[held], world.bug);
+            let dead = world.journal.filter(|&(owner, _)| owner == archive);
+            let dead = dead.map(|(_, backup)| backup);
+            let (qemu, archives) = (&world.qemu, &world.archives);
+            let remedies = decision::remedies(archive, qemu, &archives[held], dead, world.bug);
             let todo = remedies.into_iter().map(|remedy| match remedy {
                 Remedy::Accept(plan) => Do::Accept(plan),
                 Remedy::BackOut(plan) => Do::BackOut(plan),

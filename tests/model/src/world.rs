@@ -247,16 +247,12 @@ impl World {
             }
             Event::PowerLoss { archive } => {
                 self.rest.faults -= 1;
-                self.archives[usize::from(archive)]
-                    .backups
-                    .retain(|backup| backup.commit != Commit::Visible);
+                self.archives[usize::from(archive)].lose(|backup| backup.commit == Commit::Visible);
                 self.excuse(Some(archive));
             }
             Event::Disappear { archive, id } => {
                 self.rest.faults -= 1;
-                self.archives[usize::from(archive)]
-                    .backups
-                    .retain(|backup| backup.id != id);
+                self.archives[usize::from(archive)].lose(|backup| backup.id == id);
                 self.excuse(Some(archive));
             }
         }
@@ -276,8 +272,12 @@ impl World {
     }
 
     /// How many bitmaps of `archive` record.
+    /// Of `archive`, but for those of backups that left it, which stay until the next commit.
     fn recording(&self, archive: u8) -> usize {
-        let own = |bitmap: &&crate::qemu::Bitmap| bitmap.name.archive == archive;
+        let gone = &self.archives[usize::from(archive)].gone;
+        let own = |bitmap: &&crate::qemu::Bitmap| {
+            bitmap.name.archive == archive && !gone.contains(&bitmap.name.backup)
+        };
         self.qemu
             .bitmaps
             .iter()

@@ -334,7 +334,9 @@ proptest! {
     fn only_a_bitmap_and_the_one_that_it_continues_are_ever_merged(
         nodes in prop::collection::vec(bitmaps(), 1..3),
         says in archive(),
+        dead in prop::option::of(0..5u8),
     ) {
+        let dead = dead.map(|number| id(number).to_string());
         let found: Vec<Own> = (0..)
             .zip(&nodes)
             .flat_map(|(node, bitmaps)| bitmaps.iter().map(move |made| Own {
@@ -343,7 +345,7 @@ proptest! {
                 state: made.state.clone(),
             }))
             .collect();
-        let remedies = remedies(&owner(), &found, |wanted| {
+        let remedies = remedies(&owner(), &found, dead.as_deref(), |wanted| {
             let number = (0..5u8).find(|&number| id(number) == wanted).unwrap();
             Ok(recorded(says[usize::from(number)], wanted, ""))
         }).unwrap();
@@ -359,6 +361,7 @@ proptest! {
                     let number = (0..5u8).find(|&number| id(number).to_string() == name.backup()).unwrap();
                     prop_assert_eq!(says[usize::from(number)], Says::Absent);
                     prop_assert!(!kept && owner().owns(name));
+                    prop_assert_eq!(dead.as_deref(), Some(name.backup()));
                     prop_assert!(touched.insert((node, name)), "twice");
                     continue;
                 }
@@ -421,7 +424,10 @@ fn a_pair_is_settled_as_its_backup_was() {
             },
         ),
     ] {
-        let settled = remedies(&owner(), &found, |backup| Ok(recorded(says, backup, ""))).unwrap();
+        let settled = remedies(&owner(), &found, None, |backup| {
+            Ok(recorded(says, backup, ""))
+        })
+        .unwrap();
         assert_eq!(settled, [expected], "{says:?}");
     }
 }
@@ -434,14 +440,22 @@ fn a_full_backup_that_died_leaves_no_bitmap_that_nothing_can_be_built_on() {
         state: bitmap(&name, true),
         name: name.clone(),
     }];
-    let settled = |says| remedies(&owner(), &found, |id| Ok(recorded(says, id, ""))).unwrap();
+    let settled = |dead: BackupId, says| {
+        let dead = dead.to_string();
+        remedies(&owner(), &found, Some(&dead), |id| {
+            Ok(recorded(says, id, ""))
+        })
+        .unwrap()
+    };
     let removed = Remedy::BackOut {
         node: "node0".into(),
         plan: BitmapPlan::New { name: name.clone() },
     };
-    assert_eq!(settled(Says::Absent), [removed]);
-    assert_eq!(settled(Says::Committed), []);
-    assert_eq!(settled(Says::Damaged), []);
+    assert_eq!(settled(id(1), Says::Absent), [removed]);
+    assert_eq!(settled(id(1), Says::Committed), []);
+    assert_eq!(settled(id(1), Says::Damaged), []);
+    // A base that left the archive is no dead run's.
+    assert_eq!(settled(id(2), Says::Absent), []);
 }
 
 #[test]
@@ -460,7 +474,7 @@ fn an_archive_that_cannot_be_asked_stops_everything() {
         state: made.state,
     });
     assert!(choose(&owner(), &disk(&bitmaps), id(9), BLOCK, unreadable).is_err());
-    assert!(remedies(&owner(), &found, unreadable).is_err());
+    assert!(remedies(&owner(), &found, None, unreadable).is_err());
 }
 
 #[test]
