@@ -30,6 +30,10 @@ pub const MAX_READ: u32 = 4 << 20;
 /// Largest `output-stream.write`, in bytes: what the payload file of the channel holds.
 pub const MAX_WRITE: u32 = 4 << 20;
 
+/// Most bytes that a guest may pass in one call, arguments of all kinds together; a call with more traps. Well above
+/// [`MAX_WRITE`], so that a write that is a little too large gets an error instead.
+pub const MAX_PASSED: usize = 32 << 20;
+
 /// Largest `writer.put`, in bytes: one frame of a pack, so that reading one block back decodes no more than this.
 pub const MAX_PUT: u64 = 1 << 20;
 

@@ -81,11 +81,8 @@ impl Run {
     ) -> Result<Answer, ErrorCode> {
         self.check_host()?;
         let extent = self.whole_blocks(range)?;
-        if !self.streams.contains_key(&number) {
-            return Err(ErrorCode::NotFound);
-        }
-        self.reserve(Cover::Stream(number), extent)?;
         let stream = self.streams.get(&number).ok_or(ErrorCode::NotFound)?;
+        self.reserve(Cover::Stream(number), extent)?;
         stream.splice(extent).await.map_err(io)?;
         Ok(Answer::Unit)
     }
@@ -182,7 +179,7 @@ impl Run {
     }
 
     /// Checks, charges and enters that the host copies `extent`.
-    fn reserve(&mut self, cover: Cover, extent: Extent) -> Result<(), ErrorCode> {
+    fn reserve(&self, cover: Cover, extent: Extent) -> Result<(), ErrorCode> {
         let plan = &self.target.frozen.plan;
         let mut books = self.target.books();
         books.check(plan, extent).map_err(refused)?;

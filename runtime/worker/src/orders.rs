@@ -13,7 +13,7 @@ use super::wasi;
 use fleecebox_channel::{
     Call, Failure, Fit, ImageRead, OpenImage, Outcome, Payload, Run, Socket, SocketError,
 };
-use fleecebox_contract::{Interface, MAX_RECEIPT, Wasi, World};
+use fleecebox_contract::{Interface, MAX_PASSED, MAX_RECEIPT, Wasi, World};
 use provider::exports::fleecebox::provider as provider_exports;
 use rustix::fs::fstat;
 use std::collections::BTreeSet;
@@ -21,10 +21,6 @@ use std::os::fd::OwnedFd;
 use std::time::Duration;
 use wasmtime::component::{Component, HasSelf, Linker, Resource};
 use wasmtime::{Engine, Store, Trap, UpdateDeadline};
-
-/// Most bytes that a guest may pass in one call, arguments of all kinds together; a call with more traps. Well above
-/// `max-write`, so that a write that is a little too large gets an error instead.
-const MAX_PASSED: usize = 32 << 20;
 
 /// Most bytes of names that a component's imports and exports may have together: they travel in one message.
 const MAX_NAMES: usize = 64 << 10;
@@ -51,11 +47,7 @@ pub(super) fn compile(
         },
     };
     socket.send(&Call::Done(outcome))?;
-    // As `linger` does.
-    match socket.receive::<()>() {
-        Err(SocketError::Closed) => Ok(()),
-        other => Ok(other?),
-    }
+    closed(socket.receive().map_err(Lost::from))
 }
 
 /// What [`compile`] tells of a component: what it imports and exports, and its machine code.
@@ -83,11 +75,7 @@ pub(super) fn fit(
     });
     let outcome = linked.map_or_else(Outcome::Failed, |()| Outcome::Fits);
     socket.send(&Call::Done(outcome))?;
-    // As `linger` does.
-    match socket.receive::<()>() {
-        Err(SocketError::Closed) => Ok(()),
-        other => Ok(other?),
-    }
+    closed(socket.receive().map_err(Lost::from))
 }
 
 /// Runs `run` once.
@@ -174,7 +162,7 @@ pub(super) async fn run(
         Ok(Ok(Ok(receipt))) => Outcome::Receipt(receipt),
     };
     done(&mut store, outcome)?;
-    linger(&mut store)
+    closed(store.data_mut().hear())
 }
 
 /// Says how a call of an export ended, after what it wrote.
@@ -183,9 +171,10 @@ fn done(store: &mut Store<Host>, outcome: Outcome) -> Result<(), Lost> {
     store.data_mut().tell(&Call::Done(outcome))
 }
 
-/// Waits for the end, so that the job process can look at what this one has used.
-fn linger(store: &mut Store<Host>) -> Result<(), Lost> {
-    match store.data_mut().hear::<()>() {
+/// What is heard after the last word is waited for, and is the end: until then the job process can look at what this one has
+/// used.
+fn closed(heard: Result<(), Lost>) -> Result<(), Lost> {
+    match heard {
         Err(Lost::Socket(SocketError::Closed)) => Ok(()),
         other => other,
     }
@@ -237,16 +226,16 @@ pub(super) async fn open_image(
     let (instance, image) = match opened {
         Err(failure) => {
             done(&mut store, Outcome::Failed(failure))?;
-            return linger(&mut store);
+            return closed(store.data_mut().hear());
         }
         Ok(Err(stop)) => {
             let failure = Stop::failure(stop, &store)?;
             done(&mut store, Outcome::Failed(failure))?;
-            return linger(&mut store);
+            return closed(store.data_mut().hear());
         }
         Ok(Ok(Err(code))) => {
             done(&mut store, Outcome::GuestError(code.into()))?;
-            return linger(&mut store);
+            return closed(store.data_mut().hear());
         }
         Ok(Ok(Ok(opened))) => opened,
     };
@@ -264,7 +253,7 @@ pub(super) async fn open_image(
             Err(error) => {
                 let failure = Stop::Trap(error).failure(&store)?;
                 done(&mut store, Outcome::Failed(failure))?;
-                return linger(&mut store);
+                return closed(store.data_mut().hear());
             }
             Ok(Err(code)) => Outcome::GuestError(code.into()),
             Ok(Ok(bytes)) if bytes.len() > order.max_read as usize => {

@@ -16,7 +16,7 @@ impl archive::HostWriter for Host {
         range: types::Extent,
         encoding: types::Encoding,
     ) -> Result<(), Refused> {
-        self.ask_unit(&Call::Put(range.into(), encoding.into()))
+        self.job.ask_unit(&Call::Put(range.into(), encoding.into()))
     }
 
     fn create(
@@ -25,7 +25,7 @@ impl archive::HostWriter for Host {
         name: String,
         encoding: types::Encoding,
     ) -> Result<Resource<archive::OutputStream>, Refused> {
-        match self.ask(&Call::Create {
+        match self.job.ask(&Call::Create {
             name: sent(name),
             encoding: encoding.into(),
         })? {
@@ -53,7 +53,7 @@ impl archive::HostOutputStream for Host {
             return Err(Refused::Guest(ErrorCode::TooLarge));
         }
         let length = self.give(&bytes)?;
-        self.ask_unit(&Call::Write {
+        self.job.ask_unit(&Call::Write {
             stream: stream.rep(),
             length,
         })
@@ -65,7 +65,7 @@ impl archive::HostOutputStream for Host {
         _: Resource<volume::Snapshot>,
         range: types::Extent,
     ) -> Result<(), Refused> {
-        self.ask_unit(&Call::Splice {
+        self.job.ask_unit(&Call::Splice {
             stream: stream.rep(),
             range: range.into(),
         })
@@ -77,7 +77,7 @@ impl archive::HostOutputStream for Host {
         _: Resource<volume::Snapshot>,
         range: types::Extent,
     ) -> Result<(), Refused> {
-        self.ask_unit(&Call::Claim {
+        self.job.ask_unit(&Call::Claim {
             stream: stream.rep(),
             range: range.into(),
         })
@@ -90,9 +90,10 @@ impl archive::HostOutputStream for Host {
     }
 
     fn drop(&mut self, stream: Resource<archive::OutputStream>) -> wasmtime::Result<()> {
-        self.ask_unit(&Call::DropStream {
-            stream: stream.rep(),
-        })
-        .map_err(Refused::into_trap)
+        self.job
+            .ask_unit(&Call::DropStream {
+                stream: stream.rep(),
+            })
+            .map_err(Refused::into_trap)
     }
 }

@@ -26,6 +26,7 @@ impl job::HostContext for Host {
             return Ok(None);
         }
         match self
+            .job
             .ask(&Call::Attachment { name })
             .map_err(Refused::into_trap)?
         {

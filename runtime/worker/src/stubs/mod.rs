@@ -152,16 +152,8 @@ impl Host {
         Ok(length as u32)
     }
 
-    fn ask(&self, call: &Call) -> Result<Answer, Refused> {
-        self.job.ask(call)
-    }
-
-    fn ask_unit(&self, call: &Call) -> Result<(), Refused> {
-        self.job.ask_unit(call)
-    }
-
     fn ask_size(&mut self, call: &Call) -> Result<u64, Refused> {
-        match self.ask(call)? {
+        match self.job.ask(call)? {
             Answer::Size(size) => Ok(size),
             _ => Err(Lost::WrongAnswer.into()),
         }
@@ -169,7 +161,7 @@ impl Host {
 
     /// Asks for at most `most` bytes.
     fn ask_bytes(&mut self, call: &Call, most: u32) -> Result<Vec<u8>, Refused> {
-        match self.ask(call)? {
+        match self.job.ask(call)? {
             Answer::Bytes { length } if length <= most => Ok(self.payload.take(length.into())?),
             _ => Err(Lost::WrongAnswer.into()),
         }
@@ -188,7 +180,7 @@ impl ResourceLimiter for Host {
             return Ok(false);
         }
         let bytes = desired.saturating_sub(current) as u64;
-        match self.ask_unit(&Call::Grow { bytes }) {
+        match self.job.ask_unit(&Call::Grow { bytes }) {
             Ok(()) => Ok(true),
             Err(Refused::Guest(_)) => {
                 self.limits.refuse_memory();

@@ -35,7 +35,7 @@ impl volume::HostDirtyRegions for Host {
         limit: u32,
     ) -> Result<Vec<types::Region>, Refused> {
         let limit = limit.min(MAX_REGIONS);
-        let Answer::Regions(regions) = self.ask(&Call::NextRegions { limit })? else {
+        let Answer::Regions(regions) = self.job.ask(&Call::NextRegions { limit })? else {
             return Err(Lost::WrongAnswer.into());
         };
         if regions.len() > limit as usize {
@@ -63,7 +63,7 @@ impl volume::HostDiscarder for Host {
         _: Resource<volume::Discarder>,
         range: types::Extent,
     ) -> Result<(), Refused> {
-        self.ask_unit(&Call::Discard(range.into()))
+        self.job.ask_unit(&Call::Discard(range.into()))
     }
 
     fn drop(&mut self, _: Resource<volume::Discarder>) -> wasmtime::Result<()> {
