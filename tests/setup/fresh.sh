@@ -123,6 +123,8 @@ open_way_to() {
 
 mount_all() {
     mount --make-rprivate /
+    # As the root of a machine is: what unshares its mounts there asks for a mount point.
+    mount --bind "$root" "$root"
     mount -t proc proc "$root/proc"
     mount --rbind /sys "$root/sys"
     mount --rbind /dev "$root/dev"
