@@ -42,8 +42,8 @@ async fn tell(mut events: UnboundedReceiver<Event>, quiet: bool) {
     while let Some(event) = events.recv().await {
         match event {
             Event::Warning { text } => say(format!("warning: {text}")),
-            Event::Total { bytes } => bar.inc_length(bytes),
-            Event::Advance { bytes } => bar.inc(bytes),
+            Event::Total { bytes, .. } => bar.inc_length(bytes),
+            Event::Advance { bytes, .. } => bar.inc(bytes),
             _ if quiet => {}
             Event::Step { step } => bar.set_message(step),
             Event::Note { text } => say(text),

@@ -5,6 +5,7 @@ use super::means::Means;
 use super::read_back::{self, Finding, ReadBack, ReadBackError};
 use super::reading::Reading;
 use crate::archive::{self, ObjectName};
+use crate::event::Event;
 use crate::sandbox::Cache;
 
 /// What a verify came to.
@@ -72,6 +73,10 @@ async fn read_all(
     found: &mut Vec<Found>,
 ) -> Result<(), ReadBackError> {
     for volume in &reading.manifest.record.volumes {
+        means.events.send(Event::Total {
+            volume: volume.name.clone(),
+            bytes: volume.root.size(),
+        });
         let wanted = ReadBack {
             reading,
             volume,
