@@ -2,7 +2,7 @@
 
 use super::progress::Progress;
 use super::vm::{self, VmArguments, check_name};
-use super::{Failure, Session, Status, places, text, words};
+use super::{Failure, Session, Status, Telling, places, text, words};
 use crate::job::audit::{Job, Record};
 use crate::job::export::{self, Ended, ExportPlaces, ExportRequest, Held, Mechanism, Verdict};
 use crate::job::subject::{Folders, VmAccess};
@@ -46,6 +46,8 @@ pub(super) struct Export {
     /// Mark all of every disk as dirty
     #[arg(long)]
     full: bool,
+    #[command(flatten)]
+    pub(super) telling: Telling,
 }
 
 #[derive(Debug, Subcommand)]
@@ -156,7 +158,7 @@ fn tell(session: &Session, held: &Held) {
     if session.json {
         match serde_json::to_string(held) {
             Ok(line) => show!("{line}"),
-            Err(error) => say!("warning: {error}"),
+            Err(error) => warn!("{error}"),
         }
     } else {
         for volume in &held.volumes {

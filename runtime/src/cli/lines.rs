@@ -38,6 +38,9 @@ const OTHERS_AHEAD: usize = 1024;
 /// How long a reader is waited for at the end.
 const LAST_WORDS: Duration = Duration::from_secs(5);
 
+/// How long those are waited for at the end who hold our standard error as theirs.
+const LAST_OTHERS: Duration = Duration::from_millis(200);
+
 /// The process has one standard error, and so one of these.
 static LINES: OnceLock<Lines> = OnceLock::new();
 
@@ -88,6 +91,10 @@ pub(super) struct Lines {
     queue: Sender<Line>,
     waiting: Arc<AtomicUsize>,
     dropped: AtomicU64,
+    /// What standard error was.
+    stderr: OwnedFd,
+    /// Closed once nobody else can write any more.
+    heard: Mutex<Receiver<()>>,
     /// Closed once the last line is written.
     written: Mutex<Receiver<()>>,
 }
@@ -102,16 +109,20 @@ pub(super) fn begin(command: &'static str) -> io::Result<()> {
     let stderr = fcntl_dupfd_cloexec(io::stderr(), 0)?;
     let (others, theirs) = pipe_with(PipeFlags::CLOEXEC)?;
     let (queue, lines) = mpsc::channel();
-    let (ended, written) = mpsc::channel();
+    let (hearing, heard) = mpsc::channel();
+    let (writing, written) = mpsc::channel();
     let waiting = Arc::new(AtomicUsize::new(0));
     let left = Arc::clone(&waiting);
+    let file = File::from(stderr.try_clone()?);
     thread::Builder::new()
         .name("lines".into())
-        .spawn(move || write(File::from(stderr), lines, &left, ended))?;
+        .spawn(move || write(file, lines, &left, writing))?;
     let begun = LINES.get_or_init(|| Lines {
         queue,
         waiting,
         dropped: AtomicU64::new(0),
+        stderr,
+        heard: Mutex::new(heard),
         written: Mutex::new(written),
     });
     begun.tell(Line::Begin {
@@ -120,7 +131,7 @@ pub(super) fn begin(command: &'static str) -> io::Result<()> {
     });
     thread::Builder::new()
         .name("others".into())
-        .spawn(move || hear(others, begun))?;
+        .spawn(move || hear(others, begun, hearing))?;
     Ok(dup2_stderr(theirs)?)
 }
 
@@ -144,19 +155,27 @@ impl Lines {
         self.waiting.load(Ordering::Relaxed) >= most
     }
 
-    /// Tells the last line, and waits for what can still be written.
+    /// Tells what others wrote last and the last line, and waits for what can still be written.
     pub(super) fn end(&self, exit_status: u8) {
+        if dup2_stderr(&self.stderr).is_ok() {
+            wait(&self.heard, LAST_OTHERS);
+        }
         self.tell(Line::End {
             exit_status,
             dropped_lines: self.dropped.load(Ordering::Relaxed),
         });
-        let written = self.written.lock().unwrap_or_else(PoisonError::into_inner);
-        let _ = written.recv_timeout(LAST_WORDS);
+        wait(&self.written, LAST_WORDS);
     }
 }
 
+/// Until the other end is closed.
+fn wait(end: &Mutex<Receiver<()>>, limit: Duration) {
+    let end = end.lock().unwrap_or_else(PoisonError::into_inner);
+    let _ = end.recv_timeout(limit);
+}
+
 /// Writes all lines up to the last. Where nobody reads any more, they go nowhere.
-fn write(mut stderr: File, lines: Receiver<Line>, waiting: &AtomicUsize, _ended: Sender<()>) {
+fn write(mut stderr: File, lines: Receiver<Line>, waiting: &AtomicUsize, _writing: Sender<()>) {
     let mut is_read = true;
     for line in lines {
         let is_last = matches!(line, Line::End { .. });
@@ -185,7 +204,7 @@ fn write_all(file: &mut File, mut bytes: &[u8]) -> io::Result<()> {
 }
 
 /// Makes lines of what others write. It never waits for our reader, so that nobody who writes waits for it.
-fn hear(others: OwnedFd, lines: &Lines) {
+fn hear(others: OwnedFd, lines: &Lines, _hearing: Sender<()>) {
     let mut others = BufReader::new(File::from(others));
     let mut heard = Vec::new();
     loop {
@@ -239,9 +258,17 @@ mod tests {
 
     #[test]
     fn a_text_that_is_too_long_is_cut_and_steers_no_terminal() {
-        for text in ["ä".repeat(9000), "\u{9b}\n\"".repeat(4000), "x".repeat(4060)] {
+        for text in [
+            "ä".repeat(9000),
+            "\u{9b}\n\"".repeat(4000),
+            "x".repeat(LONGEST),
+        ] {
             let shown = rendered(Line::Note { text: text.clone() });
-            assert!(shown.len() <= LONGEST && shown.len() > LONGEST / 2, "{}", shown.len());
+            assert!(
+                shown.len() <= LONGEST && shown.len() > LONGEST / 2,
+                "{}",
+                shown.len()
+            );
             assert!(shown.ends_with("}\n") && !shown.contains('\u{9b}'));
             let read: Value = serde_json::from_str(&shown).unwrap();
             let kept = read["text"].as_str().unwrap();

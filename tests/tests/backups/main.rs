@@ -5,3 +5,4 @@ mod disk_names;
 mod disks;
 mod dry_run;
 mod export;
+mod progress;
