@@ -171,6 +171,7 @@ pub struct Prepared<'a> {
     fleecing: Fleecing,
     job: JobId,
     disks: Vec<(qemu::Disk, Choice)>,
+    schema: Schema,
     reached: Vec<(Step, Instant)>,
     /// Ends the snapshot if this process dies.
     watchdog: Option<Watchdog>,
@@ -187,6 +188,7 @@ impl<'a> Prepared<'a> {
         journal: &'a mut Journal,
         standing: Standing,
         mut disks: Vec<(qemu::Disk, Choice)>,
+        schema: Schema,
         id: BackupId,
     ) -> Result<Self, PointError> {
         let owner = subject.owner;
@@ -238,6 +240,7 @@ impl<'a> Prepared<'a> {
             fleecing,
             job,
             disks,
+            schema,
             reached: Vec::new(),
             watchdog: None,
             kept: false,
@@ -343,7 +346,6 @@ impl<'a> Prepared<'a> {
             config: vm, qmp, ..
         } = self.subject.vm;
         let monitor = self.monitor;
-        let schema = Schema::probe(monitor).await?;
         // No agent answers in a guest that stands still; its file systems cannot be frozen, and nothing writes to them.
         let agent_socket = vm.agent.as_ref();
         let agent_socket = agent_socket.filter(|_| self.standing == Standing::Runs);
@@ -407,7 +409,7 @@ impl<'a> Prepared<'a> {
             format: vm.fleecing_format,
             freeze: vm.freeze,
         };
-        let taken = qemu::snapshot::take(monitor, &schema, request, agent.as_mut()).await;
+        let taken = qemu::snapshot::take(monitor, &self.schema, request, agent.as_mut()).await;
         let stuck = matches!(&taken, Err(error) if error.is_stuck());
         // The agent takes one client at a time: ours goes before the watchdog may need it.
         drop(agent);
