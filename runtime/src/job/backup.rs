@@ -199,6 +199,7 @@ pub async fn backup(
         namespace: &namespace,
         owner: &owner,
         full: request.full,
+        program,
         events,
         signals,
     };
@@ -246,7 +247,8 @@ impl Attempt<'_> {
         let standing = subject::standing(subject, monitor).await?;
         let id = BackupId::random(OffsetDateTime::now_utc())?;
         let (disks, left_out, schema) = subject.disks(monitor, id).await?;
-        let prepared = Prepared::new(subject, monitor, journal, standing, disks, schema, id).await?;
+        let prepared =
+            Prepared::new(subject, monitor, journal, standing, disks, schema, id).await?;
         let limits = &request.provider.limits;
         let level = limits.zstd_level(subject.archive.zstd_level());
         let writer = match subject.namespace.begin_at(id, level) {

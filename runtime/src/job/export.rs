@@ -28,6 +28,7 @@ use crate::extent::Extent;
 use crate::nbd;
 use crate::qemu::snapshot::Readers;
 use crate::qemu::{Monitor, MonitorError, PointInTime};
+use crate::sandbox::Program;
 use crate::volume::open;
 use crate::volume::reader::Reader;
 use crate::volume::source::Source;
@@ -252,6 +253,7 @@ pub async fn export(
         namespace: &namespace,
         owner: &owner,
         full: request.full,
+        program: &Program::this(),
         events,
         signals,
     };
@@ -307,7 +309,8 @@ impl Export<'_> {
         };
         let missing = left_out.iter().filter(|disk| !disk.excluded);
         let missing = missing.map(|disk| disk.name.clone()).collect();
-        let mut prepared = Prepared::new(subject, monitor, journal, standing, disks, schema, id).await?;
+        let mut prepared =
+            Prepared::new(subject, monitor, journal, standing, disks, schema, id).await?;
         let readers = match self.request.mechanism {
             Mechanism::Nbd => Readers::Discard,
             Mechanism::FileHandle => Readers::ReadOnly,

@@ -364,7 +364,9 @@ impl<'a> Prepared<'a> {
         let ending = self.ending(qmp)?;
         let stopped_by = stops.then_some(&**qmp);
         let thawed_by = agent_socket.map(AsRef::as_ref);
-        let mut watchdog = match Watchdog::spawn(thawed_by, stopped_by, Some(&ending)).await {
+        let program = self.subject.program.path();
+        let watchdog = Watchdog::spawn(program, thawed_by, stopped_by, Some(&ending));
+        let mut watchdog = match watchdog.await {
             Ok(watchdog) => Some(watchdog),
             // The VM will not stand still: all that is lost is that somebody ends the snapshot of a job that dies.
             Err(error) if agent.is_none() && !stops => {

@@ -15,6 +15,7 @@ use crate::event::Events;
 use crate::qemu::claim::{Claim, ClaimError};
 use crate::qemu::machine::Standing;
 use crate::qemu::{self, Monitor, Schema, machine};
+use crate::sandbox::Program;
 use cap_std::fs::Dir;
 use std::collections::BTreeMap;
 use std::path::PathBuf;
@@ -66,6 +67,8 @@ pub struct Subject<'a> {
     pub owner: &'a Owner,
     /// Read every disk in full.
     pub full: bool,
+    /// What its watchdog's process runs.
+    pub program: &'a Program,
     /// Where the job tells what it does.
     pub events: &'a Events,
     /// What signals ask of it.
