@@ -7,6 +7,5 @@ mod crash;
 mod faults;
 mod from_outside;
 mod hanging_storage;
-mod io_error;
 mod kills;
 mod stalls;
