@@ -10,7 +10,7 @@ macro_rules! say {
     ($($text:tt)*) => { $crate::cli::output::say(format!($($text)*)) };
 }
 
-/// As [`say`], of what needs attention.
+/// As `say!`, of what needs attention.
 macro_rules! warn {
     ($($text:tt)*) => { $crate::cli::output::warn(format!($($text)*)) };
 }

@@ -166,6 +166,29 @@ fn the_bytes_of_each_volume_are_those_of_the_result() -> Result<()> {
 }
 
 #[test]
+fn an_export_tells_what_happens_too() -> Result<()> {
+    let (site, _daemon, order) = scene("chunked")?;
+    let command = site.command(&["export", "web", "--progress", "json", "--json"]);
+    let command = command.arg("--qmp").arg(&order.qmp).arg("--nbd");
+    let command = command.arg(order.nbd.context("no server")?);
+    let command = command.arg("--disk").arg("da").arg("--disk").arg("db");
+    let running = command
+        .arg("--fleecing")
+        .arg(site.path("fleecing"))
+        .start()?;
+    running.wait_for_event(LIMIT, |line| line["volumes"].is_array())?;
+    let end = site.command(&["export", "end", "web", "--failure"]);
+    end.run()?.assert_success();
+    let outcome = running.finish()?.assert_success();
+    let all = told(&outcome.stderr, "export", 0)?;
+    ensure!(
+        all.contains(&json!({"event": "step", "step": "snapshot"})),
+        "{all:?}"
+    );
+    Ok(())
+}
+
+#[test]
 fn errors_warnings_and_what_others_write_are_events_too() -> Result<()> {
     let (site, daemon, order) = scene("chunked")?;
     site.backup(&order)?;
