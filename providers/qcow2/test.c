@@ -1,4 +1,4 @@
-/* `make test`. That QEMU opens the images is tried where there is a QEMU: tests/tests/languages.rs. */
+/* `make test`. That QEMU opens the images is tried where there is a QEMU: tests/tests/providers/languages.rs. */
 
 #include "mock.h"
 

@@ -1,13 +1,11 @@
-//! What a job tells about itself while it runs; the command line turns it into lines, a bar, or JSON.
+//! What a job tells about itself while it runs; the command line turns it into text, a bar, or JSON.
 
 use crate::channel::{self, Gap};
-use serde::Serialize;
 use std::sync::{Arc, Once};
 use tokio::sync::mpsc;
 
 /// Something worth telling.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
-#[serde(tag = "event", rename_all = "kebab-case")]
+#[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Event {
     /// The job reached this step.
     Step {
@@ -35,11 +33,15 @@ pub enum Event {
     },
     /// The bytes that the job has to go through became known.
     Total {
+        /// The volume that they are of.
+        volume: String,
         /// Added to the total, in bytes.
         bytes: u64,
     },
     /// Bytes were gone through.
     Advance {
+        /// The volume that they are of.
+        volume: String,
         /// Since the last event, in bytes.
         bytes: u64,
     },

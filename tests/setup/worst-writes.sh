@@ -1,6 +1,6 @@
 #!/bin/sh
 # Prints, for each test that had a guest or a writer, the slowest single write that it saw, the slowest test first.
-# Some tests freeze, stop or starve their guest on purpose; what a guest sees without any backup is in `guest_boots`.
+# Some tests freeze, stop or starve their guest on purpose; what a guest sees without any backup is in the house's `guest_boots`.
 #
 # Usage: worst-writes.sh FILE
 set -eu

@@ -1,5 +1,8 @@
 //! A guest whose writes fail because a fleecing image cannot grow, with nobody there to give the backup up in time: QEMU
 //! stops it, and it is continued as soon as nothing of the backup is left in QEMU.
+//!
+//! A suite of its own: beside others its guest was seen not to write for a minute after it was continued, on a machine with
+//! more to do than it could.
 
 use std::path::PathBuf;
 use std::process::Command;

@@ -82,6 +82,7 @@ mod store;
 mod stored;
 #[cfg(test)]
 mod tests;
+mod words;
 
 pub use backup::BackupWriter;
 pub use block_table::{

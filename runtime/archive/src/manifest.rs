@@ -6,6 +6,7 @@ use super::name::{ArchiveId, BackupId, ComponentId, NamespaceName, ObjectName};
 use super::needs::Needs;
 use super::object::ObjectInfo;
 use super::sealed;
+use super::words::{BitmapModeWord, GuestLimitsWords, WorldWord};
 use fleecebox_contract::{BitmapMode, GuestLimits, World};
 use serde::{Deserialize, Serialize};
 use time::OffsetDateTime;
@@ -117,10 +118,12 @@ pub struct ProviderRecord {
     /// The component, kept in the namespace.
     pub component: ComponentId,
     /// The world that it is for.
+    #[serde(with = "WorldWord")]
     pub world: World,
     /// What it was given (TOML), for its `image` to be given again.
     pub settings: String,
     /// What it was proven under, and so what it needs to give back what it claims.
+    #[serde(with = "GuestLimitsWords")]
     pub limits: GuestLimits,
 }
 
@@ -132,6 +135,7 @@ pub struct VolumeRecord {
     /// The disk behind it, to notice when another one takes its place.
     pub disk: DiskRecord,
     /// What was tracked.
+    #[serde(with = "BitmapModeWord")]
     pub mode: BitmapMode,
     /// The backup that this one builds on.
     pub base: Option<BackupId>,

@@ -8,6 +8,7 @@ use super::lock;
 use super::name::{BackupId, ObjectName};
 use super::seek_table::{self, Lengths};
 use super::store::{Store, object_path};
+use super::words::EncodingWord;
 use fleecebox_contract::Encoding;
 use fleecebox_contract::buffer::Buffer;
 use fleecebox_contract::digest::Digest;
@@ -27,6 +28,7 @@ pub struct ObjectInfo {
     /// Unique within its backup.
     pub name: ObjectName,
     /// A file of zstd frames decodes to its bytes with any zstd; identity is the bytes.
+    #[serde(with = "EncodingWord")]
     pub encoding: Encoding,
     /// Before encoding, in bytes.
     pub size: u64,

@@ -60,11 +60,12 @@ impl NeedsError {
     }
 }
 
-/// Whether QEMU has all that a point in time of `disks` is made with, and may write to them.
+/// Whether QEMU has all that a point in time of `disks` is made with, and may write to them. What else it can do is
+/// returned.
 ///
 /// # Errors
 /// Any [`NeedsError`].
-pub async fn check(monitor: &Monitor, disks: &[Disk]) -> Result<(), NeedsError> {
+pub async fn check(monitor: &Monitor, disks: &[Disk]) -> Result<Schema, NeedsError> {
     let schema = Schema::probe(monitor).await?;
     let drivers = DRIVERS
         .iter()
@@ -82,7 +83,8 @@ pub async fn check(monitor: &Monitor, disks: &[Disk]) -> Result<(), NeedsError> 
             since,
         });
     }
-    refuse_inactive(monitor, disks).await
+    refuse_inactive(monitor, disks).await?;
+    Ok(schema)
 }
 
 async fn refuse_inactive(monitor: &Monitor, disks: &[Disk]) -> Result<(), NeedsError> {

@@ -95,17 +95,18 @@ pub struct Watchdog {
 }
 
 impl Watchdog {
-    /// Starts the process, which is this program again, and waits until signals cannot hurt it.
+    /// Starts the process, which runs this program with [`HIDDEN_ARGUMENT`], and waits until signals cannot hurt it.
     /// `agent` and `qmp` are the sockets to thaw and to continue the VM by; `end` is what [`serve_arguments`] hands on.
     ///
     /// # Errors
     /// Any [`WatchdogError`]; nothing may be frozen or stopped then.
     pub async fn spawn(
+        program: &Path,
         agent: Option<&Path>,
         qmp: Option<&Path>,
         end: Option<&str>,
     ) -> Result<Self, WatchdogError> {
-        let mut command = Command::new("/proc/self/exe");
+        let mut command = Command::new(program);
         command.arg(HIDDEN_ARGUMENT);
         for (name, path) in [("--agent", agent), ("--qmp", qmp)] {
             if let Some(path) = path {

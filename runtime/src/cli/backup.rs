@@ -2,7 +2,9 @@
 
 use super::progress::Progress;
 use super::vm::{self, VmArguments};
-use super::{AllowWasi, Failure, Sandboxes, Session, Status, installed, places, recording, text};
+use super::{
+    AllowWasi, Failure, Sandboxes, Session, Status, Telling, installed, places, recording, text,
+};
 use crate::archive::{ComponentId, LeftOut};
 use crate::config::Vm;
 use crate::config::size;
@@ -63,6 +65,8 @@ pub(super) struct Backup {
     wasi: AllowWasi,
     #[command(flatten)]
     sandboxes: Sandboxes,
+    #[command(flatten)]
+    pub(super) telling: Telling,
 }
 
 impl Backup {
@@ -231,7 +235,7 @@ fn not_granted(session: &Session, vm: &mut Vm, decision: &Decision) -> Vec<Strin
     vm.extra = granted;
     let others: BTreeMap<String, String> = others;
     if !others.is_empty() && !session.quiet {
-        say!("warning: the policy does not grant all that is `extra` of the VM; it is left out");
+        warn!("the policy does not grant all that is `extra` of the VM; it is left out");
     }
     others.into_keys().collect()
 }

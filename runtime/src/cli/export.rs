@@ -2,7 +2,7 @@
 
 use super::progress::Progress;
 use super::vm::{self, VmArguments, check_name};
-use super::{Failure, Session, Status, places, text, words};
+use super::{Failure, Session, Status, Telling, places, text, words};
 use crate::contract::with_causes;
 use crate::job::audit::{Job, Record};
 use crate::job::export::{self, Ended, ExportPlaces, ExportRequest, Held, Mechanism, Verdict};
@@ -47,6 +47,8 @@ pub(super) struct Export {
     /// Mark all of every disk as dirty
     #[arg(long)]
     full: bool,
+    #[command(flatten)]
+    pub(super) telling: Telling,
 }
 
 #[derive(Debug, Subcommand)]
@@ -157,7 +159,7 @@ fn tell(session: &Session, held: &Held) {
     if session.json {
         match serde_json::to_string(held) {
             Ok(line) => show!("{line}"),
-            Err(error) => say!("warning: {}", with_causes(&error)),
+            Err(error) => warn!("{}", with_causes(&error)),
         }
     } else {
         for volume in &held.volumes {

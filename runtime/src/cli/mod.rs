@@ -10,6 +10,7 @@ mod export;
 mod inspect;
 mod install;
 mod installed;
+mod lines;
 mod list;
 mod new;
 mod places;
@@ -35,6 +36,7 @@ use crate::contract::Wasi;
 use crate::job::signals::Signals;
 use crate::policy::Denied;
 use crate::sandbox::Program;
+use anyhow::Context;
 use clap::{Args, Parser, Subcommand};
 use status::Status;
 use std::collections::BTreeSet;
@@ -177,6 +179,36 @@ impl AllowWasi {
     }
 }
 
+/// For the commands that run jobs.
+#[derive(Debug, Args)]
+struct Telling {
+    /// How to tell on standard error what happens
+    #[arg(long, value_parser = words::progress(), default_value = words::TEXT, value_name = "FORM")]
+    progress: Form,
+}
+
+/// In what form a command tells what happens.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Form {
+    /// For people.
+    Text,
+    /// For programs.
+    Json,
+}
+
+impl Command {
+    /// How it tells what happens, and its name.
+    fn telling(&self) -> (Form, &'static str) {
+        match self {
+            Self::Backup(command) => (command.telling.progress, "backup"),
+            Self::Export(command) => (command.telling.progress, "export"),
+            Self::Restore(command) => (command.telling.progress, "restore"),
+            Self::Verify(command) => (command.telling.progress, "verify"),
+            _ => (Form::Text, ""),
+        }
+    }
+}
+
 /// How long a job may take to end when it is to end at once.
 const AT_ONCE: Duration = Duration::from_secs(2);
 
@@ -281,20 +313,31 @@ impl Session {
 pub fn main() -> ExitCode {
     let cli = Cli::parse();
     let json = cli.common.json;
-    match run(cli) {
-        Ok(()) => ExitCode::SUCCESS,
+    let status = match begin(&cli.command).and_then(|()| run(cli)) {
+        Ok(()) => 0,
         Err(failure) => {
             let status = failure.status().code();
             let line = failure.line();
-            say!("fleecebox: {line}");
+            output::fail(line.clone());
             if json && !matches!(failure, Failure::Told(..)) {
                 show!(
                     "{}",
                     serde_json::json!({ "error": line, "exit_status": status })
                 );
             }
-            ExitCode::from(status)
+            status
         }
+    };
+    output::end(status);
+    ExitCode::from(status)
+}
+
+fn begin(command: &Command) -> Result<(), Failure> {
+    match command.telling() {
+        (Form::Text, _) => Ok(()),
+        (Form::Json, name) => lines::begin(name)
+            .context("what happens cannot be told as JSON")
+            .map_err(Failure::Failed),
     }
 }
 
@@ -393,10 +436,12 @@ fn cancel_on_signals(cancel: CancellationToken, at_once: CancellationToken) {
         next().await;
         at_once.cancel();
         tokio::time::sleep(AT_ONCE).await;
-        say!(
-            "fleecebox: ended at once by a second signal; what the job has left in the VM is removed by its watchdog as soon as that can be done without stopping the VM, or by `fleecebox recover`"
+        output::fail(
+            "ended at once by a second signal; what the job has left in the VM is removed by its watchdog as soon as that can be done without stopping the VM, or by `fleecebox recover`".into()
         );
-        std::process::exit(Status::Cancelled.code().into());
+        let status = Status::Cancelled.code();
+        output::end(status);
+        std::process::exit(status.into());
     });
 }
 

@@ -247,8 +247,8 @@ pub(super) fn begun(session: &Session, record: &mut Record) -> Result<(), Failur
 pub(super) fn find_dead(session: &Session) -> Result<(), Failure> {
     let (dir, _) = folder(&session.state)?;
     if let Err(error) = Audit::open(&dir).and_then(|mut audit| audit.find_dead(&dir)) {
-        say!(
-            "warning: jobs that died cannot be written down: {}",
+        warn!(
+            "jobs that died cannot be written down: {}",
             with_causes(&error)
         );
     }

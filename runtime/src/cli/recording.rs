@@ -67,7 +67,7 @@ impl Options {
 /// Ends a recording; the job is done, whatever came of it.
 pub(super) fn end(recorder: Option<Recorder>) {
     if let Some(Err(why)) = recorder.map(|recorder| recorder.finish()) {
-        say!("warning: the recording is not whole: {why}");
+        warn!("the recording is not whole: {why}");
     }
 }
 

@@ -148,7 +148,7 @@ fn tell(session: &Session, results: &[Outcome]) {
         match result {
             Ok(Recovered { found, unsettled }) => {
                 for unsettled in unsettled {
-                    say!("warning: {vm}: {}", text::one_line(unsettled));
+                    warn!("{vm}: {}", text::one_line(unsettled));
                 }
                 if !session.quiet {
                     let what = if *found {

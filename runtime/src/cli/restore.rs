@@ -2,7 +2,7 @@
 
 use super::progress::Progress;
 use super::stored::Stored;
-use super::{AllowWasi, Failure, Sandboxes, Session, places, text, words};
+use super::{AllowWasi, Failure, Sandboxes, Session, Telling, places, text, words};
 use crate::archive::{Manifest, VolumeRecord};
 use crate::job::audit::{Job, Record};
 use crate::job::means::Means;
@@ -48,6 +48,8 @@ pub(super) struct Restore {
     wasi: AllowWasi,
     #[command(flatten)]
     sandboxes: Sandboxes,
+    #[command(flatten)]
+    pub(super) telling: Telling,
 }
 
 impl Restore {

@@ -32,7 +32,7 @@ impl Stored {
         let found = stored::find(&archive, id, self.namespace.as_deref());
         let found = found.map_err(Failure::of)?;
         for unseen in &found.unseen {
-            say!("warning: {}", text::one_line(unseen));
+            warn!("{}", text::one_line(unseen));
         }
         Ok(found)
     }

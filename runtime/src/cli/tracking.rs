@@ -112,7 +112,7 @@ impl Drop {
         let mut journal =
             Journal::open(state, path).map_err(|error| failed_to_drop(error.into()))?;
         if let Some(unreadable) = journal.take_unreadable() {
-            say!("warning: {unreadable}");
+            warn!("{unreadable}");
         }
         let is_wanted = |own: &Own| {
             let archive = own.name.archive();

@@ -2,7 +2,7 @@
 
 use super::progress::Progress;
 use super::stored::Stored;
-use super::{AllowWasi, Failure, Sandboxes, Session, Status, places, text};
+use super::{AllowWasi, Failure, Sandboxes, Session, Status, Telling, places, text};
 use crate::archive::Manifest;
 use crate::contract::with_causes;
 use crate::job::audit::{Job, Record};
@@ -27,6 +27,8 @@ pub(super) struct Verify {
     wasi: AllowWasi,
     #[command(flatten)]
     sandboxes: Sandboxes,
+    #[command(flatten)]
+    pub(super) telling: Telling,
 }
 
 impl Verify {
@@ -101,10 +103,9 @@ fn tell(session: &Session, manifest: &Manifest, verified: &Verified) {
         }
     }
     for doubt in &doubts {
-        say!(
-            "warning: backup {} is suspect: version {} made it, and {doubt}",
-            manifest.backup,
-            manifest.record.host_version
+        warn!(
+            "backup {} is suspect: version {} made it, and {doubt}",
+            manifest.backup, manifest.record.host_version
         );
     }
 }

@@ -1,5 +1,6 @@
 //! Words on the command line that belong to rooms that know no command line.
 
+use super::Form;
 use crate::contract::Wasi;
 use crate::job::export::Mechanism;
 use crate::job::restore::Format;
@@ -28,6 +29,22 @@ pub(super) fn format() -> impl TypedValueParser<Value = Format> {
     PossibleValuesParser::new(words).map(|word| match word == Format::Qcow2.name() {
         true => Format::Qcow2,
         false => Format::Raw,
+    })
+}
+
+/// The form for people, which is the default.
+pub(super) const TEXT: &str = "text";
+
+/// How a command tells what happens.
+pub(super) fn progress() -> impl TypedValueParser<Value = Form> {
+    let words = [
+        (TEXT, "Lines, and a bar where it is a terminal"),
+        ("json", "One JSON object a line, and nothing else"),
+    ];
+    let words = words.map(|(word, help)| PossibleValue::new(word).help(help));
+    PossibleValuesParser::new(words).map(|word| match word == TEXT {
+        true => Form::Text,
+        false => Form::Json,
     })
 }
 

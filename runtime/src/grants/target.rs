@@ -181,7 +181,8 @@ impl Target {
     pub fn advance(&self, extent: Extent) {
         let bytes = self.frozen.plan.zero().gaps(extent).map(Extent::len).sum();
         self.covered.fetch_add(bytes, Ordering::Relaxed);
-        self.events.send(Event::Advance { bytes });
+        let volume = self.volume.clone();
+        self.events.send(Event::Advance { volume, bytes });
     }
 
     /// Bytes that were dealt with so far, zero ones left out.

@@ -200,6 +200,7 @@ pub async fn backup(
         namespace: &namespace,
         owner: &owner,
         full: request.full,
+        program,
         events,
         signals,
     };
@@ -246,8 +247,9 @@ impl Attempt<'_> {
         recover::recover(&subject.traces(monitor), journal, events).await?;
         let standing = subject::standing(subject, monitor).await?;
         let id = BackupId::random(OffsetDateTime::now_utc())?;
-        let (disks, left_out) = subject.disks(monitor, id).await?;
-        let prepared = Prepared::new(subject, monitor, journal, standing, disks, id).await?;
+        let (disks, left_out, schema) = subject.disks(monitor, id).await?;
+        let prepared =
+            Prepared::new(subject, monitor, journal, standing, disks, schema, id).await?;
         let limits = &request.provider.limits;
         let level = limits.zstd_level(subject.archive.zstd_level());
         let writer = match subject.namespace.begin_at(id, level) {

@@ -28,6 +28,7 @@ use crate::extent::Extent;
 use crate::nbd;
 use crate::qemu::snapshot::Readers;
 use crate::qemu::{Monitor, MonitorError, PointInTime};
+use crate::sandbox::Program;
 use crate::volume::open;
 use crate::volume::reader::Reader;
 use crate::volume::source::Source;
@@ -252,6 +253,7 @@ pub async fn export(
         namespace: &namespace,
         owner: &owner,
         full: request.full,
+        program: &Program::this(),
         events,
         signals,
     };
@@ -295,19 +297,20 @@ impl Export<'_> {
             .map_err(point_error)?;
         let standing = subject::standing(subject, monitor).await?;
         let id = BackupId::random(OffsetDateTime::now_utc())?;
-        let (disks, left_out) = match self.request.tracking {
+        let (disks, left_out, schema) = match self.request.tracking {
             Some(_) => subject.disks(monitor, id).await?,
             None => {
                 let selected = subject.select(monitor).await?;
                 let untracked = || Choice::untracked("nothing is tracked (--tracking)");
                 let disks = selected.disks.into_iter();
                 let disks = disks.map(|disk| (disk, untracked())).collect();
-                (disks, selected.left_out)
+                (disks, selected.left_out, selected.schema)
             }
         };
         let missing = left_out.iter().filter(|disk| !disk.excluded);
         let missing = missing.map(|disk| disk.name.clone()).collect();
-        let mut prepared = Prepared::new(subject, monitor, journal, standing, disks, id).await?;
+        let mut prepared =
+            Prepared::new(subject, monitor, journal, standing, disks, schema, id).await?;
         let readers = match self.request.mechanism {
             Mechanism::Nbd => Readers::Discard,
             Mechanism::FileHandle => Readers::ReadOnly,

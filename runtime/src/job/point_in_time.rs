@@ -172,6 +172,7 @@ pub struct Prepared<'a> {
     fleecing: Fleecing,
     job: JobId,
     disks: Vec<(qemu::Disk, Choice)>,
+    schema: Schema,
     reached: Vec<(Step, Instant)>,
     /// Ends the snapshot if this process dies.
     watchdog: Option<Watchdog>,
@@ -188,6 +189,7 @@ impl<'a> Prepared<'a> {
         journal: &'a mut Journal,
         standing: Standing,
         mut disks: Vec<(qemu::Disk, Choice)>,
+        schema: Schema,
         id: BackupId,
     ) -> Result<Self, PointError> {
         let owner = subject.owner;
@@ -239,6 +241,7 @@ impl<'a> Prepared<'a> {
             fleecing,
             job,
             disks,
+            schema,
             reached: Vec::new(),
             watchdog: None,
             kept: false,
@@ -345,7 +348,6 @@ impl<'a> Prepared<'a> {
             config: vm, qmp, ..
         } = self.subject.vm;
         let monitor = self.monitor;
-        let schema = Schema::probe(monitor).await?;
         // No agent answers in a guest that stands still; its file systems cannot be frozen, and nothing writes to them.
         let agent_socket = vm.agent.as_ref();
         let agent_socket = agent_socket.filter(|_| self.standing == Standing::Runs);
@@ -364,7 +366,9 @@ impl<'a> Prepared<'a> {
         let ending = self.ending(qmp)?;
         let stopped_by = stops.then_some(&**qmp);
         let thawed_by = agent_socket.map(AsRef::as_ref);
-        let mut watchdog = match Watchdog::spawn(thawed_by, stopped_by, Some(&ending)).await {
+        let program = self.subject.program.path();
+        let watchdog = Watchdog::spawn(program, thawed_by, stopped_by, Some(&ending));
+        let mut watchdog = match watchdog.await {
             Ok(watchdog) => Some(watchdog),
             // The VM will not stand still: all that is lost is that somebody ends the snapshot of a job that dies.
             Err(error) if agent.is_none() && !stops => {
@@ -410,7 +414,7 @@ impl<'a> Prepared<'a> {
             format: vm.fleecing_format,
             freeze: vm.freeze,
         };
-        let taken = qemu::snapshot::take(monitor, &schema, request, agent.as_mut()).await;
+        let taken = qemu::snapshot::take(monitor, &self.schema, request, agent.as_mut()).await;
         let stuck = matches!(&taken, Err(error) if error.is_stuck());
         // The agent takes one client at a time: ours goes before the watchdog may need it.
         drop(agent);

@@ -93,6 +93,7 @@ pub async fn prove(volume: Proving<'_>) -> Result<(), ProofError> {
 async fn read_back(volume: Proving<'_>) -> Result<(), ProofError> {
     let claimed = &volume.covered.claimed;
     volume.means.events.send(Event::Total {
+        volume: volume.covered.name.clone(),
         bytes: claimed.bytes(),
     });
     let claims = volume.claims();
@@ -162,6 +163,7 @@ impl Proving<'_> {
             }
             unproven.remove(extent);
             self.means.events.send(Event::Advance {
+                volume: self.covered.name.clone(),
                 bytes: extent.len(),
             });
         }

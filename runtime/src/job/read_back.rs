@@ -14,7 +14,7 @@ use crate::archive::{
 };
 use crate::contract::GuestLimits;
 use crate::digest::{self, Digest};
-use crate::event::Event;
+use crate::event::{Event, Events};
 use crate::extent::Extent;
 use crate::grants::image::{ImageError, Purpose};
 use crate::policy::Denied;
@@ -151,8 +151,8 @@ pub enum ReadBackError {
 pub async fn read_back(wanted: ReadBack<'_>) -> Result<Vec<Finding>, ReadBackError> {
     let (sender, mut runs) = mpsc::channel(QUEUE);
     let namespace = Arc::clone(wanted.reading.namespace);
-    let root = wanted.volume.root;
-    let walk = spawn_blocking(move || walk(&namespace, root, &sender));
+    let (volume, events) = (wanted.volume.clone(), wanted.means.events.clone());
+    let walk = spawn_blocking(move || walk(&namespace, &volume, &sender, &events));
     let mut under_way = UnderWay {
         wanted,
         known: VecDeque::new(),
@@ -207,16 +207,22 @@ pub async fn check_objects(
     Ok(found)
 }
 
-/// Sends the runs that hold data, cut to what is read at once.
+/// Sends the runs that hold data, cut to what is read at once. With the others nothing is left to do.
 fn walk(
     namespace: &Namespace,
-    root: archive::TableRoot,
+    volume: &VolumeRecord,
     runs: &mpsc::Sender<Run>,
+    events: &Events,
 ) -> Result<(), archive::Error> {
+    let root = volume.root;
     let table = namespace.table(root);
     for run in table.entries(0..root.blocks())? {
         let run = run?;
-        if !matches!(run.content, RunContent::Zero) && runs.blocking_send(run).is_err() {
+        if matches!(run.content, RunContent::Zero) {
+            let bytes = claims::extent_of(&root, &run.blocks).map_or(0, Extent::len);
+            let volume = volume.name.clone();
+            events.send(Event::Advance { volume, bytes });
+        } else if runs.blocking_send(run).is_err() {
             // Nobody reads any more.
             break;
         }
@@ -405,7 +411,11 @@ impl UnderWay<'_> {
     async fn next_placed(&mut self) -> Result<(), ReadBackError> {
         if let Some(done) = self.placed.join_next().await {
             match done?? {
-                Ok(bytes) => self.wanted.means.events.send(Event::Advance { bytes }),
+                Ok(bytes) => {
+                    let volume = self.wanted.volume.name.clone();
+                    let events = &self.wanted.means.events;
+                    events.send(Event::Advance { volume, bytes });
+                }
                 Err(finding) => self.findings.push(finding),
             }
         }
@@ -587,6 +597,7 @@ impl Ask {
     ) -> Result<Option<Finding>, ReadBackError> {
         let block = self.claims.table.root().block_size();
         let (output, events) = (self.output.clone(), self.means.events.clone());
+        let volume = self.claims.volume.clone();
         let taken = spawn_blocking(move || {
             for run in wanted.chunk_by(|(before, _), (after, _)| before + 1 == *after) {
                 let skip = (run[0].0 - question.blocks.start) * u64::from(block);
@@ -604,6 +615,7 @@ impl Ask {
                     output.write_all_at(&rest[..length], extent.start())?;
                 }
                 events.send(Event::Advance {
+                    volume: volume.clone(),
                     bytes: extent.len(),
                 });
             }

@@ -10,7 +10,7 @@ use crate::config::Vm;
 use crate::event::Events;
 use crate::policy::Decision;
 use crate::qemu::machine::{self, Other, beside_words};
-use crate::qemu::{self, Monitor, image, needs};
+use crate::qemu::{self, Monitor, Schema, image, needs};
 
 /// What was decided before QEMU is asked for its disks; those that are asked for are the VM's `disks`.
 #[derive(Debug, Clone, Default)]
@@ -32,6 +32,8 @@ pub struct Selected {
     pub skipped: Vec<machine::Skipped>,
     /// The VM's other disks.
     pub left_out: Vec<LeftOut>,
+    /// What this QEMU can do.
+    pub schema: Schema,
 }
 
 /// Finds the disks, holds them against the policy, and tells what is left out.
@@ -54,7 +56,7 @@ pub async fn select(
         }
     }
     extra::add_nodes(monitor, extra, &mut found).await?;
-    needs::check(monitor, &found.disks).await?;
+    let schema = needs::check(monitor, &found.disks).await?;
     image::describe(monitor, &mut found.disks).await?;
     // An extra may be one of the others.
     let nodes: Vec<_> = found.disks.iter().map(|disk| disk.node.clone()).collect();
@@ -80,6 +82,7 @@ pub async fn select(
         disks: found.disks,
         skipped: found.skipped,
         left_out,
+        schema,
     })
 }
 

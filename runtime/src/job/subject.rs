@@ -14,7 +14,8 @@ use crate::contract::{BLOCK_SIZE, with_causes};
 use crate::event::Events;
 use crate::qemu::claim::{Claim, ClaimError};
 use crate::qemu::machine::Standing;
-use crate::qemu::{self, Monitor, machine};
+use crate::qemu::{self, Monitor, Schema, machine};
+use crate::sandbox::Program;
 use cap_std::fs::Dir;
 use std::collections::BTreeMap;
 use std::path::PathBuf;
@@ -66,6 +67,8 @@ pub struct Subject<'a> {
     pub owner: &'a Owner,
     /// Read every disk in full.
     pub full: bool,
+    /// What its watchdog's process runs.
+    pub program: &'a Program,
     /// Where the job tells what it does.
     pub events: &'a Events,
     /// What signals ask of it.
@@ -73,18 +76,18 @@ pub struct Subject<'a> {
 }
 
 impl<'a> Subject<'a> {
-    /// Its disks, with what each builds on in a backup or export `id`, and those that are left out.
+    /// Its disks, with what each builds on in a backup or export `id`, those that are left out, and what QEMU can do.
     pub async fn disks(
         &self,
         monitor: &Monitor,
         id: BackupId,
-    ) -> Result<(Vec<(qemu::Disk, Choice)>, Vec<LeftOut>), PointError> {
+    ) -> Result<(Vec<(qemu::Disk, Choice)>, Vec<LeftOut>, Schema), PointError> {
         let selected = self.select(monitor).await?;
         let Self {
             owner, namespace, ..
         } = *self;
         let disks = choose(owner, namespace, self.full, selected.disks, id, self.events)?;
-        Ok((disks, selected.left_out))
+        Ok((disks, selected.left_out, selected.schema))
     }
 
     /// Its disks alone.

@@ -20,6 +20,7 @@ use crate::contract::ErrorCode;
 use crate::event::{Event, Events};
 use crate::grants::account::Account;
 use crate::grants::run::RunError;
+use crate::qemu::watchdog::HIDDEN_ARGUMENT as WATCHDOG;
 use crate::sandbox::{self, Cache, Listener, Program, Witness};
 use cap_std::ambient_authority;
 use cap_std::fs::Dir;
@@ -57,10 +58,11 @@ impl Host {
             std::fs::create_dir(folder.path().join(name)).unwrap();
         }
         let archive = Archive::create(open(&folder.path().join("archive"))).unwrap();
-        // A sandbox process is started without an environment and with an argument of its own.
+        // A sandbox process is started without an environment and with an argument of its own. No watchdog: the jobs
+        // are of this process, which does not die.
         let program = folder.path().join("stand-in");
         let script = format!(
-            "#!/bin/sh\n{STAND_IN}=1 exec '{}' --exact job::tests::stand_in::stand_in --ignored \
+            "#!/bin/sh\n[ \"$1\" = {WATCHDOG} ] && exit\n{STAND_IN}=1 exec '{}' --exact job::tests::stand_in::stand_in --ignored \
              --nocapture --test-threads=1\n",
             std::env::current_exe().unwrap().display(),
         );

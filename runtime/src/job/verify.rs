@@ -6,6 +6,7 @@ use super::read_back::{self, Finding, ReadBack, ReadBackError};
 use super::reading::Reading;
 use crate::archive::{self, ObjectName};
 use crate::contract::with_causes;
+use crate::event::Event;
 use crate::sandbox::Cache;
 
 /// What a verify came to.
@@ -73,6 +74,10 @@ async fn read_all(
     found: &mut Vec<Found>,
 ) -> Result<(), ReadBackError> {
     for volume in &reading.manifest.record.volumes {
+        means.events.send(Event::Total {
+            volume: volume.name.clone(),
+            bytes: volume.root.size(),
+        });
         let wanted = ReadBack {
             reading,
             volume,

@@ -140,6 +140,7 @@ pub async fn run(
     };
     let frozen = Arc::new(opened.frozen);
     given.means.events.send(Event::Total {
+        volume: disk.name.clone(),
         bytes: frozen.plan.data_bytes(),
     });
 

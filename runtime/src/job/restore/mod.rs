@@ -68,6 +68,7 @@ pub async fn restore(
 ) -> Result<(), RestoreError> {
     for (volume, path) in restore.volumes {
         means.events.send(Event::Total {
+            volume: volume.name.clone(),
             bytes: volume.root.size(),
         });
         restore.one(reading, volume, path, cache, &means).await?;

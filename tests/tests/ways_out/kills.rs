@@ -1,13 +1,11 @@
 //! Kills (-9) in the middle of an incremental backup, everywhere: at each step of the journal, before and after each
 //! QMP command, and with the sandbox killed first. Each time the next run has to put everything right.
 
-mod crash;
-
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
+use super::crash::{Attempt, Server, Site, result};
 use anyhow::{Context, Result, ensure};
-use crash::{Attempt, Server, Site, result};
 use fleecebox_tests::{At, Fault, Fleecebox, QemuState, Running, Stage, What, eventually};
 use serde_json::json;
 

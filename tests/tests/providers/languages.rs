@@ -1,5 +1,5 @@
 //! Providers in other languages than Rust: what each of them promises besides being a backup, which
-//! `backup.rs` holds all of them to.
+//! `backups/backup.rs` holds all of them to.
 
 use std::path::{Path, PathBuf};
 

@@ -1,16 +1,14 @@
 //! The harness itself: that its truth is the truth, and that it sees what it has to see.
 
-mod point_in_time;
-
 use std::path::PathBuf;
 use std::time::{Duration, Instant};
 
+use super::point_in_time::{PointInTime, nbdcopy, transaction};
 use anyhow::Result;
 use fleecebox_tests::{
     At, Disk, Ext4Disk, Fault, Load, MIB, Proxy, QemuState, Qmp, QmpError, Stage, StorageDaemon,
     What, Writer, compare,
 };
-use point_in_time::{PointInTime, nbdcopy, transaction};
 use serde_json::json;
 
 fn load(seed: u64, regions: Option<Vec<std::ops::Range<u64>>>) -> Load {

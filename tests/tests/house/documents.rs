@@ -22,57 +22,57 @@ const RUN_ELSEWHERE: [(&str, &str, &str); 12] = [
     ),
     (
         "make demo",
-        "tests/tests/demo.rs",
+        "tests/tests/house/demo.rs",
         r#""demo", "--components""#,
     ),
     (
         "cargo test",
-        "tests/tests/new_provider.rs",
+        "tests/tests/providers/new_provider.rs",
         r#""test", "--release""#,
     ),
     (
         r#"cargo build --release --target wasm32-unknown-unknown --config "$(fleecebox-guest/wasm-std.sh)""#,
-        "tests/tests/new_provider.rs",
+        "tests/tests/providers/new_provider.rs",
         "fleecebox-guest/wasm-std.sh",
     ),
     (
         "fleecebox provider new mirror --lang rust --blind",
-        "tests/tests/new_provider.rs",
+        "tests/tests/providers/new_provider.rs",
         r#""--blind""#,
     ),
     (
         "fleecebox provider test target/wasm32-unknown-unknown/release/mirror.wasm",
-        "tests/tests/new_provider.rs",
+        "tests/tests/providers/new_provider.rs",
         "passes_the_kit",
     ),
     (
         "fleecebox provider install registry.example/acme/mirror@sha256:DIGEST",
-        "tests/tests/registry.rs",
+        "tests/tests/providers/registry.rs",
         r#""provider", "install""#,
     ),
     (
         "fleecebox export web --tracking nightly",
-        "tests/tests/export.rs",
+        "tests/tests/backups/export.rs",
         r#""--tracking", "nightly""#,
     ),
     (
         "nbdcopy 'nbd+unix:///fbx-…-x0?socket=…' scsi0.raw",
-        "tests/tests/export.rs",
+        "tests/tests/backups/export.rs",
         r#"run("nbdcopy""#,
     ),
     (
         "fleecebox export end web --success",
-        "tests/tests/export.rs",
+        "tests/tests/backups/export.rs",
         r#""export", "end", "web", "--success""#,
     ),
     (
         "fleecebox export end web --failure",
-        "tests/tests/export.rs",
+        "tests/tests/backups/export.rs",
         r#""export", "end", "web", "--failure""#,
     ),
     (
         "fleecebox export web --mechanism file-handle",
-        "tests/tests/export.rs",
+        "tests/tests/backups/export.rs",
         "file-handle",
     ),
 ];
@@ -94,7 +94,7 @@ const NOT_RUN: [(&str, &str); 14] = [
         "needs root, debootstrap and a network",
     ),
     (
-        "cargo test --release --locked --workspace --test contract --test export",
+        "cargo test --release --locked --workspace --test contract --test backups export::",
         "is a part of `make test`",
     ),
     (
@@ -308,15 +308,34 @@ fn each_suite_is_told_to_who_contributes() -> Result<()> {
     let page = fs::read_to_string(checkout().join(".github/CONTRIBUTING.md"))?;
     for entry in fs::read_dir(checkout().join("tests/tests"))? {
         let entry = entry?;
-        let name = entry.file_name().to_string_lossy().into_owned();
-        // A folder without it belongs to several suites.
-        if entry.file_type()?.is_dir() && !entry.path().join("main.rs").exists() {
-            continue;
+        let path = format!("`tests/tests/{}`", entry.file_name().display());
+        let row = page.lines().find(|line| line.contains(&path));
+        let row = row.with_context(|| format!("CONTRIBUTING.md lacks {path}"))?;
+        for part in parts(&entry.path())? {
+            ensure!(row.contains(&format!("`{part}`")), "{path} has {part}");
         }
-        let path = format!("`tests/tests/{name}`");
-        ensure!(page.contains(&path), "CONTRIBUTING.md lacks {path}");
     }
     Ok(())
+}
+
+/// The modules of a suite that have tests.
+fn parts(suite: &Path) -> Result<Vec<String>> {
+    let mut parts = Vec::new();
+    if suite.is_file() {
+        return Ok(parts);
+    }
+    for entry in fs::read_dir(suite)? {
+        let path = entry?.path();
+        let file = match path.is_dir() {
+            true => path.join("mod.rs"),
+            false => path.clone(),
+        };
+        let name = path.file_stem().unwrap_or_default().to_string_lossy();
+        if name != "main" && fs::read_to_string(file)?.contains("#[test]") {
+            parts.push(name.into_owned());
+        }
+    }
+    Ok(parts)
 }
 
 #[test]

@@ -309,3 +309,17 @@ fn told_regions(backup: &Backup, disk: &str) -> Result<Vec<Range<u64>>> {
     })
     .collect()
 }
+
+/// It is the longest answer that QEMU gives, and it cannot change while it runs.
+#[test]
+fn what_qemu_can_do_is_asked_once() -> Result<()> {
+    let daemon = StorageDaemon::start(&[Disk::raw("da", MIB)])?;
+    let proxy = Proxy::start(daemon.monitors())?;
+    let site = Site::new()?;
+    let order = site.order(&daemon, "chunked")?.through(&proxy);
+    site.backup(&order)?;
+    let commands = proxy.commands().into_iter();
+    let asked = commands.filter(|command| command == "query-qmp-schema");
+    assert_eq!(asked.count(), 1);
+    Ok(())
+}

@@ -1,15 +1,13 @@
 //! Faults in the middle of an incremental backup that are not a kill of the job: signals, a lost monitor, a dead QEMU,
 //! full file systems, a second job. The job ends with a clear error, the VM never notices, the next backup is right.
 
-mod crash;
-
 use std::collections::BTreeSet;
 use std::path::Path;
 use std::process::Command;
 use std::time::{Duration, Instant};
 
+use super::crash::{Attempt, DISKS, Server, Site};
 use anyhow::{Context, Result, ensure};
-use crash::{Attempt, DISKS, Server, Site};
 use fleecebox_tests::{At, Fault, MIB, Outcome, QemuState, Qmp, Stage, What, compare, eventually};
 use rustix::process::{Pid, Signal, kill_process};
 use serde_json::{Value, json};

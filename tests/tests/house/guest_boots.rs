@@ -1,12 +1,10 @@
 //! The guest: it boots, writes, freezes and thaws, and its disks can be held against a reference.
 
-mod point_in_time;
-
 use std::time::{Duration, Instant};
 
+use super::point_in_time::{PointInTime, nbdcopy};
 use anyhow::Result;
 use fleecebox_tests::{Guest, MIB, Proxy, QemuState, compare};
-use point_in_time::{PointInTime, nbdcopy};
 use serde_json::json;
 
 #[test]
