@@ -55,9 +55,12 @@ impl Test {
         let (events, _) = Events::channel();
         let component = Component::load(bytes.clone(), &program, &cache, Wasi::ALL.into(), &events)
             .await
-            .map_err(|error| match error.is_refusal() {
-                true => Failure::Mistake(anyhow!(error).context(shown.clone())),
-                false => Failure::Failed(anyhow!(error).context(shown.clone())),
+            .map_err(|error| {
+                let failure = match error.is_refusal() {
+                    true => Failure::Mistake,
+                    false => Failure::Failed,
+                };
+                failure(anyhow!(error).context(shown.clone()))
             })?;
         if let Some(path) = &self.replay {
             return recording::replay(session, path, &component, &program).await;
