@@ -45,9 +45,9 @@ release=$(echo "$version" | sed -n 's/^release: //p')
 commit=$(echo "$version" | sed -n 's/^commit-hash: //p')
 host=$(echo "$version" | sed -n 's/^host: //p')
 toolchain=$(rustc --print sysroot)
-# The compiler's standard library must match it exactly, so the commit names the folder.
-sysroot=$cache/sysroot-$commit
-sysroot_lib=$sysroot/lib/rustlib/$TARGET/lib
+# The compiler's standard library must match it exactly, so the commit names the folder; and so do the library's own
+# files, because one that is built anew fits nothing that was built with the last one, which cargo sees by this path alone.
+sysroot=$(find "$cache" -maxdepth 1 -name "sysroot-$commit-*" | head -n 1)
 
 main() {
     tools=$toolchain/lib/rustlib/$host/bin
@@ -56,7 +56,7 @@ main() {
     if toolchain_has_std; then
         write_config
     else
-        [ -e "$sysroot/complete" ] || { [ -z "${FLEECEBOX_RUST_LIBRARY:-}" ] && add_by_rustup; } || build_std
+        [ -n "$sysroot" ] || { [ -z "${FLEECEBOX_RUST_LIBRARY:-}" ] && add_by_rustup; } || build_std
         if toolchain_has_std; then write_config; else write_config "--sysroot=$sysroot"; fi
     fi
 }
@@ -117,13 +117,13 @@ CONFIG
             CARGO_HOME=$work/cargo-home CARGO_TARGET_DIR=$work/target \
             cargo build --release --offline -Z build-std=std,panic_abort,panic_unwind --target "$TARGET" >&2
     ) || fail "the standard library could not be built from $library"
-    mkdir -p "$work/sysroot/lib/rustlib/$TARGET/lib"
-    cp "$work/target/$TARGET/release/deps"/*.rlib "$work/sysroot/lib/rustlib/$TARGET/lib/"
-    rm "$work/sysroot/lib/rustlib/$TARGET/lib"/libnothing-*.rlib
-    touch "$work/sysroot/complete"
+    lib=$work/sysroot/lib/rustlib/$TARGET/lib
+    mkdir -p "$lib"
+    cp "$work/target/$TARGET/release/deps"/*.rlib "$lib/"
+    rm "$lib"/libnothing-*.rlib
+    sysroot=$cache/sysroot-$commit-$(cat "$lib"/* | cksum | cut -d ' ' -f 1)
     # A rename, so that a run that is cut off leaves no half of a sysroot behind.
-    rm -rf "$sysroot"
-    mv "$work/sysroot" "$sysroot"
+    [ -e "$sysroot" ] || mv -T "$work/sysroot" "$sysroot"
     say "it is in $sysroot"
 }
 
