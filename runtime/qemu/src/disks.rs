@@ -11,13 +11,15 @@ use super::present::{self, Device, Graph, Node};
 use serde_json::json;
 use std::collections::BTreeSet;
 
+/// The driver of a filter that limits what a disk's users may do.
+const THROTTLE: &str = "throttle";
+
 /// Drivers of devices that pass SCSI commands to the host's device, around bitmaps and filters.
 const PASS_THROUGH: [&str; 2] = ["scsi-block", "scsi-generic"];
 
 /// The disks of the VM (QMP `query-block`, `query-named-block-nodes`, and the tree of devices).
 ///
-/// A device whose top node is a filter of somebody else, such as `throttle`, shows that node; name the
-/// node below it to have bitmaps stored in the image.
+/// A device whose top node is a filter of somebody else, such as `throttle`, shows that node: see [`below_limits`].
 ///
 /// # Errors
 /// Any [`MachineError`].
@@ -42,6 +44,28 @@ pub async fn disks(monitor: &Monitor, choice: &Choice) -> Result<Disks, MachineE
     }
     found.others = others(monitor, &inventory, &excluded, &found).await?;
     Ok(found)
+}
+
+/// Goes from the filters that limit the I/O of a guest to what these show: only there a bitmap can be stored in the image,
+/// and what reads there uses up nothing of the guest's limit. Proxmox VE has such a filter above every disk.
+///
+/// # Errors
+/// Those of [`Monitor::query`].
+pub async fn below_limits(monitor: &Monitor, disks: &mut [Disk]) -> Result<(), MonitorError> {
+    if !disks.iter().any(|disk| disk.format == THROTTLE) {
+        return Ok(());
+    }
+    let graph = present::graph(monitor).await?;
+    let nodes = present::nodes(monitor).await?;
+    for limited in disks {
+        while limited.format == THROTTLE
+            && let Some(below) = graph.child(&limited.node, "file")
+            && let Some(node) = nodes.iter().find(|node| node.name == below)
+        {
+            *limited = disk(std::mem::take(&mut limited.name), node);
+        }
+    }
+    Ok(())
 }
 
 /// What is not to be taken, as it was resolved.

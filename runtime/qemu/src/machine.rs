@@ -10,7 +10,7 @@ use serde_json::json;
 use std::collections::{BTreeMap, BTreeSet};
 use std::fmt;
 
-pub use super::disks::{disks, extra};
+pub use super::disks::{below_limits, disks, extra};
 
 /// Which disks to take.
 #[derive(Debug, Clone)]

@@ -10,7 +10,7 @@ use crate::config::Vm;
 use crate::event::Events;
 use crate::policy::Decision;
 use crate::qemu::machine::{self, Other, beside_words};
-use crate::qemu::{self, Monitor, Schema, image, needs};
+use crate::qemu::{self, Form, Monitor, Schema, image, needs};
 
 /// What was decided before QEMU is asked for its disks; those that are asked for are the VM's `disks`.
 #[derive(Debug, Clone, Default)]
@@ -54,6 +54,9 @@ pub async fn select(
             let names = found.names.get(&disk.node).map_or(&[][..], Vec::as_slice);
             decision.hold(&disk.name, names)?;
         }
+    }
+    if vm.point_in_time.unwrap_or_default() == Form::Job {
+        machine::below_limits(monitor, &mut found.disks).await?;
     }
     extra::add_nodes(monitor, extra, &mut found).await?;
     let schema = needs::check(monitor, &found.disks).await?;

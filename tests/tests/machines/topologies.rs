@@ -251,3 +251,45 @@ fn every_kind_of_disk_is_backed_up_by_jobs() -> Result<()> {
 fn every_kind_of_disk_is_backed_up_by_filters() -> Result<()> {
     every_disk_in("filter")
 }
+
+/// As Proxmox VE attaches a disk: the tracking is in the image below the limit, and so it outlives the machine.
+#[test]
+fn a_disk_with_a_limit_of_io_stays_incremental_over_a_restart() -> Result<()> {
+    const DISK: &str = "scsi0";
+    let site = Site::new()?;
+    let mut vm = Emulator::new(|folder| qcow2(folder, "image", "").map(|_| Vec::new()))?;
+    let image = vm.path("image.qcow2");
+    let format = format!("f{}", "0123456789abcdef".repeat(2).split_at(30).0);
+    let node = json!({"driver": "throttle", "node-name": "drive-scsi0", "throttle-group": "limit",
+        "file": {"driver": "qcow2", "node-name": format,
+            "file": {"driver": "file", "filename": image}}});
+    let node = node.to_string();
+    let words = [
+        "-object",
+        "throttle-group,id=limit,x-iops-total=20000",
+        "-blockdev",
+        &node,
+        "-device",
+        "virtio-scsi-pci",
+        "-device",
+        "scsi-hd,id=scsi0,drive=drive-scsi0",
+    ];
+    let mut order = site.order_for(&vm.monitors().product, "chunked")?;
+    order.disks = vec![DISK.into()];
+    let mut last = None;
+    for byte in 1..4 {
+        vm.start(&words)?;
+        vm.write(DISK, byte, u64::from(byte) * MIB, PIECE)?;
+        let backup = site.backup(&order)?;
+        backup.assert_base(DISK, last.as_ref());
+        site.verify(&site.archive(), &backup.id)?;
+        let restored = site.restore(&site.archive(), &backup.id)?;
+        let bytes = std::fs::read(restored.join(format!("{DISK}.raw")))?;
+        for written in 1..=byte {
+            ensure!(bytes[usize::from(written) << 20] == written, "{written}");
+        }
+        last = Some(backup);
+        vm.quit()?;
+    }
+    Ok(())
+}
