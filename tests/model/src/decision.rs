@@ -162,9 +162,12 @@ fn made_of(images: &[u8]) -> Disk {
     }
 }
 
+/// What a run that died leaves: [`Question`], and its backup.
+type Aftermath = (Question, Option<u8>);
+
 thread_local! {
     static CHOICES: RefCell<HashMap<(Question, u8, bool), Choice>> = RefCell::default();
-    static REMEDIES: RefCell<HashMap<(Question, Option<u8>), Vec<Remedy>>> = RefCell::default();
+    static REMEDIES: RefCell<HashMap<Aftermath, Vec<Remedy>>> = RefCell::default();
 }
 
 /// What backup `id` of `archive` builds on; `full` is `--full`.
