@@ -12,7 +12,7 @@ use crate::event::Events;
 use crate::qemu::claim::{Claim, ClaimError};
 use crate::qemu::monitor::NotQmp;
 use crate::qemu::watchdog::{self, say};
-use crate::qemu::{JobId, Monitor, MonitorError, leftovers};
+use crate::qemu::{Address, JobId, Monitor, MonitorError, leftovers};
 use cap_std::ambient_authority;
 use cap_std::fs::Dir;
 use serde::{Deserialize, Serialize};
@@ -36,8 +36,8 @@ const PAUSE: Duration = Duration::from_secs(1);
 pub struct Ending {
     /// The job.
     pub job: String,
-    /// QEMU's QMP socket.
-    pub qmp: PathBuf,
+    /// Where QEMU's monitor is.
+    pub monitor: Address,
     /// The VM's folder in the state folder.
     pub state: PathBuf,
     /// Where the job's fleecing folder is.
@@ -146,7 +146,7 @@ async fn attempt(ending: &Ending) -> Result<(), Trouble> {
         return Ok(());
     };
     let fleecing = open(&ending.fleecing).map_err(files)?;
-    let monitor = match Monitor::connect(&ending.qmp).await {
+    let monitor = match Monitor::reach(&ending.monitor).await {
         Err(error) if error.is_nobody() => {
             super::fleecing::remove_folder(&fleecing, &job.folder()).map_err(files)?;
             return Ok(());

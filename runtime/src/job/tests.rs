@@ -20,6 +20,7 @@ use crate::contract::ErrorCode;
 use crate::event::{Event, Events};
 use crate::grants::account::Account;
 use crate::grants::run::RunError;
+use crate::qemu;
 use crate::sandbox::{self, Cache, Program};
 use cap_std::ambient_authority;
 use cap_std::fs::Dir;
@@ -100,7 +101,7 @@ impl Host {
             vm: VmAccess {
                 name: "web".into(),
                 config: vm,
-                qmp: self.daemon.at("qmp.sock"),
+                monitor: qemu::Address::Socket(self.daemon.at("qmp.sock")),
                 extra: Vec::new(),
             },
             provider_name: "escaped".into(),
