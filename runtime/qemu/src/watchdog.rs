@@ -405,9 +405,10 @@ enum Trouble {
 }
 
 async fn continue_vm(address: &Address) -> Result<(), Trouble> {
-    let trouble = |e: MonitorError| match e.is_nobody() {
-        true => Trouble::NoVm,
-        false => Trouble::Other(e.to_string()),
+    let trouble = |e: MonitorError| match &e {
+        MonitorError::Libvirt(error) if error.is_gone() => Trouble::NoVm,
+        error if error.is_nobody() => Trouble::NoVm,
+        error => Trouble::Other(error.to_string()),
     };
     let monitor = Monitor::reach(address).await.map_err(trouble)?;
     monitor.execute(cont {}).await.map(drop).map_err(trouble)
@@ -416,13 +417,15 @@ async fn continue_vm(address: &Address) -> Result<(), Trouble> {
 async fn thaw(address: &Address) -> Result<(), Trouble> {
     let trouble = |e: AgentError| match &e {
         AgentError::Connect { source, .. } if is_nobody(source) => Trouble::NoVm,
+        AgentError::Libvirt(error) if error.is_gone() => Trouble::NoVm,
         _ => Trouble::Other(e.to_string()),
     };
-    let off = async |domain| Domain::find(domain).await?.has_qemu().await.map(|has| !has);
-    if let Some(domain) = address.libvirt()
-        && let Ok(true) = off(domain).await
-    {
-        return Err(Trouble::NoVm);
+    if let Some(domain) = address.libvirt() {
+        let domain = Domain::find(domain).await;
+        let domain = domain.map_err(|error| trouble(error.into()))?;
+        if let Ok(false) = domain.has_qemu().await {
+            return Err(Trouble::NoVm);
+        }
     }
     let mut agent = Agent::reach(address, Limits::default())
         .await

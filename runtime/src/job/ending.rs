@@ -10,6 +10,7 @@ use super::signals::Signals;
 use super::storage::Storage;
 use crate::event::Events;
 use crate::qemu::claim::{Claim, ClaimError};
+use crate::qemu::libvirt::LibvirtError;
 use crate::qemu::monitor::NotQmp;
 use crate::qemu::watchdog::{self, say};
 use crate::qemu::{Address, JobId, Monitor, MonitorError, leftovers};
@@ -52,6 +53,8 @@ enum Trouble {
     Hangs(Storage),
     /// Another job has the VM, and cleans up itself.
     Busy,
+    /// libvirt, which has the VM's monitor, is not there.
+    Away(LibvirtError),
     /// Something takes the connection to the monitor and lets go of it at once, as no QEMU that lives does twice.
     NoQemu,
     /// Anything else.
@@ -105,6 +108,10 @@ async fn end(ending: &Ending) -> bool {
                 let _ = storage.answers(sleep(LIMIT)).await;
             }
             Err(Trouble::Busy) => {}
+            Err(Trouble::Away(error)) => tell(format!(
+                "the watchdog of job {} ends its snapshot as soon as libvirt answers: {error}",
+                ending.job
+            )),
             Err(Trouble::Other(error)) => {
                 failed += 1;
                 tell(format!(
@@ -120,6 +127,14 @@ async fn end(ending: &Ending) -> bool {
         ending.job
     ));
     false
+}
+
+/// Whether there is no QEMU any more that could have anything of the job's.
+fn is_gone(error: &MonitorError) -> bool {
+    match error {
+        MonitorError::Libvirt(error) => error.is_gone(),
+        error => error.is_nobody(),
+    }
 }
 
 async fn attempt(ending: &Ending) -> Result<(), Trouble> {
@@ -147,7 +162,8 @@ async fn attempt(ending: &Ending) -> Result<(), Trouble> {
     };
     let fleecing = open(&ending.fleecing).map_err(files)?;
     let monitor = match Monitor::reach(&ending.monitor).await {
-        Err(error) if error.is_nobody() => {
+        Err(MonitorError::Libvirt(error)) if error.is_away() => return Err(Trouble::Away(error)),
+        Err(error) if is_gone(&error) => {
             super::fleecing::remove_folder(&fleecing, &job.folder()).map_err(files)?;
             return Ok(());
         }

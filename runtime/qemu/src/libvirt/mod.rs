@@ -169,4 +169,17 @@ impl LibvirtError {
     pub fn is_nobody(&self) -> bool {
         matches!(self, Self::ShutOff { .. })
     }
+
+    /// Whether there is no such VM any more, for who has had one.
+    pub fn is_gone(&self) -> bool {
+        matches!(self, Self::ShutOff { .. } | Self::NoDomain { .. })
+    }
+
+    /// Whether it is the daemon that is not there, of which nothing follows for its VMs.
+    pub fn is_away(&self) -> bool {
+        matches!(
+            self,
+            Self::Connect { .. } | Self::Lost { .. } | Self::Silent { .. }
+        )
+    }
 }
