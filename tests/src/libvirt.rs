@@ -273,7 +273,7 @@ fn definition(name: &str, folder: impl Display, disks: [&str; 2], monitors: &Mon
     format!(
         "<domain type='qemu' xmlns:qemu='http://libvirt.org/schemas/domain/qemu/1.0'>\
          <name>{name}</name><memory unit='MiB'>64</memory><vcpu>1</vcpu>\
-         <os><type arch='x86_64' machine='q35'>hvm</type></os>\
+         <os><type arch='x86_64' machine='q35'>hvm</type></os><features><acpi/></features>\
          <devices><emulator>/usr/bin/qemu-system-x86_64</emulator>{first}{second}\
          <controller type='scsi' model='virtio-scsi'/></devices>\
          <qemu:commandline>{}{}</qemu:commandline></domain>",

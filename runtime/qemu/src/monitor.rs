@@ -470,25 +470,33 @@ impl Monitor {
         self.peer.filter(|&pid| pid > 0)
     }
 
-    /// The VM's definition as it is at this time, in the words of whoever manages it, where that is known.
+    /// What whoever manages the VM would define it anew by, with the name of such a file; nothing where that is not known.
     ///
     /// # Errors
     /// [`MonitorError::Libvirt`], [`MonitorError::Lost`].
-    pub async fn definition(&self) -> Result<Option<String>, MonitorError> {
+    pub async fn configuration(&self) -> Result<Option<(&'static str, String)>, MonitorError> {
         match &self.link {
             Link::Socket(_) => Ok(None),
-            Link::Libvirt(link) => Ok(Some(link.up().await?.xml().await?)),
+            Link::Libvirt(link) => {
+                let xml = link.up().await?.stored_definition().await?;
+                Ok(Some(("domain.xml", xml)))
+            }
         }
     }
 
-    /// What is read of it.
+    /// What whoever manages the VM knows of it at this time; nothing where nobody does.
     ///
     /// # Errors
-    /// As [`Monitor::definition`].
+    /// As [`Monitor::configuration`].
     pub async fn described(&self) -> Result<Option<Definition>, MonitorError> {
-        let xml = self.definition().await?;
-        let read = xml.map(|xml| Definition::read(&xml)).transpose();
-        Ok(read.map_err(LibvirtError::from)?)
+        match &self.link {
+            Link::Socket(_) => Ok(None),
+            Link::Libvirt(link) => {
+                let xml = link.up().await?.running_definition().await?;
+                let read = Definition::read(&xml).map_err(LibvirtError::from)?;
+                Ok(Some(read))
+            }
+        }
     }
 
     /// Whether the connection is gone, so that no command can succeed on it.

@@ -74,11 +74,12 @@ impl Verify {
     }
 }
 
-/// A `volume` or `object`, its name, and what is wrong with it.
+/// A `volume`, an `object` or what is `kept`, its name, and what is wrong with it.
 fn words(found: &Found) -> (&'static str, String, String) {
     match found {
         Found::Volume { name, finding } => ("volume", name.clone(), finding.to_string()),
         Found::Object { name, error } => ("object", name.to_string(), error.to_string()),
+        Found::Kept { name, error } => ("kept", name.to_string(), error.to_string()),
     }
 }
 

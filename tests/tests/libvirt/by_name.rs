@@ -13,6 +13,7 @@ pub(super) const ALL: &[Case] = &[
     ("saved", Way::Name, saved),
     ("not-there", Way::Name, not_there),
     ("names", Way::Name, names),
+    ("kept", Way::Name, kept),
     ("libvirtd-restarts", Way::Name, libvirtd_restarts),
     ("killed", Way::Name, killed),
     ("killed-while-away", Way::Name, killed_while_away),
@@ -150,6 +151,28 @@ fn names(scene: &mut Scene) -> Result<()> {
     let disks = foretold["disks"].as_array().context("no disks")?;
     ensure!(disks.len() == 1 && disks[0]["name"] == "vdb", "{foretold}");
     ends(&scene.command().arg("--disk").arg("vda"), 2, "no disk vda")?;
+    scene.goes_on()
+}
+
+/// What the domain is defined by is kept with its backups, as it was then, and held against its digest.
+fn kept(scene: &mut Scene) -> Result<()> {
+    let id = scene.last().to_owned();
+    let show = |name: &str| {
+        let command = scene.site.command(&["show", &id, "--attachment", name]);
+        command.arg("--archive").arg(scene.site.archive())
+    };
+    let shown = ends(&show("domain.xml"), 0, "")?.stdout;
+    let defined = scene.virsh(&["dumpxml", "--inactive"])?;
+    ensure!(shown.trim_end() == defined.trim_end(), "{shown}");
+    ends(&show("other.xml"), 2, "there is domain.xml")?;
+    let backup = format!("namespaces/chunked/backups/{id}");
+    let file = scene.site.archive().join(backup).join("kept/domain.xml");
+    std::fs::write(&file, shown.replace("<vcpu", "<VCPU"))?;
+    ends(&show("domain.xml"), 10, "digest")?;
+    let verify = scene.site.command(&["verify", &id]).arg("--archive");
+    let found = ends(&verify.arg(scene.site.archive()), 10, "")?;
+    ensure!(found.stdout.contains("kept domain.xml"), "{}", found.stdout);
+    std::fs::write(&file, shown)?;
     scene.goes_on()
 }
 

@@ -122,6 +122,11 @@ impl<'a> Scene<'a> {
         self.finish(running, &before)
     }
 
+    /// The id of the last backup.
+    pub(super) fn last(&self) -> &str {
+        self.backups.last().map_or("", |backup| &backup.id)
+    }
+
     /// What QEMU shows at this time.
     pub(super) fn state(&self) -> Result<QemuState> {
         QemuState::read(self.domain.monitors())

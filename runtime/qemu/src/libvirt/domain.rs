@@ -38,6 +38,8 @@ const PAUSED: u32 = 1;
 const GRACEFUL: u32 = 1;
 /// `VIR_DOMAIN_SHUTOFF`, and `VIR_DOMAIN_CRASHED`, in which there is no QEMU either.
 const OFF: [i32; 2] = [5, 6];
+/// `VIR_DOMAIN_XML_INACTIVE`.
+const INACTIVE: u32 = 2;
 /// `VIR_DOMAIN_EVENT_ID_LIFECYCLE`.
 const LIFECYCLE: i32 = 0;
 
@@ -174,12 +176,24 @@ impl Domain {
         }
     }
 
-    /// Its definition as it is at this time.
+    /// Its definition as it runs at this time.
     ///
     /// # Errors
     /// A [`LibvirtError`].
-    pub async fn xml(&self) -> Result<String, LibvirtError> {
-        let answer = self.connection.call(XML, self.with_flags(0)).await?;
+    pub async fn running_definition(&self) -> Result<String, LibvirtError> {
+        self.xml(0).await
+    }
+
+    /// Its definition as it is started by the next time, without passwords.
+    ///
+    /// # Errors
+    /// A [`LibvirtError`].
+    pub async fn stored_definition(&self) -> Result<String, LibvirtError> {
+        self.xml(INACTIVE).await
+    }
+
+    async fn xml(&self, flags: u32) -> Result<String, LibvirtError> {
+        let answer = self.connection.call(XML, self.with_flags(flags)).await?;
         Ok(Reader::new(&answer).text()?.to_owned())
     }
 
