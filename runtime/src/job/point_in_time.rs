@@ -28,7 +28,9 @@ use crate::qemu::claim::ClaimError;
 use crate::qemu::libvirt::AgentChannel;
 use crate::qemu::machine::{RunState, Standing};
 use crate::qemu::needs::NeedsError;
-use crate::qemu::snapshot::{Broken, Cause, NOT_FROZEN, NbdServer, PointRequest, Readers};
+use crate::qemu::snapshot::{
+    Broken, Cause, NOT_FROZEN, NbdServer, PointRequest, Readers, Unplugged,
+};
 use crate::qemu::{
     self, Address, Agent, JobId, MachineError, Monitor, MonitorError, Plan, PointInTime, Schema,
     SnapshotError, Watchdog, machine,
@@ -665,9 +667,18 @@ impl<'a> Prepared<'a> {
         if errors.is_empty() {
             self.journal.server_stopped();
         }
-        for (disk, node) in point.unplugged(self.monitor).await.unwrap_or_default() {
+        for Unplugged { disk, node, taken } in
+            point.unplugged(self.monitor).await.unwrap_or_default()
+        {
+            let (which, why) = match taken {
+                true => ("", "read it"),
+                false => (
+                    ", which is not in the backup,",
+                    "asked its storage whether it answers",
+                ),
+            };
             self.subject.events.warn(format!(
-                "disk {disk}, which is not in the backup, was unplugged while it ran, and could not be closed, as the backup asked its storage whether it answers: QEMU still has its node {node} open (QMP blockdev-del closes it)"
+                "disk {disk}{which} was unplugged while the backup ran, and could not be closed, as it {why}: QEMU still has its node {node} open (QMP blockdev-del closes it)"
             ));
         }
         left.extend(errors.iter().map(ToString::to_string));

@@ -5,6 +5,7 @@ use super::scene::{Scene, Way};
 use anyhow::{Context, Result, ensure};
 use fleecebox_tests::{Fleecebox, Outcome, Running, Site, eventually};
 use rustix::process::{Pid, Signal, kill_process};
+use serde_json::json;
 use std::time::Duration;
 
 pub(super) const ALL: &[Case] = &[
@@ -24,6 +25,7 @@ pub(super) const ALL: &[Case] = &[
     ("renamed", Way::Name, renamed),
     ("plugged", Way::Name, plugged),
     ("unplugged", Way::Name, unplugged),
+    ("stopped-for-a-moment", Way::Name, stopped_for_a_moment),
 ];
 
 const LIMIT: Duration = Duration::from_secs(60);
@@ -305,5 +307,36 @@ fn unplugged(scene: &mut Scene) -> Result<()> {
     let outcome = job.finish()?;
     ensure!(outcome.code() == Some(0), "{}", outcome.stderr);
     scene.site.check_no_fleecing_images()?;
-    Ok(())
+    let image = scene.domain.path("sda.qcow2");
+    let image = image.to_str().context("a path in UTF-8")?;
+    let again = ["sda", "--targetbus", "scsi", "--subdriver", "qcow2"];
+    // As QEMU refused that to libvirt, which says nothing of it.
+    let said = &outcome.stderr;
+    ensure!(said.contains("disk sda was unplugged"), "{said}");
+    let node = said
+        .split_once("its node ")
+        .and_then(|(_, it)| it.split_once(" open"));
+    let (node, _) = node.with_context(|| said.clone())?;
+    for node in [node, &node.replace("format", "storage")] {
+        let close = json!({"execute": "blockdev-del", "arguments": {"node-name": node}});
+        scene.virsh(&["qemu-monitor-command", &close.to_string()])?;
+    }
+    scene.virsh(&[&["attach-disk", image][..], &again].concat())?;
+    scene.goes_on()
+}
+
+/// QEMU is stopped for the point in time by its monitor, which libvirt sees, and runs on.
+fn stopped_for_a_moment(scene: &mut Scene) -> Result<()> {
+    scene.virsh(&["resume"])?;
+    let key = "[vm.web]\npoint-in-time = 'filter'\n";
+    scene.site.configure(key)?;
+    for _ in 0..2 {
+        let outcome = ends(&scene.command(), 0, "")?.document()?;
+        ensure!(outcome["stopped_ms"].is_number(), "{outcome}");
+        let state = state(scene)?;
+        ensure!(state.starts_with("running"), "{state}");
+    }
+    scene.site.configure("")?;
+    scene.virsh(&["suspend"])?;
+    scene.goes_on()
 }
