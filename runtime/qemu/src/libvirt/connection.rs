@@ -44,8 +44,8 @@ const LOGINS_CAP: u32 = 20;
 /// Where what the daemon tells of its own accord goes.
 #[derive(Debug, Clone)]
 pub(super) struct Ears {
-    /// Events of QEMU's monitor.
-    pub(super) events: broadcast::Sender<Event>,
+    /// Events of QEMU's monitor; their end is not the connection's to decide.
+    pub(super) events: broadcast::WeakSender<Event>,
     /// Cancelled when the domain's QEMU has ended.
     pub(super) stopped: CancellationToken,
 }
@@ -336,8 +336,10 @@ impl Ears {
         match notice {
             Notice::Event(event) => {
                 tracing::debug!(target: "fleecebox::qmp", "event {} {}", event.name, event.data);
-                // Without subscribers there is nobody to tell.
-                let _ = self.events.send(event);
+                if let Some(events) = self.events.upgrade() {
+                    // Without subscribers there is nobody to tell.
+                    let _ = events.send(event);
+                }
             }
             Notice::Stopped => self.stopped.cancel(),
         }

@@ -86,7 +86,12 @@ impl Link {
         tracing::debug!(target: "fleecebox::qmp", "-> {message}");
         loop {
             let domain = self.up().await?;
-            match domain.command(&message, descriptor.take()).await {
+            let answer = tokio::select! {
+                answer = domain.command(&message, descriptor.take()) => answer,
+                // Of a domain that stopped none may come.
+                () = self.lost() => return Err(self.gone()),
+            };
+            match answer {
                 Ok(answer) => return read_answer(command, answer),
                 Err(error) if error.is_lost() && is_question(command) => {}
                 Err(error) if error.is_lost() => {
@@ -117,6 +122,13 @@ impl Link {
             Ok(State::Up(domain)) => Ok(Arc::clone(domain)),
             _ => Err(self.gone()),
         }
+    }
+
+    async fn lost(&self) {
+        let mut state = self.state.subscribe();
+        let lost = state.wait_for(|state| matches!(state, State::Lost { .. }));
+        // Its sender is ours.
+        let _ = lost.await;
     }
 
     pub(crate) fn is_lost(&self) -> bool {
@@ -171,7 +183,7 @@ async fn reach(
 ) -> Result<(Domain, CancellationToken), LibvirtError> {
     let stopped = CancellationToken::new();
     let ears = Ears {
-        events: events.clone(),
+        events: events.downgrade(),
         stopped: stopped.clone(),
     };
     let domain = Domain::find_heard(address, Some(ears)).await?;

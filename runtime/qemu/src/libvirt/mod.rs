@@ -17,6 +17,8 @@ mod definition;
 mod domain;
 mod link;
 mod message;
+#[cfg(test)]
+mod tests;
 mod uri;
 mod xdr;
 
