@@ -7,7 +7,7 @@ use std::path::{Path, PathBuf};
 use std::str::FromStr;
 
 /// `qemu:///system` or `qemu:///session`, or either with a socket: `qemu+unix:///system?socket=/run/libvirt-sock`.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(try_from = "String", into = "String")]
 pub struct Uri {
     session: bool,
@@ -28,15 +28,6 @@ pub enum UriError {
     /// What follows `?` is not known.
     #[error("'{0}' is not known in a URI of libvirt's; socket=PATH is")]
     Option(String),
-}
-
-impl Default for Uri {
-    fn default() -> Self {
-        Self {
-            session: false,
-            socket: None,
-        }
-    }
 }
 
 impl FromStr for Uri {
