@@ -43,6 +43,8 @@ cat >/etc/libvirt/libvirtd.conf <<END
 unix_sock_dir = "$folder/run"
 auth_unix_ro = "none"
 auth_unix_rw = "none"
+log_filters = "1:qemu.qemu_agent"
+log_outputs = "1:file:$folder/agent.log 2:stderr"
 END
 cat >/etc/libvirt/qemu.conf <<END
 security_driver = "none"
@@ -50,6 +52,9 @@ cgroup_controllers = [ ]
 namespaces = [ ]
 stdio_handler = "file"
 END
-# Not in the place of this shell, which waits for children that nobody else does.
-libvirtd &
-wait
+# Not in the place of this shell, which waits for children that nobody else does. One that ends is started again, as a
+# service is: its QEMUs go on meanwhile.
+while :; do
+    libvirtd &
+    wait $! || :
+done

@@ -324,7 +324,7 @@ pub(crate) fn cache() -> OsString {
 }
 
 /// The folder with the guest's kernel and initramfs.
-fn image() -> Result<PathBuf> {
+pub(crate) fn image() -> Result<PathBuf> {
     let built = run("dash", tool("sh").arg(BUILD_SCRIPT).arg(cache()))
         .context("building the guest's image from Debian packages")?;
     Ok(String::from_utf8(built.stdout)?.trim_end().into())

@@ -1,23 +1,27 @@
 //! A libvirt of the tests' own, in namespaces of its own: see `tests/libvirt/run.sh`.
 
+use std::fmt::Display;
 use std::os::unix::fs::chown;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::time::Duration;
 
-use anyhow::{Context, Result, ensure};
-use serde_json::json;
+use anyhow::{Context, Result, bail, ensure};
+use rustix::process::{Pid, Signal, kill_process};
+use serde_json::{Value, json};
 use tempfile::TempDir;
 
-use crate::guest::cache;
+use crate::guest::{cache, image};
 use crate::process::{Daemon, run, tool};
-use crate::{Monitors, Qmp, eventually, not_shown};
+use crate::{Disk, MIB, Monitors, Qmp, eventually, not_shown};
 
 const SCRIPTS: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/libvirt");
 /// Debian's `libvirt-qemu`, which libvirt runs QEMU as.
 const USER: u32 = 64055;
 /// It looks at each QEMU of the machine first.
 const START_LIMIT: Duration = Duration::from_secs(120);
+/// As of every guest of the tests.
+const BOOT_LIMIT: Duration = Duration::from_secs(120);
 /// Of one command; a block job of these disks takes less than a second.
 const COMMAND_SECONDS: &str = "120";
 
@@ -29,7 +33,8 @@ pub struct Libvirt {
     folder: TempDir,
 }
 
-/// A domain with two disks, `sda` (virtio-scsi) and `vdb` (virtio-blk), and no operating system.
+/// A domain with two disks, and the tests' own monitors. Of [`Libvirt::domain`], it has no operating system, and the
+/// disks are `sda` (virtio-scsi) and `vdb` (virtio-blk).
 #[derive(Debug)]
 pub struct Domain<'a> {
     libvirt: &'a Libvirt,
@@ -105,6 +110,47 @@ impl Libvirt {
         Ok(String::from_utf8(output.stdout)?)
     }
 
+    /// The URI that reaches it.
+    pub fn uri(&self) -> String {
+        let socket = self.folder.path().join("run/libvirt-sock");
+        format!("qemu+unix:///system?socket={}", socket.display())
+    }
+
+    /// Ends the daemon, which is then started again, and waits until that answers. Its domains go on.
+    ///
+    /// # Errors
+    /// When it does not come up.
+    pub fn restart(&self) -> Result<()> {
+        let daemon = self.process()?;
+        kill_process(daemon, Signal::TERM)?;
+        eventually("another libvirtd", START_LIMIT, || {
+            let other = self.process().is_ok_and(|other| other != daemon);
+            Ok((other && self.virsh(&["version"]).is_ok()).then_some(()))
+        })
+    }
+
+    /// Of the daemon, as seen from here.
+    fn process(&self) -> Result<Pid> {
+        let ours = self.daemon.id();
+        for entry in std::fs::read_dir("/proc")? {
+            let name = entry?.file_name();
+            let Some(pid) = name.to_str().and_then(|name| name.parse::<u32>().ok()) else {
+                continue;
+            };
+            let comm = std::fs::read_to_string(format!("/proc/{pid}/comm")).unwrap_or_default();
+            // unshare, the shell, libvirtd
+            if comm.trim_end() == "libvirtd" && parent(pid).and_then(parent) == Some(ours) {
+                return Pid::from_raw(pid.cast_signed()).context("no process");
+            }
+        }
+        bail!("no libvirtd runs")
+    }
+
+    /// What libvirt has told of its dealings with guest agents.
+    pub fn agent_log(&self) -> String {
+        std::fs::read_to_string(self.folder.path().join("agent.log")).unwrap_or_default()
+    }
+
     /// The `virsh` that reaches it, as the words of a shell.
     pub fn shell(&self) -> String {
         let socket = self.folder.path().join("run/libvirt-sock");
@@ -135,7 +181,8 @@ impl Libvirt {
         chown(&folder, Some(USER), Some(USER))?;
         let monitors = Monitors::in_folder(&folder);
         let xml = folder.join("domain.xml");
-        std::fs::write(&xml, definition(name, &folder, &monitors))?;
+        let text = definition(name, folder.display(), ["sda", "vdb"], &monitors);
+        std::fs::write(&xml, text)?;
         let xml = xml.to_str().context("a path in UTF-8")?;
         let domain = Domain {
             libvirt: self,
@@ -147,16 +194,76 @@ impl Libvirt {
         domain.virsh(&["start", "--paused"])?;
         Ok(domain)
     }
+
+    /// Boots the guest of [`crate::Guest`], with ext4 on `vda` (virtio-blk) and `sda` (virtio-scsi), its agent and its
+    /// writers, and waits until the agent answers.
+    ///
+    /// # Errors
+    /// As [`Libvirt::domain`], and when the guest does not come up.
+    pub fn guest(&self, name: &str) -> Result<Domain<'_>> {
+        let folder = self.folder.path().join(name);
+        std::fs::create_dir(&folder)?;
+        for disk in ["vda", "sda"] {
+            let disk = Disk::qcow2(disk, 64 * MIB).formatted();
+            disk.create(&folder)?;
+        }
+        let image = image()?;
+        for file in ["vmlinuz", "initramfs.gz"] {
+            std::fs::copy(image.join(file), folder.join(file))?;
+        }
+        for entry in std::fs::read_dir(&folder)? {
+            chown(entry?.path(), Some(USER), Some(USER))?;
+        }
+        chown(&folder, Some(USER), Some(USER))?;
+        let monitors = Monitors::in_folder(&folder);
+        let xml = folder.join("domain.xml");
+        std::fs::write(&xml, guest_definition(name, &folder, &monitors))?;
+        let xml = xml.to_str().context("a path in UTF-8")?;
+        let domain = Domain {
+            libvirt: self,
+            name: name.into(),
+            folder,
+            monitors,
+        };
+        self.virsh(&["define", xml])?;
+        domain.virsh(&["start"])?;
+        eventually("the guest agent", BOOT_LIMIT, || {
+            Ok(domain.agent("guest-fsfreeze-status").ok())
+        })?;
+        Ok(domain)
+    }
 }
 
-fn definition(name: &str, folder: &Path, monitors: &Monitors) -> String {
-    let disk = |file: &str, target: &str| {
+fn guest_definition(name: &str, folder: &Path, monitors: &Monitors) -> String {
+    let folder = folder.display();
+    let channel =
+        "<channel type='unix'><target type='virtio' name='org.qemu.guest_agent.0'/></channel>";
+    let serial = format!("<serial type='file'><source path='{folder}/serial.log'/></serial>");
+    let boot = format!(
+        "<kernel>{folder}/vmlinuz</kernel><initrd>{folder}/initramfs.gz</initrd>\
+         <cmdline>console=ttyS0 quiet panic=-1 no_timer_check</cmdline>"
+    );
+    definition(name, folder, ["vda", "sda"], monitors)
+        .replace("<memory unit='MiB'>64<", "<memory unit='MiB'>256<")
+        .replace(
+            "</type></os>",
+            &format!("</type>{boot}</os><cpu mode='maximum'/>"),
+        )
+        .replace("</devices>", &format!("{serial}{channel}</devices>"))
+}
+
+fn definition(name: &str, folder: impl Display, disks: [&str; 2], monitors: &Monitors) -> String {
+    let disk = |target: &str| {
+        let bus = match target.strip_prefix("sd") {
+            Some(_) => "scsi",
+            None => "virtio",
+        };
         format!(
             "<disk type='file' device='disk'><driver name='qemu' type='qcow2'/>\
-             <source file='{}/{file}.qcow2'/><target {target}/></disk>",
-            folder.display()
+             <source file='{folder}/{target}.qcow2'/><target dev='{target}' bus='{bus}'/></disk>"
         )
     };
+    let [first, second] = disks.map(disk);
     let monitor = |socket: &Path| {
         format!(
             "<qemu:arg value='-qmp'/><qemu:arg value='unix:{},server=on,wait=off'/>",
@@ -166,15 +273,20 @@ fn definition(name: &str, folder: &Path, monitors: &Monitors) -> String {
     format!(
         "<domain type='qemu' xmlns:qemu='http://libvirt.org/schemas/domain/qemu/1.0'>\
          <name>{name}</name><memory unit='MiB'>64</memory><vcpu>1</vcpu>\
-         <os><type arch='x86_64' machine='q35'>hvm</type></os>\
-         <devices><emulator>/usr/bin/qemu-system-x86_64</emulator>{}{}\
+         <os><type arch='x86_64' machine='q35'>hvm</type></os><features><acpi/></features>\
+         <devices><emulator>/usr/bin/qemu-system-x86_64</emulator>{first}{second}\
          <controller type='scsi' model='virtio-scsi'/></devices>\
          <qemu:commandline>{}{}</qemu:commandline></domain>",
-        disk("sda", "dev='sda' bus='scsi'"),
-        disk("vdb", "dev='vdb' bus='virtio'"),
         monitor(&monitors.product),
         monitor(&monitors.control),
     )
+}
+
+/// From `/proc/PID/stat`: `pid (name) state parent …`, where the name may hold anything.
+fn parent(pid: u32) -> Option<u32> {
+    let stat = std::fs::read_to_string(format!("/proc/{pid}/stat")).ok()?;
+    let (_, fields) = stat.rsplit_once(") ")?;
+    fields.split_whitespace().nth(1)?.parse().ok()
 }
 
 impl Domain<'_> {
@@ -187,6 +299,22 @@ impl Domain<'_> {
         let mut all = vec![*command, &self.name];
         all.extend(arguments);
         self.libvirt.virsh(&all)
+    }
+
+    /// The libvirt that has it.
+    pub fn libvirt(&self) -> &Libvirt {
+        self.libvirt
+    }
+
+    /// Asks the guest's agent, through libvirt.
+    ///
+    /// # Errors
+    /// When it does not answer, or refuses.
+    pub fn agent(&self, command: &str) -> Result<Value> {
+        let command = json!({ "execute": command }).to_string();
+        let answer = self.virsh(&["qemu-agent-command", &command])?;
+        let answer: Value = serde_json::from_str(&answer)?;
+        Ok(answer["return"].clone())
     }
 
     /// As [`Libvirt::shell`].

@@ -8,14 +8,14 @@ use super::error::Error;
 use super::frame::{FRAME_LIMIT, Frame, ObjectRef};
 use super::index::Index;
 use super::lock;
-use super::manifest::{BackupRecord, MANIFEST_FORMAT, Manifest, RULES, Stats};
+use super::manifest::{BackupRecord, KEPT_LIMIT, Kept, MANIFEST_FORMAT, Manifest, RULES, Stats};
 use super::name::{BackupId, ComponentId, ObjectName};
 use super::namespace::COMPONENT_LIMIT;
 use super::needs::{self, Finished, Needs};
 use super::object::{ObjectWriter, Objects};
 use super::pack::ChunkId;
 use super::pack_writer::PackWriter;
-use super::store::{MANIFEST, OBJECTS, Store};
+use super::store::{KEPT, MANIFEST, OBJECTS, Store};
 use super::stored::StoredObjects;
 use cap_std::fs::Dir;
 use fleecebox_contract::digest::Digest;
@@ -201,6 +201,25 @@ impl BackupWriter {
             .map_err(Error::at(&temporary))?;
         kept.insert(id);
         Ok(id)
+    }
+
+    /// Keeps a file of the host's with the backup, under a name that is not taken; the record has to name it.
+    pub fn keep(&self, name: ObjectName, bytes: &[u8]) -> Result<Kept, Error> {
+        let length = bytes.len() as u64;
+        if length > KEPT_LIMIT {
+            return Err(Error::TooLarge {
+                limit: KEPT_LIMIT,
+                actual: length,
+            });
+        }
+        let dir = directory::open_or_make_dir(&self.dir, KEPT).map_err(Error::at(KEPT))?;
+        directory::write_new(&dir, &name.to_string(), bytes).map_err(Error::at(&name))?;
+        directory::sync(&dir).map_err(Error::at(KEPT))?;
+        Ok(Kept {
+            digest: Digest::of(bytes),
+            bytes: length,
+            name,
+        })
     }
 
     /// The one barrier: after it, all that was put, finished or kept survives a power failure. Only the backup's

@@ -14,6 +14,7 @@
 //!   backups/<backup>/manifest.json   its appearance is the commit
 //!   backups/<backup>/pages           the block-table pages that this backup adds
 //!   backups/<backup>/objects/<name>  what the provider created
+//!   backups/<backup>/kept/<name>     what the host keeps beside the volumes
 //! ```
 //!
 //! # Who may do what at once
@@ -95,8 +96,9 @@ pub use export::{ExportRecord, ExportedDisk};
 pub use fleecebox_contract::digest::Digest;
 pub use frame::{FRAME_LIMIT, Frame, NotAFrame, ObjectRef, STORED_LIMIT};
 pub use manifest::{
-    Attachment, BackupRecord, DiskRecord, FileRecord, LayerRecord, LeftOut, MANIFEST_FORMAT,
-    MANIFEST_LIMIT, Manifest, Moment, Proof, ProviderRecord, RULES, Stats, VolumeRecord,
+    Attachment, BackupRecord, DiskRecord, FileRecord, KEPT_LIMIT, Kept, LayerRecord, LeftOut,
+    MANIFEST_FORMAT, MANIFEST_LIMIT, Manifest, Moment, Proof, ProviderRecord, RULES, Stats,
+    VolumeRecord,
 };
 pub use name::{
     ArchiveId, BackupId, ComponentId, NAME_LIMIT, NamespaceName, NotAName, ObjectName, PackName,

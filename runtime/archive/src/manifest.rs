@@ -7,6 +7,7 @@ use super::needs::Needs;
 use super::object::ObjectInfo;
 use super::sealed;
 use super::words::{BitmapModeWord, GuestLimitsWords, WorldWord};
+use fleecebox_contract::digest::Digest;
 use fleecebox_contract::{BitmapMode, GuestLimits, World};
 use serde::{Deserialize, Serialize};
 use time::OffsetDateTime;
@@ -65,8 +66,11 @@ pub struct BackupRecord {
     pub host_version: String,
     /// In the order of the VM's disks.
     pub volumes: Vec<VolumeRecord>,
-    /// What else was kept.
+    /// What nobody ever wrote, so that versions which expect it are content.
     pub attachments: Vec<Attachment>,
+    /// What the host keeps beside the volumes.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub kept: Vec<Kept>,
     /// Whether the volumes are as of one moment.
     #[serde(default, skip_serializing_if = "Moment::is_one")]
     pub moment: Moment,
@@ -229,7 +233,21 @@ pub enum Proof {
     Unproven,
 }
 
-/// Something kept beside the volumes.
+/// A file of the host's in the backup, which no provider sees.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Kept {
+    /// Such as `domain.xml`, the VM's definition in libvirt.
+    pub name: ObjectName,
+    /// How many it has, at most [`KEPT_LIMIT`].
+    pub bytes: u64,
+    /// Of all of them.
+    pub digest: Digest,
+}
+
+/// Longest of them, in bytes: definitions have some ten thousand, and libvirt hands out no longer text.
+pub const KEPT_LIMIT: u64 = 4 << 20;
+
+/// An object that is kept beside the volumes.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Attachment {
     /// As the operator calls it, such as `guest-config`.
@@ -293,6 +311,7 @@ pub(super) mod tests {
             host_version: "0.1.0".into(),
             volumes,
             attachments: vec![],
+            kept: vec![],
             moment: Moment::One,
             left_out: vec![],
         }

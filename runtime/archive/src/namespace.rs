@@ -7,12 +7,13 @@ use super::directory;
 use super::encoding::ZstdLevel;
 use super::error::{Damage, Error};
 use super::frame::Frame;
-use super::manifest::{MANIFEST_LIMIT, Manifest};
+use super::manifest::{KEPT_LIMIT, Kept, MANIFEST_LIMIT, Manifest};
 use super::name::{ArchiveId, BackupId, ComponentId, NamespaceName, ObjectName, random};
 use super::soundness;
-use super::store::{MANIFEST, Store};
+use super::store::{KEPT, MANIFEST, Store};
 use super::stored::StoredObjects;
 use cap_std::fs::Dir;
+use fleecebox_contract::digest::Digest;
 use fleecebox_contract::{extent::Extent, with_causes};
 use std::io;
 use std::sync::{Arc, OnceLock};
@@ -185,6 +186,22 @@ impl Namespace {
     /// Opens the block table of a volume.
     pub fn table(&self, root: TableRoot) -> BlockTable {
         BlockTable::new(self.store.clone(), root)
+    }
+
+    /// The bytes of what the host kept with a backup, held against their digest.
+    pub fn kept(&self, backup: BackupId, kept: &Kept) -> Result<Vec<u8>, Error> {
+        let path = format!("{backup}/{KEPT}/{}", kept.name);
+        let bytes = directory::read(&self.store.backups, &path, KEPT_LIMIT)?;
+        if bytes.len() as u64 != kept.bytes {
+            return Err(Error::damaged(path)(Damage::Length {
+                expected: kept.bytes,
+                actual: bytes.len() as u64,
+            }));
+        }
+        match Digest::of(&bytes) == kept.digest {
+            true => Ok(bytes),
+            false => Err(Error::damaged(path)(Damage::Digest)),
+        }
     }
 
     /// What the provider wrote in a backup.

@@ -147,6 +147,9 @@ impl Store {
     }
 }
 
+/// In a backup's directory: what the host keeps there.
+pub(super) const KEPT: &str = "kept";
+
 /// In a backup's directory.
 pub(super) const MANIFEST: &str = "manifest.json";
 /// In a backup's directory.

@@ -3,6 +3,8 @@
 //! Its answers come from the guest and are never believed further than "it says so": they are capped
 //! in length and time, and nothing but the time of the point in time depends on them.
 
+use super::address::Address;
+use super::libvirt::{self, Domain, LibvirtError};
 use super::line::{self, Read};
 use super::socket;
 use fleecebox_contract::with_causes;
@@ -115,6 +117,9 @@ pub enum AgentError {
         /// The cap.
         cap: usize,
     },
+    /// libvirt, which has the agent's socket, did not pass the command on, or the agent refused it.
+    #[error(transparent)]
+    Libvirt(#[from] LibvirtError),
     /// The guest does not say that it is thawed.
     #[error("the guest's file systems may still be frozen after {} s", .limit.as_secs_f32())]
     StillFrozen {
@@ -128,17 +133,38 @@ pub enum AgentError {
     SaysSo,
 }
 
-/// One connection to the guest agent's socket. QEMU serves one client per socket.
+/// One connection to the guest agent's socket, which QEMU serves one client on, or the way there through libvirt.
 #[derive(Debug)]
 pub struct Agent {
-    reader: BufReader<OwnedReadHalf>,
-    writer: OwnedWriteHalf,
+    link: Link,
     limits: Limits,
     /// The next answer is the one to the next command. Not so after a time-out.
     in_step: bool,
 }
 
+#[derive(Debug)]
+enum Link {
+    Socket(BufReader<OwnedReadHalf>, OwnedWriteHalf),
+    /// Which keeps the answers and the commands in step by itself.
+    Libvirt(libvirt::Address, Domain),
+}
+
 impl Agent {
+    /// Reaches the agent of a VM. Whether one listens in the guest shows with the first command.
+    ///
+    /// # Errors
+    /// [`AgentError::Connect`], [`AgentError::Libvirt`].
+    pub async fn reach(address: &Address, limits: Limits) -> Result<Self, AgentError> {
+        match address {
+            Address::Socket(path) => Self::connect(path, limits).await,
+            Address::Libvirt(domain) => Ok(Self {
+                link: Link::Libvirt(domain.clone(), Domain::find(domain).await?),
+                limits,
+                in_step: true,
+            }),
+        }
+    }
+
     /// Connects to the socket at `path`. Whether an agent listens in the guest shows with the first command.
     ///
     /// # Errors
@@ -157,8 +183,7 @@ impl Agent {
     pub fn over(stream: UnixStream, limits: Limits) -> Self {
         let (reader, writer) = stream.into_split();
         Self {
-            reader: BufReader::new(reader),
-            writer,
+            link: Link::Socket(BufReader::new(reader), writer),
             limits,
             in_step: false,
         }
@@ -238,6 +263,9 @@ impl Agent {
         command: C,
         limit: Duration,
     ) -> Result<Value, AgentError> {
+        if let Link::Libvirt(address, domain) = &mut self.link {
+            return through_libvirt(address, domain, &command, limit).await;
+        }
         if !self.in_step {
             self.sync().await?;
         }
@@ -258,14 +286,7 @@ impl Agent {
         self.send(&[], command).await?;
         let mut budget = ANSWER_CAP;
         let line = self.receive(b'\n', &mut budget, C::NAME).await?;
-        match serde_json::from_slice(&line) {
-            Ok(Value::Object(mut answer)) => match (answer.remove("return"), answer.get("error")) {
-                (Some(value), _) => Ok(value),
-                (None, Some(error)) => Err(refusal(C::NAME, error)),
-                (None, None) => Err(AgentError::Nonsense { command: C::NAME }),
-            },
-            _ => Err(AgentError::Nonsense { command: C::NAME }),
-        }
+        read_answer(C::NAME, &line)
     }
 
     /// `guest-sync-delimited`: skips everything up to the answer to a random number of ours.
@@ -298,11 +319,13 @@ impl Agent {
     }
 
     async fn send<C: QgaCommand>(&mut self, before: &[u8], command: &C) -> io::Result<()> {
+        let Link::Socket(_, writer) = &mut self.link else {
+            return Err(io::ErrorKind::NotConnected.into());
+        };
         let mut bytes = before.to_vec();
-        let message = json!({ "execute": C::NAME, "arguments": serde_json::to_value(command)? });
-        bytes.extend(message.to_string().bytes());
+        bytes.extend(message(command)?.bytes());
         bytes.push(b'\n');
-        self.writer.write_all(&bytes).await
+        writer.write_all(&bytes).await
     }
 
     async fn receive(
@@ -311,8 +334,11 @@ impl Agent {
         budget: &mut usize,
         command: &'static str,
     ) -> Result<Vec<u8>, AgentError> {
+        let Link::Socket(reader, _) = &mut self.link else {
+            return Err(AgentError::Closed);
+        };
         let mut bytes = Vec::new();
-        let read = line::read_until(&mut self.reader, delimiter, *budget, &mut bytes).await?;
+        let read = line::read_until(reader, delimiter, *budget, &mut bytes).await?;
         *budget = budget.saturating_sub(bytes.len() + 1);
         match read {
             Read::Whole => Ok(bytes),
@@ -325,16 +351,67 @@ impl Agent {
     }
 }
 
+fn message<C: QgaCommand>(command: &C) -> io::Result<String> {
+    let arguments = serde_json::to_value(command)?;
+    Ok(json!({ "execute": C::NAME, "arguments": arguments }).to_string())
+}
+
+fn read_answer(command: &'static str, answer: &[u8]) -> Result<Value, AgentError> {
+    match serde_json::from_slice(answer) {
+        Ok(Value::Object(mut answer)) => match (answer.remove("return"), answer.get("error")) {
+            (Some(value), _) => Ok(value),
+            (None, Some(error)) => Err(refusal(command, error)),
+            (None, None) => Err(AgentError::Nonsense { command }),
+        },
+        _ => Err(AgentError::Nonsense { command }),
+    }
+}
+
+/// A daemon that was started again meanwhile has to be connected to anew.
+async fn through_libvirt<C: QgaCommand>(
+    address: &libvirt::Address,
+    domain: &mut Domain,
+    command: &C,
+    limit: Duration,
+) -> Result<Value, AgentError> {
+    let message = message(command)?;
+    if domain.is_lost() {
+        *domain = Domain::find(address).await?;
+    }
+    match domain.agent_command(&message, limit).await {
+        Ok(answer) if answer.len() > ANSWER_CAP => Err(AgentError::TooMuch {
+            command: C::NAME,
+            cap: ANSWER_CAP,
+        }),
+        Ok(answer) => read_answer(C::NAME, answer.as_bytes()),
+        Err(LibvirtError::Refused { message, .. }) if lacks_command(&message) => {
+            Err(AgentError::Refused {
+                command: C::NAME,
+                known: false,
+                description: shown(&message),
+            })
+        }
+        Err(error) => Err(error.into()),
+    }
+}
+
+/// By the agent's own words, which are all of its answer that libvirt passes on.
+fn lacks_command(message: &str) -> bool {
+    ["has been disabled", "has not been found"]
+        .iter()
+        .any(|words| message.contains(words))
+}
+
 fn refusal(command: &'static str, error: &Value) -> AgentError {
-    let description = error["desc"].as_str().unwrap_or_default();
     AgentError::Refused {
         command,
         // An agent that forbids a command says `CommandNotFound` too.
         known: error["class"] != "CommandNotFound",
-        description: description
-            .chars()
-            .take(MESSAGE_CAP)
-            .flat_map(char::escape_default)
-            .collect(),
+        description: shown(error["desc"].as_str().unwrap_or_default()),
     }
+}
+
+fn shown(description: &str) -> String {
+    let some = description.chars().take(MESSAGE_CAP);
+    some.flat_map(char::escape_default).collect()
 }

@@ -2,7 +2,7 @@
 //!
 //! The order of a backup, as far as QEMU sees it:
 //!
-//! 1. [`Monitor::connect`], [`Schema::probe`]: what this QEMU can do.
+//! 1. [`Monitor::reach`], [`Schema::probe`]: what this QEMU can do.
 //! 2. [`leftovers::find`]: what a dead job left behind, by the ids of [`ids`].
 //! 3. [`machine::disks`]: what there is to back up, and its bitmaps.
 //! 4. [`Watchdog::spawn`], then [`snapshot::take`]: freeze, one transaction over all disks, thaw, exports.
@@ -19,6 +19,7 @@
 
 #![deny(missing_docs)]
 
+mod address;
 pub mod agent;
 mod backup_access;
 mod beside;
@@ -32,6 +33,7 @@ mod identity;
 pub mod ids;
 pub mod image;
 pub mod leftovers;
+pub mod libvirt;
 mod line;
 pub mod machine;
 mod mark;
@@ -41,6 +43,7 @@ pub mod needs;
 mod open_files;
 mod opened;
 mod present;
+mod process;
 pub mod removal;
 pub mod schema;
 pub mod snapshot;
@@ -54,6 +57,7 @@ mod tests;
 #[cfg(test)]
 use crate as qemu;
 
+pub use address::Address;
 pub use agent::{Agent, AgentError};
 pub use bitmap::{BitmapName, BitmapPlan};
 pub use identity::Identity;

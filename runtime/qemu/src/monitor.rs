@@ -1,10 +1,12 @@
-//! QMP over a unix socket.
+//! QMP over a unix socket of QEMU's, or through libvirt, which has it: nobody who gives a command knows which.
 //!
 //! The types of commands are qapi's; the transport is our own. Each line is read as plain JSON first,
 //! so that an event, a field or an enum value that we do not know hurts nobody who did not ask for it.
 
+use super::address::Address;
+use super::libvirt::{self, Definition, LibvirtError};
 use super::line::{self, Read};
-use super::socket;
+use super::{process, socket};
 use fleecebox_contract::with_causes;
 use qapi::qmp::QmpCommand;
 use serde::Deserialize;
@@ -12,13 +14,12 @@ use serde::de::DeserializeOwned;
 use serde_json::{Value, json};
 use std::collections::HashMap;
 use std::io;
-use std::mem::MaybeUninit;
 use std::os::fd::{AsFd, OwnedFd};
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
-use tokio::io::{AsyncWriteExt, BufReader, Interest};
+use tokio::io::{AsyncWriteExt, BufReader};
 use tokio::net::UnixStream;
 use tokio::net::unix::{OwnedReadHalf, OwnedWriteHalf};
 use tokio::sync::{broadcast, mpsc, oneshot};
@@ -137,26 +138,47 @@ pub enum MonitorError {
         /// How it ended.
         reason: String,
     },
+    /// What passes commands on went away meanwhile, and is there again. The command may have been carried out.
+    #[error(
+        "the way to the monitor was interrupted at {what}, and it is not known whether QEMU carried that out"
+    )]
+    Unanswered {
+        /// The command.
+        what: String,
+    },
+    /// libvirt, which has the monitor, did not pass the command on.
+    #[error(transparent)]
+    Libvirt(#[from] LibvirtError),
 }
 
 impl MonitorError {
     /// Whether QEMU answered and said no, so that its state is known to be unchanged by the command.
     pub fn is_refusal(&self) -> bool {
-        matches!(self, Self::Refused { .. })
+        match self {
+            Self::Libvirt(error) => error.is_refusal(),
+            error => matches!(error, Self::Refused { .. }),
+        }
     }
 
     /// Whether there is no QMP monitor at the other end, or nothing at all.
     pub fn is_no_monitor(&self) -> bool {
-        matches!(
-            self,
-            Self::Connect { .. } | Self::Held { .. } | Self::NotQmp { .. }
-        )
+        match self {
+            Self::Libvirt(error) => error.is_mistake(),
+            error => matches!(
+                error,
+                Self::Connect { .. } | Self::Held { .. } | Self::NotQmp { .. }
+            ),
+        }
     }
 
-    /// Whether nothing listens on the socket: there is no QEMU.
+    /// Whether nothing listens on the socket, or libvirt says that the VM is off: there is no QEMU.
     pub fn is_nobody(&self) -> bool {
         use io::ErrorKind::{ConnectionRefused, NotFound};
-        matches!(self, Self::Connect { source, .. } if [ConnectionRefused, NotFound].contains(&source.kind()))
+        match self {
+            Self::Libvirt(error) => error.is_nobody(),
+            Self::Connect { source, .. } => [ConnectionRefused, NotFound].contains(&source.kind()),
+            _ => false,
+        }
     }
 
     /// Whether no further command can succeed on this connection.
@@ -268,12 +290,25 @@ impl Events {
 /// the connection and leaves QEMU as it is.
 #[derive(Debug)]
 pub struct Monitor {
+    link: Link,
+    peer: Option<i32>,
+}
+
+/// The way to it.
+#[derive(Debug)]
+enum Link {
+    Socket(SocketLink),
+    Libvirt(libvirt::Link),
+}
+
+/// Over a socket of QEMU's.
+#[derive(Debug)]
+struct SocketLink {
     commands: mpsc::Sender<Outgoing>,
     waiting: Arc<Mutex<Waiting>>,
     events: broadcast::WeakSender<Event>,
     next_id: AtomicU64,
     tasks: [AbortHandle; 2],
-    peer: Option<i32>,
 }
 
 /// One command on its way.
@@ -292,14 +327,32 @@ enum Waiting {
 }
 
 #[derive(Debug, PartialEq, Deserialize)]
-struct Refusal {
+pub(super) struct Refusal {
     #[serde(default)]
-    class: String,
+    pub(super) class: String,
     #[serde(default)]
-    desc: String,
+    pub(super) desc: String,
 }
 
 impl Monitor {
+    /// Reaches the monitor of a VM.
+    ///
+    /// # Errors
+    /// As [`Monitor::connect`], and [`MonitorError::Libvirt`].
+    pub async fn reach(address: &Address) -> Result<Self, MonitorError> {
+        let domain = match address {
+            Address::Socket(path) => return Self::connect(path).await,
+            Address::Libvirt(domain) => domain,
+        };
+        let link = libvirt::Link::open(domain, EVENTS_KEPT).await?;
+        let mut monitor = Self {
+            link: Link::Libvirt(link),
+            peer: None,
+        };
+        monitor.peer = process::behind(&monitor).await;
+        Ok(monitor)
+    }
+
     /// Connects to the socket at `path` and negotiates.
     ///
     /// # Errors
@@ -346,7 +399,8 @@ impl Monitor {
             }))
             .map_err(not_qmp)?;
 
-        let monitor = Self::start(reader, writer, peer);
+        let link = Link::Socket(SocketLink::start(reader, writer));
+        let monitor = Self { link, peer };
         monitor
             .within(GREETING_LIMIT, "qmp_capabilities", json!({}), None)
             .await
@@ -355,24 +409,6 @@ impl Monitor {
                 false => not_qmp(NotQmp::Handshake(Box::new(error))),
             })?;
         Ok(monitor)
-    }
-
-    fn start(reader: BufReader<OwnedReadHalf>, writer: OwnedWriteHalf, peer: Option<i32>) -> Self {
-        let (events, _) = broadcast::channel(EVENTS_KEPT);
-        let weak_events = events.downgrade();
-        let waiting = Arc::new(Mutex::new(Waiting::Open(HashMap::new())));
-        let (commands, queue) = mpsc::channel(COMMANDS_QUEUED);
-        // A writer of its own: a caller that goes away in mid-command must not leave half a line.
-        let write = tokio::spawn(write_commands(writer, queue, waiting.clone()));
-        let read = tokio::spawn(read_messages(reader, events, waiting.clone()));
-        Self {
-            commands,
-            waiting,
-            events: weak_events,
-            next_id: AtomicU64::new(1),
-            tasks: [write.abort_handle(), read.abort_handle()],
-            peer,
-        }
     }
 
     /// Runs a command with qapi's types. Unknown fields of the answer are ignored.
@@ -436,22 +472,60 @@ impl Monitor {
         self.peer.filter(|&pid| pid > 0)
     }
 
+    /// What whoever manages the VM would define it anew by, with the name of such a file; nothing where that is not known.
+    ///
+    /// # Errors
+    /// [`MonitorError::Libvirt`], [`MonitorError::Lost`].
+    pub async fn configuration(&self) -> Result<Option<(&'static str, String)>, MonitorError> {
+        match &self.link {
+            Link::Socket(_) => Ok(None),
+            Link::Libvirt(link) => {
+                let xml = link.up().await?.stored_definition().await?;
+                Ok(Some(("domain.xml", xml)))
+            }
+        }
+    }
+
+    /// What whoever manages the VM knows of it at this time; nothing where nobody does.
+    ///
+    /// # Errors
+    /// As [`Monitor::configuration`].
+    pub async fn described(&self) -> Result<Option<Definition>, MonitorError> {
+        match &self.link {
+            Link::Socket(_) => Ok(None),
+            Link::Libvirt(link) => {
+                let xml = link.up().await?.running_definition().await?;
+                let read = Definition::read(&xml).map_err(LibvirtError::from)?;
+                Ok(Some(read))
+            }
+        }
+    }
+
     /// Whether the connection is gone, so that no command can succeed on it.
     pub fn is_lost(&self) -> bool {
         // Not by the events: they end a moment after the first caller was told.
-        matches!(*lock(&self.waiting), Waiting::Lost { .. })
+        match &self.link {
+            Link::Socket(link) => matches!(*lock(&link.waiting), Waiting::Lost { .. }),
+            Link::Libvirt(link) => link.is_lost(),
+        }
     }
 
     /// Waits until the connection is gone: QEMU ended, or let go of it. Says how.
     pub async fn lost(&self) -> MonitorError {
         let mut events = self.events();
         while !events.next().await.is_err_and(|error| error.is_lost()) {}
-        self.gone()
+        match &self.link {
+            Link::Socket(link) => link.gone(),
+            Link::Libvirt(link) => link.gone(),
+        }
     }
 
     /// Events from now on. Subscribe before the command that causes what you wait for.
     pub fn events(&self) -> Events {
-        Events(self.events.upgrade().map(|sender| sender.subscribe()))
+        Events(match &self.link {
+            Link::Socket(link) => link.events.upgrade().map(|sender| sender.subscribe()),
+            Link::Libvirt(link) => link.events(),
+        })
     }
 
     async fn within(
@@ -461,33 +535,58 @@ impl Monitor {
         arguments: Value,
         descriptor: Option<OwnedFd>,
     ) -> Result<Value, MonitorError> {
-        let id = self.next_id.fetch_add(1, Ordering::Relaxed);
-        let answer = timeout(limit, self.exchange(id, command, arguments, descriptor)).await;
-        answer.unwrap_or_else(|_| {
-            if let Waiting::Open(waiting) = &mut *lock(&self.waiting) {
-                waiting.remove(&id);
+        let exchanged = async {
+            match &self.link {
+                Link::Socket(link) => link.exchange(command, arguments, descriptor).await,
+                Link::Libvirt(link) => link.exchange(command, arguments, descriptor).await,
             }
+        };
+        let answer = timeout(limit, exchanged).await;
+        answer.unwrap_or_else(|_| {
             Err(MonitorError::TimedOut {
                 what: command.into(),
                 limit,
             })
         })
     }
+}
+
+impl SocketLink {
+    fn start(reader: BufReader<OwnedReadHalf>, writer: OwnedWriteHalf) -> Self {
+        let (events, _) = broadcast::channel(EVENTS_KEPT);
+        let weak_events = events.downgrade();
+        let waiting = Arc::new(Mutex::new(Waiting::Open(HashMap::new())));
+        let (commands, queue) = mpsc::channel(COMMANDS_QUEUED);
+        // A writer of its own: a caller that goes away in mid-command must not leave half a line.
+        let write = tokio::spawn(write_commands(writer, queue, waiting.clone()));
+        let read = tokio::spawn(read_messages(reader, events, waiting.clone()));
+        Self {
+            commands,
+            waiting,
+            events: weak_events,
+            next_id: AtomicU64::new(1),
+            tasks: [write.abort_handle(), read.abort_handle()],
+        }
+    }
 
     async fn exchange(
         &self,
-        id: u64,
         command: &str,
         arguments: Value,
         descriptor: Option<OwnedFd>,
     ) -> Result<Value, MonitorError> {
+        let id = self.next_id.fetch_add(1, Ordering::Relaxed);
         let mut line = json!({ "execute": command, "arguments": arguments, "id": id }).to_string();
         tracing::debug!(target: "fleecebox::qmp", "-> {line}");
         line.push('\n');
 
         let (sender, answer) = oneshot::channel();
         match &mut *lock(&self.waiting) {
-            Waiting::Open(waiting) => drop(waiting.insert(id, sender)),
+            Waiting::Open(waiting) => {
+                // Those who were not answered in time: nobody else takes them out.
+                waiting.retain(|_, waiter| !waiter.is_closed());
+                waiting.insert(id, sender);
+            }
             // Without a sender, the answer below is that the connection is lost.
             Waiting::Lost { .. } => drop(sender),
         }
@@ -518,7 +617,7 @@ impl Monitor {
     }
 }
 
-impl Drop for Monitor {
+impl Drop for SocketLink {
     fn drop(&mut self) {
         for task in &self.tasks {
             task.abort();
@@ -586,7 +685,7 @@ async fn write_commands(
     while let Some(Outgoing { line, descriptor }) = queue.recv().await {
         let sent = match descriptor {
             None => Ok(0),
-            Some(descriptor) => send_with(&writer, &line, descriptor).await,
+            Some(descriptor) => socket::send_with(writer.as_ref(), &line, descriptor.as_fd()).await,
         };
         let sent = match sent {
             Ok(sent) => writer.write_all(line.get(sent..).unwrap_or_default()).await,
@@ -597,21 +696,6 @@ async fn write_commands(
             return;
         }
     }
-}
-
-/// Sends as much of `line` as the socket takes at once, and the descriptor with it. Returns how much.
-async fn send_with(writer: &OwnedWriteHalf, line: &[u8], descriptor: OwnedFd) -> io::Result<usize> {
-    use rustix::net::{SendAncillaryBuffer, SendAncillaryMessage, SendFlags, sendmsg};
-    let stream: &UnixStream = writer.as_ref();
-    let descriptors = [descriptor.as_fd()];
-    let send = || {
-        let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(1))];
-        let mut control = SendAncillaryBuffer::new(&mut space);
-        control.push(SendAncillaryMessage::ScmRights(&descriptors));
-        let line = [io::IoSlice::new(line)];
-        Ok(sendmsg(stream, &line, &mut control, SendFlags::NOSIGNAL)?)
-    };
-    stream.async_io(Interest::WRITABLE, send).await
 }
 
 /// Ends when the connection does; `events` goes with it, which wakes those who wait for one.
@@ -680,7 +764,11 @@ mod tests {
         for _ in 0..CLOSED {
             let (ours, qemu) = UnixStream::pair().unwrap();
             let (reader, writer) = ours.into_split();
-            let monitor = Monitor::start(BufReader::new(reader), writer, None);
+            let link = SocketLink::start(BufReader::new(reader), writer);
+            let monitor = Monitor {
+                link: Link::Socket(link),
+                peer: None,
+            };
             let closing = tokio::spawn(async move {
                 let mut line = Vec::new();
                 BufReader::new(qemu).read_until(b'\n', &mut line).await

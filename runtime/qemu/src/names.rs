@@ -48,8 +48,13 @@ impl<'a> Meant<'a> {
 
 impl Inventory {
     pub(super) async fn ask(monitor: &Monitor) -> Result<Self, MonitorError> {
+        let mut devices = present::devices(monitor).await?;
+        let mut known = monitor.described().await?.unwrap_or_default().disks;
+        for device in &mut devices {
+            device.target = device.id().and_then(|id| known.remove(id));
+        }
         Ok(Self {
-            devices: present::devices(monitor).await?,
+            devices,
             nodes: present::nodes(monitor).await?,
             beside: beside::find(monitor).await?,
         })
@@ -99,6 +104,9 @@ impl Inventory {
                     format!("the device {chosen} ({node})"),
                     Meant::Device(device),
                 ));
+            } else if device.target.as_deref() == Some(chosen) {
+                let what = format!("{chosen}, the device {} ({node})", id.unwrap_or_default());
+                all.push((what, Meant::Device(device)));
             } else if device.drive == chosen {
                 let whose = id.map_or_else(String::new, |id| format!(" of the device {id}"));
                 all.push((
@@ -152,6 +160,7 @@ impl Inventory {
     pub(super) fn names_of(&self, node: &str) -> Vec<String> {
         let mut names = vec![node.to_owned()];
         for device in self.devices_with(node) {
+            names.extend(device.target.clone());
             names.extend(device.id().map(Into::into));
             names.push(device.drive.clone());
         }
@@ -159,10 +168,11 @@ impl Inventory {
         names
     }
 
-    /// The device's stable name: its id, else the first of its other names that no other device has.
+    /// The device's stable name: what whoever manages the VM calls its disk, or its id, else the first of its other names
+    /// that no other device has.
     pub(super) fn name_of(&self, device: &Device) -> String {
-        if let Some(id) = device.id() {
-            return id.into();
+        if let Some(name) = device.target.as_deref().or(device.id()) {
+            return name.into();
         }
         let node = device.inserted.as_ref().map(|node| node.name.as_str());
         let names = [Some(device.drive.as_str()), node, device.qdev.as_deref()];

@@ -69,6 +69,9 @@ pub(super) struct Device {
     pub(super) qdev: Option<String>,
     #[serde(default)]
     pub(super) inserted: Option<Node>,
+    /// What whoever manages the VM calls the disk, such as `vda`. QEMU does not know it.
+    #[serde(skip)]
+    pub(super) target: Option<String>,
 }
 
 impl Device {

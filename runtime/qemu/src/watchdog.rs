@@ -8,14 +8,16 @@
 //! The process has a session of its own and ignores the signals
 //! that a terminal or a service manager sends to all of a job's processes.
 
+use super::address::Address;
 use super::agent::{Agent, AgentError, Limits};
+use super::libvirt::Domain;
 use super::monitor::{Monitor, MonitorError};
 use fleecebox_contract::with_causes;
 use qapi::qmp::cont;
 use rustix::process::{PidfdFlags, Signal, pidfd_open, pidfd_send_signal};
 use std::io::{self, Write};
 use std::os::fd::{AsFd, OwnedFd};
-use std::path::{Path, PathBuf, absolute};
+use std::path::Path;
 use std::process::{ExitCode, Stdio};
 use std::sync::Arc;
 use std::time::Duration;
@@ -28,8 +30,8 @@ use tokio::sync::Mutex;
 use tokio::time::{Instant, sleep, timeout};
 use tokio_util::task::AbortOnDropHandle;
 
-/// First argument of this program when it is the watchdog; then `--agent PATH`, `--qmp PATH` and `--end TEXT`, each
-/// where there is one.
+/// First argument of this program when it is the watchdog; then `--agent ADDRESS`, `--qmp ADDRESS` and `--end TEXT`, each
+/// where there is one, an address as JSON.
 pub const HIDDEN_ARGUMENT: &str = "__watchdog";
 
 /// How long the process may take to start, to echo an order, or to end.
@@ -96,29 +98,35 @@ pub struct Watchdog {
 
 impl Watchdog {
     /// Starts the process, which runs this program with [`HIDDEN_ARGUMENT`], and waits until signals cannot hurt it.
-    /// `agent` and `qmp` are the sockets to thaw and to continue the VM by; `end` is what [`serve_arguments`] hands on.
+    /// `agent` and `qmp` are where to thaw and to continue the VM by; `end` is what [`serve_arguments`] hands on.
     ///
     /// # Errors
     /// Any [`WatchdogError`]; nothing may be frozen or stopped then.
     pub async fn spawn(
         program: &Path,
-        agent: Option<&Path>,
-        qmp: Option<&Path>,
+        agent: Option<&Address>,
+        qmp: Option<&Address>,
         end: Option<&str>,
     ) -> Result<Self, WatchdogError> {
         let mut command = Command::new(program);
         command.arg(HIDDEN_ARGUMENT);
-        for (name, path) in [("--agent", agent), ("--qmp", qmp)] {
-            if let Some(path) = path {
+        for (name, address) in [("--agent", agent), ("--qmp", qmp)] {
+            if let Some(address) = address {
                 // The process lives in the root folder, so as not to hold any other.
-                let path = absolute(path).map_err(WatchdogError::Start)?;
-                command.arg(name).arg(path);
+                let address = address.absolute().map_err(WatchdogError::Start)?;
+                let address = serde_json::to_string(&address)
+                    .map_err(|error| WatchdogError::Start(error.into()))?;
+                command.arg(name).arg(address);
             }
         }
         if let Some(end) = end {
             command.arg("--end").arg(end);
         }
+        // Without the rest of it, by which nobody is found; but a user's own libvirt is.
         command.env_clear().current_dir("/");
+        if let Some(folder) = std::env::var_os("XDG_RUNTIME_DIR") {
+            command.env("XDG_RUNTIME_DIR", folder);
+        }
         Self::start(command).await
     }
 
@@ -243,24 +251,23 @@ pub fn serve_arguments(end: impl AsyncFnOnce(&str) -> bool) -> ExitCode {
     while let (Some(name), Some(value)) = (arguments.next(), arguments.next()) {
         for (known, found) in &mut known {
             if name == *known {
-                *found = Some(PathBuf::from(&value));
+                *found = value.to_str().map(str::to_owned);
             }
         }
     }
     let [(_, agent), (_, qmp), (_, text)] = known;
-    serve(agent, qmp, async || {
-        match text.as_deref().and_then(Path::to_str) {
-            Some(text) => end(text).await,
-            None => true,
-        }
+    let address = |text: Option<String>| text.and_then(|text| serde_json::from_str(&text).ok());
+    serve(address(agent), address(qmp), async || match text {
+        Some(text) => end(&text).await,
+        None => true,
     })
 }
 
 /// The watchdog process, with the socket to the job as its standard input. To be called before there
 /// is any other runtime or thread. Fails if the VM could not be made to run again.
 pub fn serve(
-    agent: Option<PathBuf>,
-    qmp: Option<PathBuf>,
+    agent: Option<Address>,
+    qmp: Option<Address>,
     end: impl AsyncFnOnce() -> bool,
 ) -> ExitCode {
     // In a session of its own it is not part of the terminal's. It fails for the leader of a group,
@@ -272,7 +279,7 @@ pub fn serve(
     let saved = runtime.and_then(|runtime| {
         runtime.block_on(async {
             let stakes = watch().await?;
-            let runs = rescue(stakes, agent.as_deref(), qmp.as_deref()).await;
+            let runs = rescue(stakes, agent.as_ref(), qmp.as_ref()).await;
             let ended = !stakes.end || end().await;
             Ok(runs && ended)
         })
@@ -375,18 +382,18 @@ async fn take_orders(socket: &mut UnixStream, silence: Duration) -> (Stakes, End
 }
 
 /// Makes the VM run again, first its CPUs, without which no agent answers. Returns whether it does.
-async fn rescue(mut stakes: Stakes, agent: Option<&Path>, qmp: Option<&Path>) -> bool {
+async fn rescue(mut stakes: Stakes, agent: Option<&Address>, qmp: Option<&Address>) -> bool {
     if !stakes.stands() {
         return true;
     }
     say("the backup job died; its watchdog makes the VM run again");
     let deadline = Instant::now() + RESCUE_LIMIT;
     while Instant::now() < deadline {
-        if let (true, Some(path)) = (stakes.cont, qmp) {
-            stakes.cont = !is_over("continue the VM", continue_vm(path).await);
+        if let (true, Some(address)) = (stakes.cont, qmp) {
+            stakes.cont = !is_over("continue the VM", continue_vm(address).await);
         }
-        if let (true, Some(path)) = (stakes.thaw, agent) {
-            stakes.thaw = !is_over("thaw the guest", thaw(path).await);
+        if let (true, Some(address)) = (stakes.thaw, agent) {
+            stakes.thaw = !is_over("thaw the guest", thaw(address).await);
         }
         let wanted = (stakes.cont && qmp.is_some()) || (stakes.thaw && agent.is_some());
         if !wanted {
@@ -406,21 +413,30 @@ enum Trouble {
     Other(String),
 }
 
-async fn continue_vm(path: &Path) -> Result<(), Trouble> {
+async fn continue_vm(address: &Address) -> Result<(), Trouble> {
     let trouble = |e: MonitorError| match &e {
-        MonitorError::Connect { source, .. } if is_nobody(source) => Trouble::NoVm,
-        _ => Trouble::Other(with_causes(&e)),
+        MonitorError::Libvirt(error) if error.is_gone() => Trouble::NoVm,
+        error if error.is_nobody() => Trouble::NoVm,
+        error => Trouble::Other(with_causes(error)),
     };
-    let monitor = Monitor::connect(path).await.map_err(trouble)?;
+    let monitor = Monitor::reach(address).await.map_err(trouble)?;
     monitor.execute(cont {}).await.map(drop).map_err(trouble)
 }
 
-async fn thaw(path: &Path) -> Result<(), Trouble> {
+async fn thaw(address: &Address) -> Result<(), Trouble> {
     let trouble = |e: AgentError| match &e {
         AgentError::Connect { source, .. } if is_nobody(source) => Trouble::NoVm,
+        AgentError::Libvirt(error) if error.is_gone() => Trouble::NoVm,
         _ => Trouble::Other(with_causes(&e)),
     };
-    let mut agent = Agent::connect(path, Limits::default())
+    if let Some(domain) = address.libvirt() {
+        let domain = Domain::find(domain).await;
+        let domain = domain.map_err(|error| trouble(error.into()))?;
+        if let Ok(false) = domain.has_qemu().await {
+            return Err(Trouble::NoVm);
+        }
+    }
+    let mut agent = Agent::reach(address, Limits::default())
         .await
         .map_err(trouble)?;
     agent.thaw().await.map_err(trouble)

@@ -31,6 +31,7 @@ use std::time::Instant;
 #[command(after_help = "\
 Examples:
   fleecebox backup web
+  fleecebox backup --libvirt web --provider ./chunked.wasm --archive /srv/backups
   fleecebox backup web --qmp /run/web.qmp --provider ./chunked.wasm --archive /srv/backups
   fleecebox backup web --bandwidth 100MiB
   fleecebox backup web --dry-run                      what would happen to each disk, and why
@@ -77,7 +78,7 @@ impl Backup {
         }
         let started = Instant::now();
         super::refuse_suspension("a backup");
-        let mut record = Record::begin(Job::Backup, self.vm.name.clone());
+        let mut record = Record::begin(Job::Backup, self.vm.which.name().into());
         let made = self.make(session, &mut record).await;
         if let Ok(summary) = &made {
             record.backup = Some(summary.manifest.backup.to_string());
@@ -126,7 +127,7 @@ impl Backup {
     }
 
     async fn foretell(self, session: &Session) -> Result<(), Failure> {
-        let mut record = Record::begin(Job::Backup, self.vm.name.clone());
+        let mut record = Record::begin(Job::Backup, self.vm.which.name().into());
         let (request, archive, _) = self.prepare(session, &mut record)?;
         let archive = places::archive_if_made(session, archive.as_deref())?;
         let folders = folders(session, &request.vm)?;
@@ -147,7 +148,7 @@ impl Backup {
         session: &Session,
         record: &mut Record,
     ) -> Result<(BackupRequest, Option<String>, Option<Tenancy>), Failure> {
-        let (name, mut vm, qmp) = self.vm.resolve(session)?;
+        let (name, mut vm, monitor) = self.vm.resolve(session)?;
         let wanted = self.provider.or_else(|| vm.provider.clone()).ok_or_else(|| {
             mistake("no provider: name one with --provider, or as `provider` of this VM in the configuration".into())
         })?;
@@ -208,7 +209,7 @@ impl Backup {
             vm: VmAccess {
                 name,
                 config: vm,
-                qmp,
+                monitor,
                 extra,
             },
             account: Arc::new(Account::new(provider.limits.clone())),

@@ -81,7 +81,7 @@ impl Export {
 
     async fn hold(self, vm: VmArguments, session: &Session) -> Result<(), Failure> {
         super::refuse_suspension("an export");
-        let record = Record::begin(Job::Export, vm.name.clone());
+        let record = Record::begin(Job::Export, vm.which.name().into());
         let ended = self.make(vm, session).await;
         let ended = places::audited(session, record, ended)?;
         match (ended.verdict, ended.by_signal) {
@@ -105,7 +105,7 @@ impl Export {
     }
 
     async fn make(self, vm: VmArguments, session: &Session) -> Result<Ended, Failure> {
-        let (name, vm, qmp) = vm.resolve(session)?;
+        let (name, vm, monitor) = vm.resolve(session)?;
         let tracking = self.tracking.map(|name| {
             name.parse().map_err(|_| {
                 Failure::Mistake(anyhow!(
@@ -130,7 +130,7 @@ impl Export {
             vm: VmAccess {
                 name,
                 config: vm,
-                qmp,
+                monitor,
                 extra,
             },
             tracking,

@@ -133,7 +133,7 @@ pub(super) fn vm(session: &Session, name: &str, on_command_line: bool) -> Result
         Some(vm) => Ok(vm.clone()),
         None if on_command_line => Ok(Vm::default()),
         None => {
-            let remedy = "name one of the configuration, or give its monitor with --qmp";
+            let remedy = "name one of the configuration, or say where its monitor is with --libvirt or --qmp";
             Err(config::unknown("VM", name, session.config.vm.keys(), remedy).into())
         }
     }

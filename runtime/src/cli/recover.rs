@@ -1,7 +1,7 @@
 //! `fleecebox recover`.
 
 use super::progress::Progress;
-use super::vm::{check_name, monitor_of};
+use super::vm::{Way, check_name, monitor_of};
 use super::{Failure, Session, Status, places, text};
 use crate::config::Vm;
 use crate::job::recover::{self, Patient, Recovered};
@@ -13,7 +13,7 @@ use std::path::PathBuf;
 
 /// Remove what a job that died left in a VM, and settle its bitmaps.
 #[derive(Debug, Args)]
-#[command(after_help = "\
+#[command(group(clap::ArgGroup::new("one").args(["vm", "libvirt"]).multiple(true)), after_help = "\
 Examples:
   fleecebox recover
   fleecebox recover web --qmp /run/web.qmp --archive /srv/backups
@@ -21,19 +21,18 @@ Examples:
 A backup does this by itself first. What a live job owns is never touched: a VM that is backed up just now is left alone \
 and said.")]
 pub(super) struct Recover {
-    /// The VM, by its name in the configuration, or any name along with --qmp [default: all of the configuration]
+    /// The VM, by its name in the configuration, or any name along with --qmp or --libvirt [default: all of the configuration]
     vm: Option<String>,
-    /// QEMU's QMP socket
-    #[arg(long, value_name = "SOCKET", requires = "vm")]
-    qmp: Option<PathBuf>,
+    #[command(flatten)]
+    way: Way,
     /// Folder of the fleecing images [default: in the state folder]
-    #[arg(long, value_name = "FOLDER", requires = "vm")]
+    #[arg(long, value_name = "FOLDER", requires = "one")]
     fleecing: Option<PathBuf>,
     /// Socket of the NBD server that this QEMU runs by itself: it is not stopped
-    #[arg(long, value_name = "SOCKET", requires = "vm")]
+    #[arg(long, value_name = "SOCKET", requires = "one")]
     nbd: Option<PathBuf>,
     /// The archive, by name or folder, whose bitmaps are settled; not needed for a VM that was only exported
-    #[arg(long, value_name = "NAME|FOLDER", requires = "vm")]
+    #[arg(long, value_name = "NAME|FOLDER", requires = "one")]
     archive: Option<String>,
 }
 
@@ -41,11 +40,15 @@ impl Recover {
     pub(super) async fn run(self, session: &Session) -> Result<(), Failure> {
         places::find_dead(session)?;
         sandbox::remove_dead_groups();
-        let Some(name) = &self.vm else {
-            return all(session).await;
+        let name = self.vm.clone();
+        let Some(name) = &name.or_else(|| self.way.domain().map(Into::into)) else {
+            return match self.way.is_whole() {
+                true => Err(Failure::Mistake(anyhow!("name the VM to recover"))),
+                false => all(session).await,
+            };
         };
-        let mut vm = places::vm(session, name, self.qmp.is_some())?;
-        vm.qmp = self.qmp.or(vm.qmp);
+        let mut vm = places::vm(session, name, self.way.is_whole())?;
+        self.way.lead(&mut vm);
         vm.fleecing = self.fleecing.or(vm.fleecing);
         vm.nbd = self.nbd.or(vm.nbd);
         vm.archive = self.archive.or(vm.archive);
@@ -68,7 +71,7 @@ async fn all(session: &Session) -> Result<(), Failure> {
     }
     if results.is_empty() {
         return Err(Failure::Mistake(anyhow!(
-            "the configuration has no VM: name one, with its monitor as --qmp and its archive as --archive"
+            "the configuration has no VM: name one, with --libvirt or --qmp and its archive as --archive"
         )));
     }
     tell(session, &results);
@@ -113,7 +116,7 @@ fn unsettled(results: &[Outcome]) -> Result<(), Failure> {
 
 async fn one(session: &Session, name: &str, vm: Vm) -> Result<Recovered, Failure> {
     check_name(name)?;
-    let qmp = monitor_of(name, &vm)?;
+    let monitor = monitor_of(name, &vm)?;
     let state = places::vm_state(session, name)?;
     let exports = places::records_if_made(&state.0)?;
     let archive = match vm.archive {
@@ -127,7 +130,7 @@ async fn one(session: &Session, name: &str, vm: Vm) -> Result<Recovered, Failure
     let (fleecing, fleecing_path) = places::folder(&fleecing)?;
     let patient = Patient {
         vm: name,
-        qmp: &qmp,
+        monitor: &monitor,
         state,
         fleecing: &fleecing,
         nbd: vm.nbd.as_deref(),

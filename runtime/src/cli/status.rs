@@ -74,7 +74,7 @@ impl Status {
     pub(super) fn of_found(found: &Found) -> Self {
         match found {
             Found::Volume { finding, .. } => Self::of_finding(finding),
-            Found::Object { .. } => Self::Unusable,
+            Found::Object { .. } | Found::Kept { .. } => Self::Unusable,
         }
     }
 

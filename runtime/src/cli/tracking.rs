@@ -1,6 +1,6 @@
 //! `fleecebox tracking`.
 
-use super::vm::{check_name, monitor_of};
+use super::vm::{self, monitor_of};
 use super::{Failure, Session, places, text};
 use crate::job::journal::Journal;
 use crate::job::tracking::{self, TrackingError};
@@ -9,17 +9,12 @@ use crate::qemu::{Monitor, MonitorError};
 use clap::Args;
 use serde_json::{Value, json};
 use std::collections::BTreeMap;
-use std::path::PathBuf;
 
 /// Whose bitmaps.
 #[derive(Debug, Args)]
 struct Whose {
-    /// The VM, by its name in the configuration, or any name along with --qmp
-    #[arg(value_name = "VM")]
-    name: String,
-    /// QEMU's QMP socket
-    #[arg(long, value_name = "SOCKET")]
-    qmp: Option<PathBuf>,
+    #[command(flatten)]
+    vm: vm::Which,
 }
 
 /// List the dirty bitmaps of Fleecebox's in a VM, and the archive and backup that each belongs to.
@@ -64,11 +59,9 @@ const EXPORTS: &str = "exports";
 
 impl Whose {
     async fn reach(&self, session: &Session) -> Result<Monitor, Failure> {
-        check_name(&self.name)?;
-        let mut vm = places::vm(session, &self.name, self.qmp.is_some())?;
-        vm.qmp = self.qmp.clone().or(vm.qmp);
-        let qmp = monitor_of(&self.name, &vm)?;
-        Monitor::connect(&qmp).await.map_err(failed)
+        let vm = self.vm.vm(session)?;
+        let monitor = monitor_of(self.vm.name(), &vm)?;
+        Monitor::reach(&monitor).await.map_err(failed)
     }
 
     /// What the archives that can be opened are called here, by their ids.
@@ -80,7 +73,7 @@ impl Whose {
                 known.insert(archive.id().to_string(), name.clone());
             }
         }
-        let (state, _) = places::vm_state(session, &self.name)?;
+        let (state, _) = places::vm_state(session, self.vm.name())?;
         if let Some(records) = places::records_if_made(&state)? {
             known.insert(records.id().to_string(), EXPORTS.into());
         }
@@ -108,7 +101,7 @@ impl Drop {
         let monitor = self.whose.reach(session).await?;
         let known = self.whose.known(session)?;
         let wanted = self.which.ids(session, &known)?;
-        let (state, path) = places::vm_state(session, &self.whose.name)?;
+        let (state, path) = places::vm_state(session, self.whose.vm.name())?;
         let mut journal =
             Journal::open(state, path).map_err(|error| failed_to_drop(error.into()))?;
         if let Some(unreadable) = journal.take_unreadable() {

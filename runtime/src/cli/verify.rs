@@ -77,11 +77,12 @@ impl Verify {
     }
 }
 
-/// A `volume` or `object`, its name, and what is wrong with it.
+/// A `volume`, an `object` or what is `kept`, its name, and what is wrong with it.
 fn words(found: &Found) -> (&'static str, String, String) {
     match found {
         Found::Volume { name, finding } => ("volume", name.clone(), with_causes(finding)),
         Found::Object { name, error } => ("object", name.to_string(), with_causes(error)),
+        Found::Kept { name, error } => ("kept", name.to_string(), with_causes(error)),
     }
 }
 

@@ -13,9 +13,10 @@ pub use lines::Lines;
 pub use tenant::{Names, Rule, Tenant, TenantProvider};
 
 use crate::archive::{BELIEVED, ComponentId, Recheck, ZstdLevel};
-use crate::qemu::Form;
 use crate::qemu::agent::Freeze;
+use crate::qemu::libvirt::{self, Uri};
 use crate::qemu::snapshot::FleecingFormat;
+use crate::qemu::{Address, Form};
 use serde::Deserialize;
 use std::collections::BTreeMap;
 use std::num::NonZeroU64;
@@ -55,11 +56,14 @@ pub struct Config {
 pub struct Vm {
     /// QEMU's QMP socket.
     pub qmp: Option<PathBuf>,
+    /// Instead of that socket: the domain of libvirt's, by name or UUID. Its agent, start and stop are libvirt's then, too.
+    pub libvirt: Option<String>,
+    /// That libvirt's connection URI. Default: `qemu:///system`.
+    pub libvirt_uri: Option<Uri>,
     /// The guest agent's socket on this host; without one the guest is not frozen.
     pub agent: Option<PathBuf>,
-    /// Whether the guest must be frozen: `required`, the default, `if-available`, `never`.
-    #[serde(default)]
-    pub freeze: Freeze,
+    /// Whether the guest must be frozen: `required`, the default where there is an agent, `if-available`, `never`.
+    pub freeze: Option<Freeze>,
     /// Folder for fleecing images; QEMU must be able to open files in it.
     pub fleecing: Option<PathBuf>,
     /// What fleecing images are: `raw`, the default, or `qcow2`.
@@ -104,6 +108,18 @@ pub struct Vm {
     /// Files handed to the provider as `job.context.attachment`, by name.
     #[serde(default)]
     pub attachments: BTreeMap<String, PathBuf>,
+}
+
+impl Vm {
+    /// Where its monitor is, where that is said; what is said besides is not looked at.
+    pub fn address(&self) -> Option<Address> {
+        let socket = self.qmp.clone().map(Address::Socket);
+        let domain = self.libvirt.as_ref().map(|domain| libvirt::Address {
+            uri: self.libvirt_uri.clone().unwrap_or_default(),
+            domain: domain.clone(),
+        });
+        socket.or(domain.map(Address::Libvirt))
+    }
 }
 
 /// One archive.

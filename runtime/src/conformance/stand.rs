@@ -189,6 +189,7 @@ impl<'a> Stand<'a> {
             id,
             moment: Moment::One,
             left_out: Vec::new(),
+            kept: Vec::new(),
             means: Means {
                 cancel: cancel.clone(),
                 ..self.subject.means(program, &attempt.provider.limits)

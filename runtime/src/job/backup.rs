@@ -19,7 +19,9 @@ use super::signals::Signals;
 use super::subject::{self, Folders, Subject, VmAccess};
 use super::transfer::Transfer;
 use super::volume_run::{Covered, Uncovered, VolumeError};
-use crate::archive::{self, Archive, BackupId, Manifest, Moment, NamespaceName, Recheck};
+use crate::archive::{
+    self, Archive, BackupId, BackupWriter, Kept, Manifest, Moment, NamespaceName, Recheck,
+};
 use crate::config::Provider;
 use crate::contract::with_causes;
 use crate::event::Events;
@@ -248,12 +250,15 @@ impl Attempt<'_> {
         let standing = subject::standing(subject, monitor).await?;
         let id = BackupId::random(OffsetDateTime::now_utc())?;
         let (disks, left_out, schema) = subject.disks(monitor, id).await?;
+        let configuration = monitor.configuration().await.map_err(PointError::from)?;
         let prepared =
             Prepared::new(subject, monitor, journal, standing, disks, schema, id).await?;
         let limits = &request.provider.limits;
         let level = limits.zstd_level(subject.archive.zstd_level());
-        let writer = match subject.namespace.begin_at(id, level) {
-            Ok(writer) => Arc::new(writer),
+        let begun = subject.namespace.begin_at(id, level);
+        let begun = begun.and_then(|writer| Ok((keep(&writer, configuration)?, Arc::new(writer))));
+        let (kept, writer) = match begun {
+            Ok(begun) => begun,
             Err(error) => {
                 prepared.give_up().await;
                 return Err(error.into());
@@ -273,6 +278,7 @@ impl Attempt<'_> {
             id,
             moment: Moment::One,
             left_out,
+            kept,
             means: Means::new(
                 events.clone(),
                 subject.signals.end.clone(),
@@ -287,6 +293,18 @@ impl Attempt<'_> {
             prepared,
         };
         backup.make().await
+    }
+}
+
+/// Keeps what the VM is defined by, under the name of such a file, where it is known.
+fn keep(
+    writer: &BackupWriter,
+    configuration: Option<(&str, String)>,
+) -> Result<Vec<Kept>, archive::Error> {
+    let named = configuration.and_then(|(name, text)| Some((name.parse().ok()?, text)));
+    match named {
+        Some((name, text)) => Ok(vec![writer.keep(name, text.as_bytes())?]),
+        None => Ok(Vec::new()),
     }
 }
 

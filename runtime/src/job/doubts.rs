@@ -166,6 +166,7 @@ mod tests {
                 moment: crate::archive::Moment::One,
                 left_out: Vec::new(),
                 attachments: vec![],
+                kept: vec![],
             };
             writer.commit(record).unwrap()
         };

@@ -7,7 +7,7 @@ use super::extra::{Extra, ExtraError, Source};
 use super::fleecing;
 use super::lineage;
 use super::point_in_time::PointError;
-use super::power::PowerError;
+use super::power::{self, PowerError};
 use super::recover::{self, RecoverError};
 use super::selection;
 use super::subject::{self, Folders};
@@ -122,11 +122,16 @@ pub async fn dry_run(wanted: DryRun<'_>) -> Result<Forecast, PointError> {
             recover::how_it_ended(dead)
         ));
     }
-    let monitor = match Monitor::connect(&vm.qmp).await {
+    let monitor = match Monitor::reach(&vm.monitor).await {
         Ok(monitor) => monitor,
         Err(error) if error.is_nobody() => {
-            let Some(program) = vm.config.start.first() else {
-                return Err(PowerError::Stopped(error).into());
+            let program = match (vm.monitor.libvirt(), vm.config.start.first()) {
+                (Some(domain), _) => {
+                    power::refuse_saved(domain).await?;
+                    "libvirt"
+                }
+                (None, Some(program)) => program,
+                (None, None) => return Err(PowerError::Stopped(error).into()),
             };
             forecast.first.push(format!(
                 "the VM does not run; it would be started paused by {program}, which is when its disks can be told"

@@ -11,9 +11,10 @@ use super::storage::Storage;
 use crate::contract::with_causes;
 use crate::event::Events;
 use crate::qemu::claim::{Claim, ClaimError};
+use crate::qemu::libvirt::LibvirtError;
 use crate::qemu::monitor::NotQmp;
 use crate::qemu::watchdog::{self, say};
-use crate::qemu::{JobId, Monitor, MonitorError, leftovers};
+use crate::qemu::{Address, JobId, Monitor, MonitorError, leftovers};
 use cap_std::ambient_authority;
 use cap_std::fs::Dir;
 use serde::{Deserialize, Serialize};
@@ -37,8 +38,8 @@ const PAUSE: Duration = Duration::from_secs(1);
 pub struct Ending {
     /// The job.
     pub job: String,
-    /// QEMU's QMP socket.
-    pub qmp: PathBuf,
+    /// Where QEMU's monitor is.
+    pub monitor: Address,
     /// The VM's folder in the state folder.
     pub state: PathBuf,
     /// Where the job's fleecing folder is.
@@ -53,6 +54,8 @@ enum Trouble {
     Hangs(Storage),
     /// Another job has the VM, and cleans up itself.
     Busy,
+    /// libvirt, which has the VM's monitor, is not there.
+    Away(LibvirtError),
     /// Something takes the connection to the monitor and lets go of it at once, as no QEMU that lives does twice.
     NoQemu,
     /// Anything else.
@@ -109,6 +112,11 @@ async fn end(ending: &Ending) -> bool {
                 let _ = storage.answers(sleep(LIMIT)).await;
             }
             Err(Trouble::Busy) => {}
+            Err(Trouble::Away(error)) => tell(format!(
+                "the watchdog of job {} ends its snapshot as soon as libvirt answers: {}",
+                ending.job,
+                with_causes(&error)
+            )),
             Err(Trouble::Other(error)) => {
                 failed += 1;
                 tell(format!(
@@ -125,6 +133,14 @@ async fn end(ending: &Ending) -> bool {
         ending.job
     ));
     false
+}
+
+/// Whether there is no QEMU any more that could have anything of the job's.
+fn is_gone(error: &MonitorError) -> bool {
+    match error {
+        MonitorError::Libvirt(error) => error.is_gone(),
+        error => error.is_nobody(),
+    }
 }
 
 async fn attempt(ending: &Ending) -> Result<(), Trouble> {
@@ -151,8 +167,9 @@ async fn attempt(ending: &Ending) -> Result<(), Trouble> {
         return Ok(());
     };
     let fleecing = open(&ending.fleecing).map_err(files)?;
-    let monitor = match Monitor::connect(&ending.qmp).await {
-        Err(error) if error.is_nobody() => {
+    let monitor = match Monitor::reach(&ending.monitor).await {
+        Err(MonitorError::Libvirt(error)) if error.is_away() => return Err(Trouble::Away(error)),
+        Err(error) if is_gone(&error) => {
             super::fleecing::remove_folder(&fleecing, &job.folder()).map_err(files)?;
             return Ok(());
         }

@@ -571,6 +571,7 @@ mod tests {
             host_version: "0.1.0".into(),
             volumes: Vec::new(),
             attachments: Vec::new(),
+            kept: Vec::new(),
             moment: Moment::One,
             left_out: Vec::new(),
         };

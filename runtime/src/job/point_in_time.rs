@@ -26,11 +26,14 @@ use crate::policy::Denied;
 use crate::qemu::agent::Freeze;
 use crate::qemu::bitmap::{self, Tracking};
 use crate::qemu::claim::ClaimError;
+use crate::qemu::libvirt::AgentChannel;
 use crate::qemu::machine::{RunState, Standing};
 use crate::qemu::needs::NeedsError;
-use crate::qemu::snapshot::{Broken, Cause, NOT_FROZEN, NbdServer, PointRequest, Readers};
+use crate::qemu::snapshot::{
+    Broken, Cause, NOT_FROZEN, NbdServer, PointRequest, Readers, Unplugged,
+};
 use crate::qemu::{
-    self, Agent, JobId, MachineError, Monitor, MonitorError, Plan, PointInTime, Schema,
+    self, Address, Agent, JobId, MachineError, Monitor, MonitorError, Plan, PointInTime, Schema,
     SnapshotError, Watchdog, machine,
 };
 use crate::volume::source::Source;
@@ -55,6 +58,9 @@ pub enum PointError {
     /// The agent cannot be reached.
     #[error("the guest agent")]
     Agent(#[from] qemu::AgentError),
+    /// The guest must be frozen, and there is nobody to do it.
+    #[error("the guest cannot be frozen, as `freeze` requires: {0}")]
+    NoAgent(&'static str),
     /// The watchdog cannot be started.
     #[error("the watchdog")]
     Watchdog(#[from] qemu::WatchdogError),
@@ -140,6 +146,7 @@ impl PointError {
             Self::Needs(error) => error.is_mistake(),
             Self::Machine(error) => !matches!(error, MachineError::Monitor(_)),
             Self::Agent(error) => matches!(error, qemu::AgentError::Connect { .. }),
+            Self::NoAgent(_) => true,
             Self::Snapshot(error) => match &error.cause {
                 Cause::Fleecing { .. } | Cause::ServerRunning | Cause::ExportOnIothread { .. } => {
                     true
@@ -345,27 +352,28 @@ impl<'a> Prepared<'a> {
 
     async fn try_take(&mut self, readers: Readers) -> Result<PointInTime, PointError> {
         let VmAccess {
-            config: vm, qmp, ..
+            config: vm,
+            monitor: address,
+            ..
         } = self.subject.vm;
         let monitor = self.monitor;
         // No agent answers in a guest that stands still; its file systems cannot be frozen, and nothing writes to them.
-        let agent_socket = vm.agent.as_ref();
-        let agent_socket = agent_socket.filter(|_| self.standing == Standing::Runs);
-        let (agent_socket, mut agent) = match agent_socket {
-            Some(path) => match self.reach_agent(path).await? {
-                Some(agent) => (Some(path), Some(agent)),
-                None => (None, None),
-            },
-            None => (None, None),
+        let agent_address = match self.standing {
+            Standing::Runs => self.agent_address().await?,
+            Standing::Still => None,
+        };
+        let mut agent = match &agent_address {
+            Some(address) => self.reach_agent(address).await?,
+            None => None,
         };
         let form = vm.point_in_time.unwrap_or_default();
         let stops = form.stops()
             && machine::run_state(monitor)
                 .await?
                 .is_some_and(|it| it.running);
-        let ending = self.ending(qmp)?;
-        let stopped_by = stops.then_some(&**qmp);
-        let thawed_by = agent_socket.map(AsRef::as_ref);
+        let ending = self.ending(address)?;
+        let stopped_by = stops.then_some(address);
+        let thawed_by = agent_address.as_ref().filter(|_| agent.is_some());
         let program = self.subject.program.path();
         let watchdog = Watchdog::spawn(program, thawed_by, stopped_by, Some(&ending));
         let mut watchdog = match watchdog.await {
@@ -412,7 +420,7 @@ impl<'a> Prepared<'a> {
             readers,
             form,
             format: vm.fleecing_format,
-            freeze: vm.freeze,
+            freeze: vm.freeze.unwrap_or_default(),
         };
         let taken = qemu::snapshot::take(monitor, &self.schema, request, agent.as_mut()).await;
         let stuck = matches!(&taken, Err(error) if error.is_stuck());
@@ -459,16 +467,42 @@ impl<'a> Prepared<'a> {
         }
     }
 
-    /// The agent behind the socket, unless it is to be done without.
-    async fn reach_agent(&self, path: &Path) -> Result<Option<Agent>, PointError> {
+    /// Where the guest's agent is. That a domain of libvirt's has none is told, and refused where it was asked for.
+    async fn agent_address(&self) -> Result<Option<Address>, PointError> {
         let Subject { vm, events, .. } = *self.subject;
-        if vm.config.freeze == Freeze::Never {
+        if let Some(path) = &vm.config.agent {
+            return Ok(Some(Address::Socket(path.clone())));
+        }
+        let Some(definition) = self.monitor.described().await? else {
+            return Ok(None);
+        };
+        let lack = match definition.agent {
+            AgentChannel::Connected => return Ok(Some(vm.monitor.clone())),
+            AgentChannel::Disconnected => {
+                "libvirt says that no agent is connected in the guest (is qemu-guest-agent running there?)"
+            }
+            AgentChannel::None => "the domain has no channel org.qemu.guest_agent.0",
+        };
+        match vm.config.freeze {
+            Some(Freeze::Required) => return Err(PointError::NoAgent(lack)),
+            Some(Freeze::Never) => events.note(format!("{NOT_FROZEN} (`freeze` is `never`)")),
+            Some(Freeze::IfAvailable) => events.note(format!("{NOT_FROZEN}: {lack}")),
+            None => events.warn(format!("{NOT_FROZEN}: {lack}")),
+        }
+        Ok(None)
+    }
+
+    /// The agent, unless it is to be done without.
+    async fn reach_agent(&self, address: &Address) -> Result<Option<Agent>, PointError> {
+        let Subject { vm, events, .. } = *self.subject;
+        let freeze = vm.config.freeze.unwrap_or_default();
+        if freeze == Freeze::Never {
             events.note(format!("{NOT_FROZEN} (`freeze` is `never`)"));
             return Ok(None);
         }
-        match Agent::connect(path, qemu::agent::Limits::default()).await {
+        match Agent::reach(address, qemu::agent::Limits::default()).await {
             Ok(agent) => Ok(Some(agent)),
-            Err(error) if vm.config.freeze == Freeze::IfAvailable => {
+            Err(error) if freeze == Freeze::IfAvailable => {
                 events.note(format!("{NOT_FROZEN}: {}", with_causes(&error)));
                 Ok(None)
             }
@@ -477,13 +511,13 @@ impl<'a> Prepared<'a> {
     }
 
     /// What the watchdog needs to know to end the snapshot.
-    fn ending(&self, qmp: &Path) -> Result<String, PointError> {
+    fn ending(&self, monitor: &Address) -> Result<String, PointError> {
         let absolute = |path: &Path| std::path::absolute(path);
         let (_, fleecing) = &self.subject.folders.fleecing;
         let make = || {
             Ok(Ending {
                 job: self.job.to_string(),
-                qmp: absolute(qmp)?,
+                monitor: monitor.absolute()?,
                 state: absolute(self.journal.path())?,
                 fleecing: absolute(fleecing)?,
                 nbd: self
@@ -580,7 +614,7 @@ impl<'a> Prepared<'a> {
     /// Whether no QEMU answers any more that could have anything of the job's. What answers again is cleaned up by whoever
     /// sees that.
     async fn has_ended(&self) -> bool {
-        self.monitor.is_lost() && Monitor::connect(&self.subject.vm.qmp).await.is_err()
+        self.monitor.is_lost() && Monitor::reach(&self.subject.vm.monitor).await.is_err()
     }
 
     fn remove_fleecing(&self) -> Option<String> {
@@ -649,9 +683,18 @@ impl<'a> Prepared<'a> {
         if errors.is_empty() {
             self.journal.server_stopped();
         }
-        for (disk, node) in point.unplugged(self.monitor).await.unwrap_or_default() {
+        for Unplugged { disk, node, taken } in
+            point.unplugged(self.monitor).await.unwrap_or_default()
+        {
+            let (which, why) = match taken {
+                true => ("", "read it"),
+                false => (
+                    ", which is not in the backup,",
+                    "asked its storage whether it answers",
+                ),
+            };
             self.subject.events.warn(format!(
-                "disk {disk}, which is not in the backup, was unplugged while it ran, and could not be closed, as the backup asked its storage whether it answers: QEMU still has its node {node} open (QMP blockdev-del closes it)"
+                "disk {disk}{which} was unplugged while the backup ran, and could not be closed, as it {why}: QEMU still has its node {node} open (QMP blockdev-del closes it)"
             ));
         }
         left.extend(errors.iter().map(|it| with_causes(it)));

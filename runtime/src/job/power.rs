@@ -1,4 +1,5 @@
-//! Reaching the VM: one that was stopped is started paused by its configured command, and put back afterwards.
+//! Reaching the VM: one that was stopped is started paused, by its configured command or by libvirt, and put back
+//! afterwards.
 //!
 //! A file in the VM's state folder says that a job started it. It is written before the command runs and removed after
 //! the VM is gone again, so that a job that was killed in between leaves the VM to the next one.
@@ -6,7 +7,8 @@
 use super::journal::{Journal, JournalError};
 use crate::contract::with_causes;
 use crate::event::Events;
-use crate::qemu::{MachineError, Monitor, MonitorError, machine};
+use crate::qemu::libvirt::{self, Domain, LibvirtError};
+use crate::qemu::{Address, MachineError, Monitor, MonitorError, machine};
 use std::io;
 use std::path::Path;
 use std::process::{ExitStatus, Stdio};
@@ -34,8 +36,40 @@ pub struct Reached {
     started: bool,
     /// The command, where it still runs because it is QEMU itself or waits for it.
     command: Option<Child>,
-    /// What ends it, where QEMU is not told itself.
-    stop: Vec<String>,
+    /// What ends it.
+    stop: Stop,
+}
+
+/// What ends a VM that was started.
+#[derive(Debug)]
+enum Stop {
+    /// QEMU is told itself.
+    Quit,
+    /// A program and its arguments.
+    Command(String, Vec<String>),
+    /// libvirt.
+    Libvirt(libvirt::Address),
+}
+
+impl Stop {
+    fn of(at: &Address, command: &[String]) -> Self {
+        match (at, command.split_first()) {
+            (Address::Libvirt(domain), _) => Self::Libvirt(domain.clone()),
+            (_, Some((program, arguments))) => Self::Command(program.clone(), arguments.to_vec()),
+            (_, None) => Self::Quit,
+        }
+    }
+}
+
+/// What starts a VM that does not run, and what ends it again. libvirt needs no commands for it.
+#[derive(Debug, Clone, Copy)]
+pub struct Switch<'a> {
+    /// The command that starts it paused.
+    pub start: &'a [String],
+    /// The one that ends it.
+    pub stop: &'a [String],
+    /// Whether it is to be started at all.
+    pub may_start: bool,
 }
 
 /// Why the VM cannot be reached or started.
@@ -49,6 +83,23 @@ pub enum PowerError {
         "the VM does not run, and the key `start` of this VM in the configuration does not say how to start it paused"
     )]
     Stopped(#[source] MonitorError),
+    /// It is to be left as it is.
+    #[error(transparent)]
+    Off(MonitorError),
+    /// A start would not start it anew.
+    #[error(
+        "the domain '{domain}' is shut off with saved memory (`virsh dominfo` says \"Managed save: yes\"), which a start would go on from and consume: start it and let it run, or give that memory up by `virsh managedsave-remove`"
+    )]
+    Saved {
+        /// Its name.
+        domain: String,
+    },
+    /// libvirt did not start it, or cannot be asked.
+    #[error(transparent)]
+    Libvirt(#[from] LibvirtError),
+    /// The guest runs, though libvirt was asked to start it paused.
+    #[error("libvirt was asked to start the domain paused, and its guest runs; it is left running")]
+    RunsUnasked,
     /// The command cannot be run.
     #[error("the VM does not run, and its command `start` ({command}) cannot be run")]
     Command {
@@ -100,6 +151,7 @@ impl PowerError {
     pub fn is_mistake(&self) -> bool {
         match self {
             Self::Monitor(error) => error.is_no_monitor(),
+            Self::Libvirt(error) => error.is_mistake(),
             Self::Machine(error) => !matches!(error, MachineError::Monitor(_)),
             Self::Journal(_) | Self::Cancelled | Self::Silent { .. } => false,
             _ => true,
@@ -107,18 +159,19 @@ impl PowerError {
     }
 }
 
-/// Connects to the monitor at `qmp`; where nobody is there, by way of the command `start`.
+/// Connects to the monitor; where nobody is there, the VM is started first.
 ///
 /// # Errors
 /// Any [`PowerError`]; a VM that was started for nothing is put back.
 pub async fn reach(
-    qmp: &Path,
-    (start, stop): (&[String], &[String]),
+    at: &Address,
+    switch: Switch<'_>,
     journal: &Journal,
     events: &Events,
     cancel: &CancellationToken,
 ) -> Result<Reached, PowerError> {
-    let error = match Monitor::connect(qmp).await {
+    let stop = Stop::of(at, switch.stop);
+    let error = match Monitor::reach(at).await {
         Ok(monitor) => return adopt(monitor, stop, journal, events).await,
         Err(error) => error,
     };
@@ -127,7 +180,14 @@ pub async fn reach(
     if !error.is_nobody() {
         return Err(error.into());
     }
-    let Some((program, arguments)) = start.split_first() else {
+    if !switch.may_start {
+        return Err(PowerError::Off(error));
+    }
+    let qmp = match at {
+        Address::Libvirt(domain) => return start_by_libvirt(domain, stop, journal, events).await,
+        Address::Socket(qmp) => qmp,
+    };
+    let Some((program, arguments)) = switch.start.split_first() else {
         return Err(PowerError::Stopped(error));
     };
     events.note(format!(
@@ -168,7 +228,7 @@ pub async fn reach(
         monitor,
         started: true,
         command: Some(command),
-        stop: stop.to_vec(),
+        stop,
     };
     if runs(&reached.monitor).await? {
         journal.set_vm_started(false)?;
@@ -179,10 +239,50 @@ pub async fn reach(
     Ok(reached)
 }
 
+/// As libvirt does it itself; what it does has ended, well or not, when it answers.
+async fn start_by_libvirt(
+    domain: &libvirt::Address,
+    stop: Stop,
+    journal: &Journal,
+    events: &Events,
+) -> Result<Reached, PowerError> {
+    let found = refuse_saved(domain).await?;
+    events.note("the VM does not run; libvirt starts it paused");
+    journal.set_vm_started(true)?;
+    if let Err(error) = found.start_paused().await {
+        if matches!(found.has_qemu().await, Ok(false)) {
+            journal.set_vm_started(false)?;
+        }
+        return Err(error.into());
+    }
+    let reached = Reached {
+        monitor: Monitor::reach(&Address::Libvirt(domain.clone())).await?,
+        started: true,
+        command: None,
+        stop,
+    };
+    if runs(&reached.monitor).await? {
+        journal.set_vm_started(false)?;
+        return Err(PowerError::RunsUnasked);
+    }
+    Ok(reached)
+}
+
+/// The domain, which does not run, unless a start would go on from saved memory.
+pub async fn refuse_saved(domain: &libvirt::Address) -> Result<Domain, PowerError> {
+    let found = Domain::find(domain).await?;
+    match found.has_saved_memory().await? {
+        true => Err(PowerError::Saved {
+            domain: found.name().into(),
+        }),
+        false => Ok(found),
+    }
+}
+
 /// A VM that is there may be one that a job started which then died.
 async fn adopt(
     monitor: Monitor,
-    stop: &[String],
+    stop: Stop,
     journal: &Journal,
     events: &Events,
 ) -> Result<Reached, PowerError> {
@@ -198,7 +298,7 @@ async fn adopt(
         monitor,
         started,
         command: None,
-        stop: stop.to_vec(),
+        stop,
     })
 }
 
@@ -280,6 +380,8 @@ enum EndError {
     Command { command: String, source: io::Error },
     #[error("its command `stop` ({command}) did not stop it: {status}")]
     NotStopped { command: String, status: ExitStatus },
+    #[error(transparent)]
+    Libvirt(#[from] LibvirtError),
 }
 
 async fn stop_by(program: &str, arguments: &[String]) -> Result<(), EndError> {
@@ -331,9 +433,10 @@ impl Reached {
             Err(error) if error.is_lost() => return Ok(()),
             state => state.map(drop)?,
         }
-        match self.stop.split_first() {
-            Some((program, arguments)) => stop_by(program, arguments).await?,
-            None => match self.monitor.execute(qapi::qmp::quit {}).await {
+        match &self.stop {
+            Stop::Command(program, arguments) => stop_by(program, arguments).await?,
+            Stop::Libvirt(domain) => Domain::find(domain).await?.stop().await?,
+            Stop::Quit => match self.monitor.execute(qapi::qmp::quit {}).await {
                 Err(error) if !error.is_lost() => return Err(error.into()),
                 _ => {}
             },

@@ -5,7 +5,7 @@
 use super::base::{self, Owner, Recorded, Remedy};
 use super::fleecing::Fleecing;
 use super::journal::{Journal, JournalError, Record};
-use super::power::{self, PowerError};
+use super::power::{self, PowerError, Switch};
 use super::signals::Signals;
 use super::storage::{Storage, Unanswered};
 use crate::archive::{self, Archive, BackupId, Namespace, NamespaceName};
@@ -16,7 +16,7 @@ use crate::qemu::claim::{Claim, ClaimError};
 use crate::qemu::machine::{self, RunState};
 use crate::qemu::removal::{self, RemovalError, ServerFate};
 use crate::qemu::snapshot::Probe;
-use crate::qemu::{JobId, Monitor, MonitorError, leftovers};
+use crate::qemu::{Address, JobId, Monitor, MonitorError, leftovers};
 use cap_std::fs::Dir;
 use std::collections::BTreeSet;
 use std::io;
@@ -138,8 +138,8 @@ pub async fn clean_up(
 pub struct Patient<'a> {
     /// Its name.
     pub vm: &'a str,
-    /// Its monitor.
-    pub qmp: &'a Path,
+    /// Where its monitor is.
+    pub monitor: &'a Address,
     /// Where its journal is, and the path of that.
     pub state: (Dir, PathBuf),
     /// As in [`Traces`].
@@ -174,7 +174,7 @@ pub async fn recover_vm(
 ) -> Result<Recovered, RecoverError> {
     let Patient {
         vm,
-        qmp,
+        monitor,
         state: (state, path),
         fleecing,
         fleecing_path,
@@ -190,8 +190,13 @@ pub async fn recover_vm(
     if let Some(dead) = &dead {
         warn_of(dead, events);
     }
-    let reached = match power::reach(qmp, (&[], stop), &journal, events, &signals.end).await {
-        Err(PowerError::Stopped(_)) => {
+    let switch = Switch {
+        start: &[],
+        stop,
+        may_start: false,
+    };
+    let reached = match power::reach(monitor, switch, &journal, events, &signals.end).await {
+        Err(PowerError::Off(_)) => {
             if let Some(dead) = &dead {
                 remove_folder(fleecing, &dead.fleecing, events)?;
                 discard_backup(archives, dead, events)?;

@@ -4,7 +4,7 @@ use super::base::{self, BuiltOn, Choice, ChoiceError, Owner, Recorded};
 use super::extra::Extra;
 use super::journal::{Journal, JournalError};
 use super::point_in_time::PointError;
-use super::power;
+use super::power::{self, Switch};
 use super::recover::{self, Traces};
 use super::selection::{self, Selected, Selection};
 use super::signals::Signals;
@@ -14,7 +14,7 @@ use crate::contract::{BLOCK_SIZE, with_causes};
 use crate::event::Events;
 use crate::qemu::claim::{Claim, ClaimError};
 use crate::qemu::machine::Standing;
-use crate::qemu::{self, Monitor, Schema, machine};
+use crate::qemu::{self, Address, Monitor, Schema, machine};
 use crate::sandbox::Program;
 use cap_std::fs::Dir;
 use std::collections::BTreeMap;
@@ -28,8 +28,8 @@ pub struct VmAccess {
     pub name: String,
     /// Its sockets and disks.
     pub config: Vm,
-    /// QEMU's QMP socket.
-    pub qmp: PathBuf,
+    /// Where its monitor is.
+    pub monitor: Address,
     /// Further volumes.
     pub extra: Vec<Extra>,
 }
@@ -119,10 +119,14 @@ pub async fn on_vm<T, E: From<PointError>>(
 ) -> Result<(T, Vec<String>), E> {
     let events = subject.events;
     let Vm { start, stop, .. } = &subject.vm.config;
-    let commands = (&start[..], &stop[..]);
+    let switch = Switch {
+        start,
+        stop,
+        may_start: true,
+    };
     let reached = power::reach(
-        &subject.vm.qmp,
-        commands,
+        &subject.vm.monitor,
+        switch,
         journal,
         events,
         &subject.signals.end,
@@ -149,7 +153,7 @@ pub async fn on_vm<T, E: From<PointError>>(
     }
     let mut done = job(&reached.monitor, journal).await;
     if reached.monitor.is_lost()
-        && let Ok(monitor) = Monitor::connect(&subject.vm.qmp).await
+        && let Ok(monitor) = Monitor::reach(&subject.vm.monitor).await
     {
         // QEMU runs on, with all in it that the job could not take down.
         events.note("the monitor was lost and answers again; cleaning up over a new connection");

@@ -20,6 +20,7 @@ use crate::contract::ErrorCode;
 use crate::event::{Event, Events};
 use crate::grants::account::Account;
 use crate::grants::run::RunError;
+use crate::qemu;
 use crate::qemu::watchdog::HIDDEN_ARGUMENT as WATCHDOG;
 use crate::sandbox::{self, Cache, Listener, Program, Witness};
 use cap_std::ambient_authority;
@@ -102,7 +103,7 @@ impl Host {
             vm: VmAccess {
                 name: "web".into(),
                 config: vm,
-                qmp: self.daemon.at("qmp.sock"),
+                monitor: qemu::Address::Socket(self.daemon.at("qmp.sock")),
                 extra: Vec::new(),
             },
             provider_name: "escaped".into(),

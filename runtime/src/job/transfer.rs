@@ -7,8 +7,8 @@ use super::means::{Maker, Means};
 use super::prove::{self, ProofError, Proving};
 use super::volume_run::{self, Covered, Uncovered, VolumeRun};
 use crate::archive::{
-    self, BackupId, BackupRecord, BackupWriter, ComponentId, LeftOut, Manifest, Moment, Namespace,
-    Proof, ProviderRecord, VolumeRecord,
+    self, BackupId, BackupRecord, BackupWriter, ComponentId, Kept, LeftOut, Manifest, Moment,
+    Namespace, Proof, ProviderRecord, VolumeRecord,
 };
 use crate::contract::{World, with_causes};
 use crate::grants::account::Account;
@@ -60,6 +60,8 @@ pub struct Transfer<'a> {
     pub moment: Moment,
     /// Disks of the VM that are in no volume.
     pub left_out: Vec<LeftOut>,
+    /// What the host keeps beside the volumes.
+    pub kept: Vec<Kept>,
     /// The job's.
     pub means: Means,
     /// The runs that its cancel has ended.
@@ -243,6 +245,7 @@ impl Transfer<'_> {
             host_version: env!("CARGO_PKG_VERSION").into(),
             volumes,
             attachments: Vec::new(),
+            kept: self.kept.clone(),
             moment: self.moment,
             left_out: self.left_out.clone(),
         }

@@ -35,6 +35,13 @@ pub enum Found {
         /// What.
         error: archive::Error,
     },
+    /// In what the host keeps beside the volumes.
+    Kept {
+        /// Its name.
+        name: ObjectName,
+        /// What.
+        error: archive::Error,
+    },
 }
 
 /// Reads all of the backup, whatever is found on the way, and keeps what was found for backups that would build on it.
@@ -95,5 +102,11 @@ async fn read_all(
     let objects = read_back::check_objects(reading.namespace, reading.manifest, &means.cancel);
     let wrong = objects.await?.into_iter();
     found.extend(wrong.map(|(name, error)| Found::Object { name, error }));
+    for kept in &reading.manifest.record.kept {
+        if let Err(error) = reading.namespace.kept(reading.manifest.backup, kept) {
+            let name = kept.name.clone();
+            found.push(Found::Kept { name, error });
+        }
+    }
     Ok(())
 }

@@ -97,6 +97,7 @@ impl Scratch {
                     proof: Proof::Proven,
                 }],
                 attachments: Vec::new(),
+                kept: Vec::new(),
                 moment: fleecebox::archive::Moment::One,
                 left_out: Vec::new(),
             },

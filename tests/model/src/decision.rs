@@ -407,6 +407,7 @@ fn manifest(archive: u8, committed: &Committed) -> Manifest {
                 proof: Proof::Proven,
             }],
             attachments: Vec::new(),
+            kept: Vec::new(),
             moment: fleecebox::archive::Moment::One,
             left_out: Vec::new(),
         },

@@ -1,36 +1,40 @@
 //! What is done between two backups: each case begins with a backup, and ends with those that follow.
 
-use super::scene::Scene;
+use super::scene::{Scene, Way};
 use anyhow::{Context, Result, ensure};
 use fleecebox_tests::eventually;
 use std::path::Path;
 use std::time::Duration;
 
-type Case = fn(&mut Scene) -> Result<()>;
+pub(super) type Case = (&'static str, Way, fn(&mut Scene) -> Result<()>);
 
-pub(super) const ALL: [(&str, Case); 22] = [
-    ("restart", restart),
-    ("snapshot", snapshot),
-    ("snapshots", snapshots),
-    ("snapshot-of-one-disk", snapshot_of_one_disk),
-    ("commit", commit),
-    ("commit-between-backups", commit_between_backups),
-    ("commit-below", commit_below),
-    ("pull", pull),
-    ("pull-in-part", pull_in_part),
-    ("copy", copy),
-    ("shallow-copy", shallow_copy),
-    ("snapshot-while-off", snapshot_while_off),
-    ("snapshot-delete", snapshot_delete),
-    ("snapshot-revert", snapshot_revert),
-    ("internal-snapshot", internal_snapshot),
-    ("internal-revert", internal_revert),
-    ("checkpoint", checkpoint),
-    ("push-backup", push_backup),
-    ("everything", everything),
-    ("started", started),
-    ("started-without-stop", started_without_stop),
-    ("saved-memory", saved_memory),
+pub(super) const ALL: &[Case] = &[
+    ("restart", Way::Monitor, restart),
+    ("snapshot", Way::Name, snapshot),
+    ("snapshots", Way::Name, snapshots),
+    ("snapshot-of-one-disk", Way::Name, snapshot_of_one_disk),
+    ("commit", Way::Name, commit),
+    (
+        "commit-between-backups",
+        Way::Monitor,
+        commit_between_backups,
+    ),
+    ("commit-below", Way::Name, commit_below),
+    ("pull", Way::Name, pull),
+    ("pull-in-part", Way::Name, pull_in_part),
+    ("copy", Way::Name, copy),
+    ("shallow-copy", Way::Name, shallow_copy),
+    ("snapshot-while-off", Way::Name, snapshot_while_off),
+    ("snapshot-delete", Way::Name, snapshot_delete),
+    ("snapshot-revert", Way::Name, snapshot_revert),
+    ("internal-snapshot", Way::Name, internal_snapshot),
+    ("internal-revert", Way::Monitor, internal_revert),
+    ("checkpoint", Way::Name, checkpoint),
+    ("push-backup", Way::Name, push_backup),
+    ("everything", Way::Name, everything),
+    ("started", Way::Monitor, started),
+    ("started-without-stop", Way::Monitor, started_without_stop),
+    ("saved-memory", Way::Monitor, saved_memory),
 ];
 
 const LIMIT: Duration = Duration::from_secs(60);
@@ -293,7 +297,7 @@ fn checkpoint(scene: &mut Scene) -> Result<()> {
     scene.goes_on()
 }
 
-fn push(scene: &Scene, name: &str) -> Result<()> {
+pub(super) fn push(scene: &Scene, name: &str) -> Result<()> {
     let disks = DISKS.map(|disk| {
         let target = scene.domain.path(&format!("{disk}.{name}"));
         format!(

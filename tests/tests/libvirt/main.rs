@@ -3,16 +3,19 @@
 //!
 //! One libvirtd, which touches nothing of the machine's (`tests/libvirt/run.sh`), has a domain for each case, with a
 //! virtio-scsi and a virtio-blk disk. No guest runs in it, so that nobody writes but the case, and after each backup the
-//! disks can be held against what is restored of it.
+//! disks can be held against what is restored of it. Most cases reach the domain by its name, through libvirt, and some by
+//! a monitor of its own.
 //!
 //! `cargo test --test libvirt` runs all, `cargo test --test libvirt NAME…` those whose names contain one of the words.
 
+mod by_name;
 mod cases;
+mod guest;
 mod scene;
 
 use anyhow::Result;
 use fleecebox_tests::Libvirt;
-use scene::Scene;
+use scene::{Scene, Way};
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::process::ExitCode;
 use std::time::Instant;
@@ -40,19 +43,21 @@ fn run() -> Result<Vec<&'static str>> {
     let Some(libvirt) = Libvirt::start()? else {
         return Ok(Vec::new());
     };
+    let mut cases = Vec::new();
+    for &(name, way, case) in cases::ALL.iter().chain(by_name::ALL) {
+        cases.push((name, Run::OnScene(way, case)));
+    }
+    for &(name, case) in guest::ALL {
+        cases.push((name, Run::Alone(case)));
+    }
     let mut failed = Vec::new();
-    for (name, case) in cases::ALL {
+    for (name, case) in cases {
         if !words.is_empty() && !words.iter().any(|word| name.contains(&**word)) {
             continue;
         }
         let began = Instant::now();
-        let run = || {
-            let mut scene = Scene::new(&libvirt, name)?;
-            case(&mut scene)?;
-            Ok(scene.told())
-        };
         // An assertion that fails, fails one case and not all.
-        let outcome = catch_unwind(AssertUnwindSafe(run))
+        let outcome = catch_unwind(AssertUnwindSafe(|| case.run(&libvirt, name)))
             .unwrap_or_else(|_| Err(anyhow::anyhow!("an assertion failed, as told above")));
         let took = began.elapsed().as_secs_f64();
         match outcome {
@@ -64,4 +69,25 @@ fn run() -> Result<Vec<&'static str>> {
         }
     }
     Ok(failed)
+}
+
+enum Run {
+    /// With a domain that has been backed up.
+    OnScene(Way, fn(&mut Scene) -> Result<()>),
+    /// With one of its own.
+    Alone(fn(&Libvirt) -> Result<()>),
+}
+
+impl Run {
+    /// Says how its backups went.
+    fn run(self, libvirt: &Libvirt, name: &str) -> Result<String> {
+        match self {
+            Self::OnScene(way, case) => {
+                let mut scene = Scene::new(libvirt, name, way)?;
+                case(&mut scene)?;
+                Ok(scene.told())
+            }
+            Self::Alone(case) => case(libvirt).map(|()| "done".into()),
+        }
+    }
 }

@@ -18,7 +18,7 @@ use crate::schema::Schema;
 use crate::standstill::{self, Stopped};
 use fleecebox_contract::with_causes;
 use serde_json::{Value, json};
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::os::fd::AsFd;
 use std::path::Path;
 use std::time::Duration;
@@ -460,7 +460,8 @@ async fn add_probes_of_others(
     request: &PointRequest,
     nodes: &mut Nodes,
 ) -> Result<(), Cause> {
-    let others = others(monitor, request).await.map_err(Cause::Monitor)?;
+    let (others, plugged) = others(monitor, request).await.map_err(Cause::Monitor)?;
+    nodes.plugged = plugged;
     for (index, (node, disk)) in (0..).skip(request.plans.len()).zip(others) {
         match add_probe(monitor, request.job, index, &node).await {
             Ok(()) => {
@@ -475,13 +476,14 @@ async fn add_probes_of_others(
     Ok(())
 }
 
-/// The nodes that devices and exports have, but those of the point in time, each with what its user calls it.
+/// The nodes that devices and exports have, but those of the point in time, each with what its user calls it; and those
+/// of the point in time that devices have.
 async fn others(
     monitor: &Monitor,
     request: &PointRequest,
-) -> Result<BTreeMap<String, String>, MonitorError> {
+) -> Result<(BTreeMap<String, String>, BTreeSet<String>), MonitorError> {
     let graph = present::graph(monitor).await?;
-    let mut others = BTreeMap::new();
+    let (mut others, mut plugged) = (BTreeMap::new(), BTreeSet::new());
     for export in present::exports(monitor).await? {
         if OwnId::parse(&export.id).is_none() {
             others.insert(export.node.clone(), export.node);
@@ -496,9 +498,11 @@ async fn others(
     others.retain(|node, _| {
         let mut disks = request.plans.iter().map(|plan| &plan.disk.node);
         // What lies above a disk is a filter, ours or QEMU's.
-        !disks.any(|disk| disk == node || graph.is_below(disk, node))
+        let above = disks.find(|disk| *disk == node || graph.is_below(disk, node));
+        plugged.extend(above.cloned());
+        above.is_none()
     });
-    Ok(others)
+    Ok((others, plugged))
 }
 
 /// The export that stays until all else is gone, to ask the storage of `node` by.

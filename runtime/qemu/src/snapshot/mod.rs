@@ -26,6 +26,7 @@ pub use error::{Cause, SnapshotError, UndoError};
 pub use make::NOT_FROZEN;
 use make::{Frozen, make, undo};
 use serde_json::json;
+use std::collections::BTreeSet;
 use std::os::fd::OwnedFd;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -168,6 +169,8 @@ struct Nodes {
     held: Option<backup_access::Held>,
     /// The exports of what is not in the point in time, each with its node.
     others: Vec<(String, Probe)>,
+    /// Of the disks that devices had.
+    plugged: BTreeSet<String>,
 }
 
 impl Nodes {
@@ -183,6 +186,7 @@ impl Nodes {
             access: all(Role::Access).collect(),
             held: None,
             others: Vec::new(),
+            plugged: BTreeSet::new(),
         };
         if request.form == Form::BackupAccess {
             for (name, plan) in nodes.fleecing.iter_mut().zip(&request.plans) {
@@ -196,6 +200,17 @@ impl Nodes {
         }
         Ok(nodes)
     }
+}
+
+/// A disk that no device has any more, and that QEMU still has open.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Unplugged {
+    /// Its name.
+    pub disk: String,
+    /// Its node.
+    pub node: String,
+    /// Whether it is in the point in time.
+    pub taken: bool,
 }
 
 /// An export of a disk itself, read-only.
@@ -481,23 +496,32 @@ impl PointInTime {
         removal::remove(monitor, &remains, self.server).await
     }
 
-    /// Disks that are not in the point in time and were unplugged meanwhile, each with its node: our export kept whoever
-    /// did it from removing that. To be asked after [`PointInTime::finish`].
+    /// Disks that were unplugged meanwhile: what was made here kept whoever did it from removing their nodes. To be asked
+    /// after [`PointInTime::finish`].
     ///
     /// # Errors
     /// Those of [`Monitor::query`].
-    pub async fn unplugged(
-        &self,
-        monitor: &Monitor,
-    ) -> Result<Vec<(String, String)>, MonitorError> {
-        if self.nodes.others.is_empty() {
+    pub async fn unplugged(&self, monitor: &Monitor) -> Result<Vec<Unplugged>, MonitorError> {
+        let Nodes {
+            others, plugged, ..
+        } = &self.nodes;
+        if others.is_empty() && plugged.is_empty() {
             return Ok(Vec::new());
         }
         let graph = present::graph(monitor).await?;
-        let others = self.nodes.others.iter();
-        let unused = others.filter(|(node, _)| graph.is_unused(node));
-        let named = unused.map(|(node, probe)| (probe.disk.clone(), node.clone()));
-        Ok(named.collect())
+        let taken = self.volumes.iter().map(|volume| &volume.plan.disk);
+        let taken = taken.filter(|disk| plugged.contains(&disk.node));
+        let taken = taken.map(|disk| (&disk.name, &disk.node, true));
+        let others = others.iter();
+        let all = taken.chain(others.map(|(node, probe)| (&probe.disk, node, false)));
+        let unused = all.filter(|(_, node, _)| graph.is_unused(node));
+        Ok(unused
+            .map(|(disk, node, taken)| Unplugged {
+                disk: disk.clone(),
+                node: node.clone(),
+                taken,
+            })
+            .collect())
     }
 
     fn remains(&self) -> Remains {

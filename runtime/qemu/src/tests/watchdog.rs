@@ -2,9 +2,10 @@
 
 use super::agent::{next_command, sync_answer};
 use super::monitor::serve;
+use crate::Address;
 use crate::watchdog::{self, Watchdog};
 use rustix::process::{Pid, Signal, kill_process};
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::time::Duration;
 use tokio::io::AsyncWriteExt;
 use tokio::net::UnixListener;
@@ -17,7 +18,7 @@ const QMP: &str = "FLEECEBOX_TEST_QMP";
 #[test]
 #[ignore = "the other tests run it as their watchdog process"]
 fn be_the_watchdog() {
-    let path = |name| std::env::var_os(name).map(PathBuf::from);
+    let path = |name| std::env::var_os(name).map(|path| Address::Socket(path.into()));
     let agent = path(AGENT).expect("only to be run by the other tests");
     let code = watchdog::serve(Some(agent), path(QMP), async || true);
     assert_eq!(code, std::process::ExitCode::SUCCESS);

@@ -232,6 +232,7 @@ fn recorded(says: Says, backup: BackupId, of_bitmap: &str) -> Recorded {
             moment: crate::archive::Moment::One,
             left_out: Vec::new(),
             attachments: Vec::new(),
+            kept: Vec::new(),
         },
     }))
 }

@@ -192,9 +192,9 @@ fn processes(things: &BTreeSet<Thing>) -> Vec<String> {
 /// The VMs of the configuration, side by side.
 async fn machines(things: &BTreeSet<Thing>, config: &Config, events: &Events) -> Vec<String> {
     let asked = config.vm.iter().filter_map(|(name, vm)| {
-        let qmp = vm.qmp.as_ref()?;
+        let monitor = vm.address()?;
         Some(async move {
-            let asking = async { open_files(&Monitor::connect(qmp).await?).await };
+            let asking = async { open_files(&Monitor::reach(&monitor).await?).await };
             (name, timeout(MONITOR_LIMIT, asking).await)
         })
     });
