@@ -52,9 +52,10 @@ cgroup_controllers = [ ]
 namespaces = [ ]
 stdio_handler = "file"
 END
-# Not in the place of this shell, which waits for children that nobody else does. One that ends is started again, as a
-# service is: its QEMUs go on meanwhile.
+# Not in the place of this shell, which waits for children that nobody else does. One that ends is started again after
+# a moment, as a service is: its QEMUs go on meanwhile.
 while :; do
     libvirtd &
     wait $! || :
+    sleep 1
 done

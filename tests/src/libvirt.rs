@@ -116,13 +116,18 @@ impl Libvirt {
         format!("qemu+unix:///system?socket={}", socket.display())
     }
 
-    /// Ends the daemon, which is then started again, and waits until that answers. Its domains go on.
+    /// Ends the daemon, which is then started again; does `meanwhile`, and waits until it answers. Its domains go on.
     ///
     /// # Errors
-    /// When it does not come up.
-    pub fn restart(&self) -> Result<()> {
+    /// When it does not come up, or `meanwhile` fails.
+    pub fn restart(&self, meanwhile: impl FnOnce() -> Result<()>) -> Result<()> {
         let daemon = self.process()?;
         kill_process(daemon, Signal::TERM)?;
+        eventually("the end of libvirtd", START_LIMIT, || {
+            let same = self.process().is_ok_and(|it| it == daemon);
+            Ok((!same).then_some(()))
+        })?;
+        meanwhile()?;
         eventually("another libvirtd", START_LIMIT, || {
             let other = self.process().is_ok_and(|other| other != daemon);
             Ok((other && self.virsh(&["version"]).is_ok()).then_some(()))
