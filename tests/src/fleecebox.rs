@@ -375,7 +375,8 @@ impl Running {
         Ok(ended.code())
     }
 
-    /// What was printed on standard error so far.
+    /// What was printed on standard error so far. What a process wrote may come after its end is seen:
+    /// [`Running::wait_for_line`] first.
     pub fn said(&self) -> String {
         self.output.lock().text(|stream| stream == Stream::Err)
     }

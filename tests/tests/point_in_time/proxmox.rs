@@ -185,7 +185,7 @@ fn what_a_set_up_that_fails_half_way_leaves_is_named() -> Result<()> {
     let mut running = scene.site.backup_command(&order).start()?;
     // Its watchdog would go on trying for a while.
     let code = running.wait_for_the_job()?;
-    let said = running.said();
+    let said = running.wait_for_line(LIMIT, |line| line.contains("no such luck"))?;
     running.kill()?;
     assert_eq!(code, Some(1), "{said}");
     for words in [
@@ -365,13 +365,11 @@ fn a_disk_that_was_unplugged_meanwhile_does_not_cost_the_vm() -> Result<()> {
     let job = rustix::process::Pid::from_raw(running.process().pid).context("no such process")?;
     rustix::process::kill_process(job, rustix::process::Signal::TERM)?;
     running.wait_for_the_job()?;
-    let said = running.said();
+    running.wait_for_line(LIMIT, |line| {
+        line.contains("drive-scsi1 was unplugged or moved meanwhile")
+    })?;
     // It would go on trying for a while.
     running.kill()?;
-    ensure!(
-        said.contains("drive-scsi1 was unplugged or moved meanwhile"),
-        "{said}"
-    );
     assert_eq!(vm.status()?, "running");
     proxmox.kill()?;
     proxmox.wait()?;

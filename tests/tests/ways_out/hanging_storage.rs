@@ -281,11 +281,9 @@ fn gives_up(scene: &Scene, step: &str) -> Result<()> {
         running.said()
     );
     scene.lives()?;
+    running.wait_for_line(LIMIT, |line| line.contains("stays, because the storage of"))?;
     let said = running.said();
-    ensure!(
-        said.contains("stays, because the storage of") && !said.contains("as they were before"),
-        "{said}"
-    );
+    ensure!(!said.contains("as they were before"), "{said}");
     // The next one is told as well, and harms nobody either.
     let next = scene.site.backup_command(&scene.order).start()?;
     waits(&next)?;
