@@ -50,9 +50,11 @@ apt() {
 say "reading a private copy of the package lists"
 apt get update >&2 || say "some package lists could not be fetched"
 
-packages="libvirt-daemon libvirt-daemon-driver-qemu libvirt-clients libvirt-common libvirt0"
-# It saves memory by a helper that newer releases have in a package of its own.
-[ -z "$(apt cache madison libvirt-daemon-common)" ] || packages="$packages libvirt-daemon-common"
+packages="libvirt-daemon libvirt-daemon-driver-qemu libvirt-clients libvirt0"
+# Newer releases have these apart; memory is saved by a helper in the second.
+for package in libvirt-common libvirt-daemon-common; do
+    [ -z "$(apt cache madison $package)" ] || packages="$packages $package"
+done
 newest=
 for package in $packages; do
     version=$(apt cache madison "$package" | cut -d '|' -f 2 | tr -d ' ' | sort -V | tail -n 1)

@@ -37,7 +37,7 @@ pub(super) struct Export {
     #[command(subcommand)]
     end: Option<Ending>,
     #[command(flatten)]
-    vm: Option<VmArguments>,
+    vm: VmArguments,
     /// Track changes for a tool of this name, from its last success on [default: track nothing]
     #[arg(long, value_name = "NAME")]
     tracking: Option<String>,
@@ -72,17 +72,16 @@ struct End {
 
 impl Export {
     pub(super) async fn run(mut self, session: &Session) -> Result<(), Failure> {
-        match (self.end.take(), self.vm.take()) {
-            (Some(Ending::End(end)), _) => end.run(session).await,
-            (None, Some(vm)) => self.hold(vm, session).await,
-            (None, None) => Err(Failure::Mistake(anyhow!("name the VM to export"))),
+        match self.end.take() {
+            Some(Ending::End(end)) => end.run(session).await,
+            None => self.hold(session).await,
         }
     }
 
-    async fn hold(self, vm: VmArguments, session: &Session) -> Result<(), Failure> {
+    async fn hold(self, session: &Session) -> Result<(), Failure> {
         super::refuse_suspension("an export");
-        let record = Record::begin(Job::Export, vm.which.name().into());
-        let ended = self.make(vm, session).await;
+        let record = Record::begin(Job::Export, self.vm.which.name().into());
+        let ended = self.make(session).await;
         let ended = places::audited(session, record, ended)?;
         match (ended.verdict, ended.by_signal) {
             (Verdict::Success, _) => say!("the export is ended with success"),
@@ -104,8 +103,8 @@ impl Export {
         }
     }
 
-    async fn make(self, vm: VmArguments, session: &Session) -> Result<Ended, Failure> {
-        let (name, vm, monitor) = vm.resolve(session)?;
+    async fn make(self, session: &Session) -> Result<Ended, Failure> {
+        let (name, vm, monitor) = self.vm.resolve(session)?;
         let tracking = self.tracking.map(|name| {
             name.parse().map_err(|_| {
                 Failure::Mistake(anyhow!(
