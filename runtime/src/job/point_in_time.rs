@@ -256,8 +256,8 @@ impl<'a> Prepared<'a> {
     }
 
     /// Takes back what was prepared before there is anything to tear down.
-    pub async fn give_up(self) {
-        let fleecing = Some(&self.fleecing);
+    pub async fn give_up(mut self) {
+        let fleecing = Some(&mut self.fleecing);
         unprepare(self.subject, self.monitor, self.job, fleecing, self.journal).await;
     }
 
@@ -617,7 +617,7 @@ impl<'a> Prepared<'a> {
         self.monitor.is_lost() && Monitor::reach(&self.subject.vm.monitor).await.is_err()
     }
 
-    fn remove_fleecing(&self) -> Option<String> {
+    fn remove_fleecing(&mut self) -> Option<String> {
         let error = self.fleecing.remove().err()?;
         Some(format!(
             "the fleecing images in {}: {}",
@@ -759,7 +759,7 @@ async fn unprepare(
     subject: &Subject<'_>,
     monitor: &Monitor,
     job: JobId,
-    fleecing: Option<&Fleecing>,
+    fleecing: Option<&mut Fleecing>,
     journal: &mut Journal,
 ) {
     let detached = extra::detach_files(monitor, job, &subject.vm.extra).await;

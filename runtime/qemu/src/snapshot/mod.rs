@@ -537,7 +537,11 @@ fn volumes(request: &PointRequest) -> Vec<Volume> {
             .bitmap
             .old()
             .map(|old| format!("qemu:dirty-bitmap:{old}")),
-        plan: plan.clone(),
+        // QEMU has the image: where it is deleted, nobody else may have it open.
+        plan: Plan {
+            descriptor: None,
+            ..plan.clone()
+        },
     };
     (0..).zip(&request.plans).map(volume).collect()
 }
