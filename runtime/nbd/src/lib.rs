@@ -1,4 +1,4 @@
-//! An asynchronous NBD client: the way in of a volume's bytes.
+//! An asynchronous NBD client, the way in of a volume's bytes; and a server, their way out.
 //!
 //! A [`Connection`] is one Unix socket after the newstyle handshake. Any number of tasks use it at
 //! once; requests are told apart by their cookie, and the server answers in the order it likes.
@@ -7,7 +7,8 @@
 //! - `assembly` decides whether the pieces of an answer make up what was asked;
 //! - `handshake` negotiates;
 //! - `replies` receives: one task for each connection, which owns the buffers of waiting requests;
-//! - `client` is what the rest of the program calls.
+//! - `client` is what the rest of the program calls;
+//! - [`server`] is the other side, for whatever can be read at any place. It shares the wire with the client, and no more.
 //!
 //! What holds:
 //! - Nothing is allocated because a server said a length. A length is compared with what was asked
@@ -28,6 +29,7 @@ mod client;
 mod error;
 mod handshake;
 mod replies;
+pub mod server;
 #[cfg(test)]
 mod tests;
 #[allow(
