@@ -7,7 +7,7 @@ use std::path::Path;
 use std::sync::{Arc, Mutex, PoisonError};
 
 /// Bytes per bit of a dirty bitmap, and the unit in which an export is trimmed: QEMU's for copy-before-write.
-const CLUSTER: u32 = 64 << 10;
+pub(super) const CLUSTER: u32 = 64 << 10;
 
 /// What a point in time does to a disk's bitmaps.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]

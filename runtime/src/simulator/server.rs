@@ -1,8 +1,8 @@
 //! What the disks in memory have for the NBD server.
 
-use super::disk::{self, Export};
+use super::disk::{self, CLUSTER, Export};
 use crate::extent::{Extent, ExtentSet};
-use crate::nbd::server::{self, ALLOCATION, DIRTY, HOLE, Refused};
+use crate::nbd::server::{self, ALLOCATION, Bounds, DIRTY, HOLE, Refused};
 use crate::nbd::{ErrorCode, StatusRun};
 use std::io;
 use std::path::{Path, PathBuf};
@@ -22,7 +22,7 @@ impl Server {
         let listener = UnixListener::bind(&path)?;
         Ok(Self {
             path,
-            _server: server::Server::start(listener, exports),
+            _server: server::Server::start(listener, exports, Bounds::default()),
         })
     }
 
@@ -45,6 +45,14 @@ impl server::Export for Export {
 
     fn size(&self) -> u64 {
         self.bytes().len() as u64
+    }
+
+    fn preferred_block(&self) -> u32 {
+        CLUSTER
+    }
+
+    fn can_trim(&self) -> bool {
+        true
     }
 
     fn contexts(&self) -> Vec<String> {
@@ -75,12 +83,11 @@ impl server::Export for Export {
 }
 
 fn refused(refused: disk::Refused) -> Refused {
-    let code = match refused {
+    match refused {
         // What QEMU's snapshot-access says of it.
-        disk::Refused::Trimmed => ErrorCode::Einval,
-        disk::Refused::Unreadable => ErrorCode::Eio,
-    };
-    Refused { code }
+        disk::Refused::Trimmed => ErrorCode::Einval.into(),
+        disk::Refused::Unreadable => ErrorCode::Eio.into(),
+    }
 }
 
 /// `asked`, in turn in `set` and not, with `flag` for what is in it.
