@@ -46,6 +46,7 @@ pub use fleecebox_nbd as nbd;
 pub use fleecebox_qemu as qemu;
 pub use fleecebox_sandbox as sandbox;
 
+pub mod access;
 pub mod cli;
 pub mod config;
 pub mod conformance;
