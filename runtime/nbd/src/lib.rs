@@ -32,6 +32,7 @@ mod replies;
 pub mod server;
 #[cfg(test)]
 mod tests;
+mod uri;
 #[allow(
     missing_docs,
     reason = "the names are those of the protocol's document, which tells what they mean"
@@ -42,4 +43,5 @@ pub use assembly::StatusRun;
 pub use client::Connection;
 pub use error::{Error, ErrorCode, Refusal, Violation};
 pub use handshake::ExportInfo;
+pub use uri::uri;
 pub use wire::{Command, Negotiation};
