@@ -87,6 +87,7 @@ const ROOMS: Table = &[
             "event",
             "grants",
             "job",
+            "nbd",
             "policy",
             "qemu",
             "recording",

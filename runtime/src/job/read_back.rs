@@ -109,6 +109,21 @@ pub enum Finding {
     Table(#[source] archive::Error),
 }
 
+impl Finding {
+    /// What of the volume it is about, where that is known.
+    pub fn extent(&self) -> Option<Extent> {
+        match self {
+            Self::Placed(
+                PlacedError::Unreadable { extent, .. } | PlacedError::Wrong { extent, .. },
+            )
+            | Self::Wrong { extent, .. }
+            | Self::NotGivenBack { extent, .. }
+            | Self::NotClaimed { extent, .. } => Some(*extent),
+            Self::NoProvider { .. } | Self::Table(_) => None,
+        }
+    }
+}
+
 /// Why a backup's own provider cannot be run.
 #[derive(Debug, thiserror::Error)]
 pub enum ProviderError {
