@@ -103,7 +103,7 @@ impl Image {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::archive::{Archive, BackupId, Entry, Frame, ObjectRef};
+    use crate::archive::{Archive, BackupId, BackupWriter, Entry, Frame, ObjectRef};
     use crate::contract::Encoding;
     use crate::digest::Digest;
     use cap_std::ambient_authority;
@@ -131,7 +131,8 @@ mod tests {
         ]
     }
 
-    fn image(size: u64, kinds: &[Kind]) -> (TempDir, Image) {
+    /// With what holds its pages.
+    fn image(size: u64, kinds: &[Kind]) -> (TempDir, BackupWriter, Image) {
         let folder = tempfile::tempdir().unwrap();
         let root = Dir::open_ambient_dir(folder.path(), ambient_authority()).unwrap();
         let archive = Archive::create(root).unwrap();
@@ -154,7 +155,8 @@ mod tests {
             };
             table.set(block, entry).unwrap();
         }
-        (folder, Image::new(writer.table(table.finish().unwrap())))
+        let image = Image::new(writer.table(table.finish().unwrap()));
+        (folder, writer, image)
     }
 
     fn frame(backup: BackupId, number: u64) -> Frame {
@@ -191,9 +193,11 @@ mod tests {
     }
 
     proptest! {
+        // Each makes an archive.
+        #![proptest_config(ProptestConfig::with_cases(64))]
         #[test]
         fn the_pieces_of_a_range_are_all_of_it_and_each_block_is_what_it_is((size, kinds, extent) in volume_and_range()) {
-            let (_folder, image) = image(size, &kinds);
+            let (_folder, _writer, image) = image(size, &kinds);
             let pieces = image.pieces(extent).unwrap();
             let mut at = extent.start();
             for piece in &pieces {
@@ -220,7 +224,7 @@ mod tests {
             (size, kinds, extent) in volume_and_range(),
             most in 1usize..6,
         ) {
-            let (_folder, image) = image(size, &kinds);
+            let (_folder, _writer, image) = image(size, &kinds);
             let parts = image.allocation(extent, most).unwrap();
             prop_assert!(!parts.is_empty() && parts.len() <= most);
             let mut at = extent.start();

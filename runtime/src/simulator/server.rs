@@ -8,6 +8,9 @@ use std::io;
 use std::path::{Path, PathBuf};
 use tokio::net::UnixListener;
 
+/// As many as QEMU's own takes, which a job counts on.
+const CLIENTS: usize = 100;
+
 /// A server that runs until it is dropped, which also ends its connections and removes its socket.
 #[derive(Debug)]
 pub struct Server {
@@ -20,9 +23,14 @@ impl Server {
     pub fn start(path: impl Into<PathBuf>, exports: Vec<Export>) -> io::Result<Self> {
         let path = path.into();
         let listener = UnixListener::bind(&path)?;
+        let bounds = Bounds {
+            clients: CLIENTS,
+            of_one_user: CLIENTS,
+            ..Bounds::default()
+        };
         Ok(Self {
             path,
-            _server: server::Server::start(listener, exports, Bounds::default()),
+            _server: server::Server::start(listener, exports, bounds),
         })
     }
 
