@@ -15,7 +15,8 @@
 //! 5. After the last read a canary block and QEMU's jobs show that the snapshot was intact, and it is taken down.
 //! 6. [`job::prove`] reads every claimed block back through a fresh instance. The manifest appears, which is the commit.
 //!    Then the old bitmaps go.
-//! 7. [`job::read_back`] is the way back, for restore and verify alike.
+//! 7. [`job::read_back`] is the way back, for restore and verify alike; [`mod@job::serve`] is the one to any place, by
+//!    [`access`].
 //!
 //! [`conformance`] goes the same way from 2 on, from the disks of a [`simulator`] instead of QEMU's.
 //!
@@ -46,6 +47,7 @@ pub use fleecebox_nbd as nbd;
 pub use fleecebox_qemu as qemu;
 pub use fleecebox_sandbox as sandbox;
 
+pub mod access;
 pub mod cli;
 pub mod config;
 pub mod conformance;

@@ -42,6 +42,7 @@ const ROOMS: Table = &[
     ("event", &["channel"]),
     ("registry", &["contract"]),
     ("templates", &[]),
+    ("access", &["archive", "digest", "extent"]),
     ("volume", &["buffer", "digest", "extent", "nbd"]),
     ("config", &["archive", "contract", "qemu"]),
     ("policy", &["archive", "config", "contract"]),
@@ -57,8 +58,8 @@ const ROOMS: Table = &[
     (
         "job",
         &[
-            "archive", "channel", "config", "contract", "digest", "event", "extent", "grants",
-            "nbd", "policy", "qemu", "sandbox", "volume",
+            "access", "archive", "channel", "config", "contract", "digest", "event", "extent",
+            "grants", "nbd", "policy", "qemu", "sandbox", "volume",
         ],
     ),
     (
@@ -86,6 +87,7 @@ const ROOMS: Table = &[
             "event",
             "grants",
             "job",
+            "nbd",
             "policy",
             "qemu",
             "recording",
@@ -103,6 +105,7 @@ const WITHOUT_PATHS: &[&str] = &[
     "../channel/src",
     "../nbd/src",
     "../archive/src",
+    "access",
     "event",
     "grants",
     "policy",

@@ -350,6 +350,21 @@ impl ErrorCode {
             other => Self::Other(other),
         }
     }
+
+    /// Its number on the wire.
+    pub(super) fn to_wire(self) -> u32 {
+        match self {
+            Self::Eperm => 1,
+            Self::Eio => 5,
+            Self::Enomem => 12,
+            Self::Einval => 22,
+            Self::Enospc => 28,
+            Self::Eoverflow => 75,
+            Self::Enotsup => 95,
+            Self::Eshutdown => 108,
+            Self::Other(number) => number,
+        }
+    }
 }
 
 impl fmt::Display for ErrorCode {

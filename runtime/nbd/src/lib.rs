@@ -1,4 +1,4 @@
-//! An asynchronous NBD client: the way in of a volume's bytes.
+//! An asynchronous NBD client, the way in of a volume's bytes; and a server, their way out.
 //!
 //! A [`Connection`] is one Unix socket after the newstyle handshake. Any number of tasks use it at
 //! once; requests are told apart by their cookie, and the server answers in the order it likes.
@@ -7,7 +7,8 @@
 //! - `assembly` decides whether the pieces of an answer make up what was asked;
 //! - `handshake` negotiates;
 //! - `replies` receives: one task for each connection, which owns the buffers of waiting requests;
-//! - `client` is what the rest of the program calls.
+//! - `client` is what the rest of the program calls;
+//! - [`server`] is the other side, for whatever can be read at any place. It shares the wire with the client, and no more.
 //!
 //! What holds:
 //! - Nothing is allocated because a server said a length. A length is compared with what was asked
@@ -28,8 +29,10 @@ mod client;
 mod error;
 mod handshake;
 mod replies;
+pub mod server;
 #[cfg(test)]
 mod tests;
+mod uri;
 #[allow(
     missing_docs,
     reason = "the names are those of the protocol's document, which tells what they mean"
@@ -40,4 +43,5 @@ pub use assembly::StatusRun;
 pub use client::Connection;
 pub use error::{Error, ErrorCode, Refusal, Violation};
 pub use handshake::ExportInfo;
+pub use uri::uri;
 pub use wire::{Command, Negotiation};

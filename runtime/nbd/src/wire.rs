@@ -26,7 +26,7 @@ const EXTENDED_REPLY_MAGIC: u32 = 0x6e8a_278c;
 pub const FLAG_FIXED_NEWSTYLE: u16 = 1 << 0;
 pub const FLAG_NO_ZEROES: u16 = 1 << 1;
 
-const FLAG_READ_ONLY: u16 = 1 << 1;
+pub const FLAG_READ_ONLY: u16 = 1 << 1;
 pub const FLAG_SEND_FLUSH: u16 = 1 << 2;
 pub const FLAG_SEND_TRIM: u16 = 1 << 5;
 pub const FLAG_SEND_DF: u16 = 1 << 7;

@@ -21,7 +21,9 @@ mod recording;
 mod recover;
 mod remove;
 mod restore;
+mod serve;
 mod show;
+mod socket;
 mod status;
 mod stored;
 mod test;
@@ -89,6 +91,8 @@ enum Command {
     Restore(restore::Restore),
     /// Read a backup completely and compare each block with its digest
     Verify(verify::Verify),
+    /// Serve a backup's volumes over NBD, read-only
+    Serve(serve::Serve),
     /// List the backups in an archive
     List(list::List),
     /// Show one backup's manifest
@@ -375,6 +379,7 @@ fn run(cli: Cli) -> Result<(), Failure> {
             Command::Export(command) => command.run(&session).await,
             Command::Restore(command) => command.run(&session).await,
             Command::Verify(command) => command.run(&session).await,
+            Command::Serve(command) => command.run(&session).await,
             Command::List(command) => command.run(&session),
             Command::Show(command) => command.run(&session),
             Command::Tracking(Tracking::List(command)) => command.run(&session).await,

@@ -43,6 +43,8 @@ pub enum Job {
     Export,
     /// A restore.
     Restore,
+    /// A backup that is served to whoever may connect.
+    Serve,
     /// A verify.
     Verify,
 }

@@ -157,6 +157,17 @@ impl Asking {
         Some((question, answer))
     }
 
+    /// Whether a question that is still to be put is about this byte of the volume.
+    pub fn asks_for(&self, at: u64) -> bool {
+        let mut to_come = self.questions.as_slice().iter().map(|it| it.extent);
+        to_come.any(|extent| extent.start() <= at && at < extent.end())
+    }
+
+    /// Whether all questions were put, or the instance has ended.
+    pub fn is_done(&self) -> bool {
+        self.questions.as_slice().is_empty()
+    }
+
     /// Ends the instance.
     pub async fn close(self) {
         self.image.close().await;

@@ -37,7 +37,7 @@ use futures_util::FutureExt;
 use serde::{Deserialize, Serialize};
 use std::io;
 use std::panic::AssertUnwindSafe;
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::sync::Arc;
 use time::OffsetDateTime;
 
@@ -430,7 +430,7 @@ impl Export<'_> {
                 format: disk.format.clone(),
                 base: choice.base.as_ref().map(|base| base.id()),
                 reason: choice.reason.clone(),
-                uri: nbd_uri(&source.socket, &source.export),
+                uri: nbd::uri(&source.socket, &source.export),
                 nbd_export: source.export,
                 dirty_context: source.dirty_context,
                 file: file.as_ref().map(|file| file.path.clone()),
@@ -529,21 +529,6 @@ async fn read_first_block(disk: &Source) -> Result<(), nbd::Error> {
     read.map(drop)
 }
 
-/// As the NBD URI specification writes one for a unix socket; what a URI's query cannot hold is escaped.
-fn nbd_uri(socket: &Path, export: &str) -> String {
-    use std::os::unix::ffi::OsStrExt;
-    let mut uri = format!("nbd+unix:///{export}?socket=");
-    for &byte in socket.as_os_str().as_bytes() {
-        match byte {
-            b'a'..=b'z' | b'A'..=b'Z' | b'0'..=b'9' | b'/' | b'-' | b'.' | b'_' | b'~' => {
-                uri.push(byte.into());
-            }
-            byte => uri.push_str(&format!("%{byte:02X}")),
-        }
-    }
-    uri
-}
-
 #[cfg(test)]
 mod tests {
     use super::super::base::Recorded;
@@ -598,14 +583,5 @@ mod tests {
         assert!(matches!(recorded(older), Recorded::Committed(_)));
         assert!(matches!(recorded(export), Recorded::Exported(found) if *found == record));
         assert!(matches!(recorded(id()), Recorded::Absent));
-    }
-
-    #[test]
-    fn a_uri_escapes_what_would_end_its_query() {
-        let uri = nbd_uri(Path::new("/run/a b&c#?ü/nbd.sock"), "fbx-1-x0");
-        assert_eq!(
-            uri,
-            "nbd+unix:///fbx-1-x0?socket=/run/a%20b%26c%23%3F%C3%BC/nbd.sock"
-        );
     }
 }

@@ -1,5 +1,5 @@
 //! Jobs, each one thing from start to end: [`backup`], [`export`], [`mod@restore`] and [`verify`], which both go by
-//! [`read_back`].
+//! [`read_back`], and [`mod@serve`].
 //! [`claims`] is what the proof of a backup and reading one back have in common.
 
 pub mod audit;
@@ -26,6 +26,7 @@ pub mod recover;
 
 pub mod restore;
 pub mod selection;
+pub mod serve;
 pub mod signals;
 pub mod slots;
 pub mod storage;

@@ -9,8 +9,9 @@ use super::component::{Component, ComponentError};
 use super::means::Means;
 use super::reading::Reading;
 use super::volume_run::guest_limits;
+use crate::access::{Placed, PlacedError};
 use crate::archive::{
-    self, BackupId, Frame, Manifest, Namespace, ObjectName, Run, RunContent, VolumeRecord,
+    self, BackupId, Manifest, Namespace, ObjectName, Run, RunContent, VolumeRecord,
 };
 use crate::contract::GuestLimits;
 use crate::digest::{self, Digest};
@@ -66,14 +67,9 @@ pub struct ReadBack<'a> {
 /// Something that is not as it was backed up.
 #[derive(Debug, thiserror::Error)]
 pub enum Finding {
-    /// The archive does not give the bytes.
-    #[error("{extent}")]
-    Unreadable {
-        /// Of the volume.
-        extent: Extent,
-        /// Why.
-        source: archive::Error,
-    },
+    /// What the host placed cannot be had.
+    #[error(transparent)]
+    Placed(#[from] PlacedError),
     /// The bytes are not those that were backed up.
     #[error("{extent}: the bytes are not those that were backed up ({origin})")]
     Wrong {
@@ -111,6 +107,21 @@ pub enum Finding {
     /// The block table itself cannot be read.
     #[error("the block table")]
     Table(#[source] archive::Error),
+}
+
+impl Finding {
+    /// What of the volume it is about, where that is known.
+    pub fn extent(&self) -> Option<Extent> {
+        match self {
+            Self::Placed(
+                PlacedError::Unreadable { extent, .. } | PlacedError::Wrong { extent, .. },
+            )
+            | Self::Wrong { extent, .. }
+            | Self::NotGivenBack { extent, .. }
+            | Self::NotClaimed { extent, .. } => Some(*extent),
+            Self::NoProvider { .. } | Self::Table(_) => None,
+        }
+    }
 }
 
 /// Why a backup's own provider cannot be run.
@@ -348,7 +359,16 @@ impl UnderWay<'_> {
         let at = self.known.iter().position(|of| of.backup == backup);
         let claims = match at.and_then(|at| self.known.remove(at)) {
             Some(claims) => claims,
-            None => Arc::new(self.look_up(backup).await?),
+            None => {
+                let &ReadBack {
+                    reading,
+                    volume,
+                    cache,
+                    means,
+                    ..
+                } = &self.wanted;
+                Arc::new(look_up(reading, volume, backup, cache, means).await?)
+            }
         };
         self.known.push_back(Arc::clone(&claims));
         while self.known.len() > BACKUPS {
@@ -398,7 +418,7 @@ impl UnderWay<'_> {
                         copied.fetch_add(1, Ordering::Relaxed);
                         bytes
                     }
-                    None => return Ok(Err(finding)),
+                    None => return Ok(Err(finding.into())),
                 },
             };
             if let Some(output) = output {
@@ -421,106 +441,66 @@ impl UnderWay<'_> {
         }
         Ok(())
     }
+}
 
-    async fn look_up(&self, backup: BackupId) -> Result<Claims, ProviderError> {
-        let &ReadBack { reading, means, .. } = &self.wanted;
-        let own = backup == reading.manifest.backup;
-        let manifest = if own {
-            Arc::clone(reading.manifest)
-        } else {
-            Arc::new(reading.namespace.manifest(backup)?)
-        };
-        let name = &self.wanted.volume.name;
-        let volume = manifest
-            .record
-            .volumes
-            .iter()
-            .find(|volume| volume.name == *name)
-            .ok_or(ProviderError::NoVolume)?;
-        let (vm, provider) = (&manifest.record.vm, &manifest.record.provider);
-        let granted = reading.restores.limits(vm, &provider.name)?;
-        let granted = granted.map_or(0, |limits| guest_limits(&limits).cpu_ms);
-        let limits = GuestLimits {
-            // What it was at the proof: a provider can find out how much it may have.
-            memory: provider.limits.memory,
-            cpu_ms: provider.limits.cpu_ms.max(granted),
-        };
-        let limits = capped(limits);
-        let bytes = reading.namespace.component(provider.component)?;
-        let component = Component::load(
-            bytes.into(),
-            &means.program,
-            self.wanted.cache,
-            reading.restores.wasi(vm, &provider.name),
-            &means.events,
-        )
-        .await?;
-        Ok(Claims {
-            means: means.clone(),
+/// What `volume`'s provider claimed in `backup`, ready to be asked for.
+///
+/// # Errors
+/// Where it may not be asked, or cannot.
+pub async fn look_up(
+    reading: &Reading<'_>,
+    volume: &VolumeRecord,
+    backup: BackupId,
+    cache: &Cache,
+    means: &Means,
+) -> Result<Claims, ProviderError> {
+    let own = backup == reading.manifest.backup;
+    let manifest = if own {
+        Arc::clone(reading.manifest)
+    } else {
+        Arc::new(reading.namespace.manifest(backup)?)
+    };
+    let name = &volume.name;
+    let volume = manifest
+        .record
+        .volumes
+        .iter()
+        .find(|volume| volume.name == *name)
+        .ok_or(ProviderError::NoVolume)?;
+    let (vm, provider) = (&manifest.record.vm, &manifest.record.provider);
+    let granted = reading.restores.limits(vm, &provider.name)?;
+    let granted = granted.map_or(0, |limits| guest_limits(&limits).cpu_ms);
+    let limits = GuestLimits {
+        // What it was at the proof: a provider can find out how much it may have.
+        memory: provider.limits.memory,
+        cpu_ms: provider.limits.cpu_ms.max(granted),
+    };
+    let limits = capped(limits);
+    let bytes = reading.namespace.component(provider.component)?;
+    let component = Component::load(
+        bytes.into(),
+        &means.program,
+        cache,
+        reading.restores.wasi(vm, &provider.name),
+        &means.events,
+    )
+    .await?;
+    Ok(Claims {
+        means: means.clone(),
+        backup,
+        open: claims::image(
+            &component,
             backup,
-            open: claims::image(
-                &component,
-                backup,
-                provider.settings.clone(),
-                volume.receipt.clone(),
-                limits,
-            ),
-            component,
-            objects: reading.namespace.objects(&manifest),
-            table: Arc::new(reading.namespace.table(volume.root)),
-            volume: name.clone(),
-            purpose: Purpose::Restore,
-        })
-    }
-}
-
-/// A run that the host placed, on its way back.
-struct Placed {
-    extent: Extent,
-    /// In the decoded frame.
-    skip: u32,
-    digests: Vec<Digest>,
-    block: u32,
-}
-
-impl Placed {
-    /// From `frame`, compared; what is found is remembered for backups that would refer to it.
-    fn read(&self, namespace: &Namespace, frame: &Frame) -> Result<Vec<u8>, Finding> {
-        let extent = self.extent;
-        let mut bytes = namespace.read_frame(frame).map_err(|source| {
-            if source.is_damage() {
-                namespace.note_wrong(frame);
-            }
-            Finding::Unreadable { extent, source }
-        })?;
-        let wrong = |extent| {
-            namespace.note_wrong(frame);
-            let origin = frame.object().to_string();
-            Err(Finding::Wrong { extent, origin })
-        };
-        let whole = extent.len() == bytes.len() as u64;
-        let end = u64::from(self.skip) + extent.len();
-        if end > bytes.len() as u64 {
-            return wrong(extent);
-        }
-        bytes.truncate(end as usize);
-        bytes.drain(..self.skip as usize);
-        if let Some(extent) = digest::first_wrong(&bytes, extent, self.block, &self.digests) {
-            return wrong(extent);
-        }
-        if whole {
-            namespace.note_seen(frame);
-        }
-        Ok(bytes)
-    }
-
-    /// From where a later backup stored the same chunk anew.
-    fn of_a_copy(&self, namespace: &Namespace, frame: &Frame) -> Option<Vec<u8>> {
-        let copies = namespace.copies(frame);
-        copies
-            .iter()
-            .find_map(|copy| self.read(namespace, copy).ok())
-    }
+            provider.settings.clone(),
+            volume.receipt.clone(),
+            limits,
+        ),
+        component,
+        objects: reading.namespace.objects(&manifest),
+        table: Arc::new(reading.namespace.table(volume.root)),
+        volume: name.clone(),
+        purpose: Purpose::Restore,
+    })
 }
 
 /// Asking for what is wanted of one segment.

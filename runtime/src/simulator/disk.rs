@@ -7,7 +7,7 @@ use std::path::Path;
 use std::sync::{Arc, Mutex, PoisonError};
 
 /// Bytes per bit of a dirty bitmap, and the unit in which an export is trimmed: QEMU's for copy-before-write.
-const CLUSTER: u32 = 64 << 10;
+pub(super) const CLUSTER: u32 = 64 << 10;
 
 /// What a point in time does to a disk's bitmaps.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
@@ -191,8 +191,6 @@ pub struct Export {
 /// Why an export does not give bytes.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum Refused {
-    /// The range ends past the disk.
-    Bounds,
     /// Some of it was trimmed.
     Trimmed,
     /// Some of it is on a bad sector.
@@ -248,38 +246,26 @@ impl Export {
         &self.holes
     }
 
-    pub(super) fn read(&self, offset: u64, length: u32) -> Result<&[u8], Refused> {
-        let end = offset.checked_add(length.into());
-        let end = end
-            .filter(|&end| end <= self.bytes.len() as u64)
-            .ok_or(Refused::Bounds)?;
-        if let Some(extent) = Extent::between(offset, end) {
-            if self.trimmed().overlaps(extent) {
-                return Err(Refused::Trimmed);
-            }
-            if self
-                .unreadable
-                .is_some_and(|bad| bad.intersection(extent).is_some())
-            {
-                return Err(Refused::Unreadable);
-            }
+    /// A range that lies within it.
+    pub(super) fn read(&self, extent: Extent) -> Result<&[u8], Refused> {
+        if self.trimmed().overlaps(extent) {
+            return Err(Refused::Trimmed);
         }
-        Ok(&self.bytes[offset as usize..end as usize])
+        if self
+            .unreadable
+            .is_some_and(|bad| bad.intersection(extent).is_some())
+        {
+            return Err(Refused::Unreadable);
+        }
+        Ok(&self.bytes[extent.start() as usize..extent.end() as usize])
     }
 
     /// Only whole clusters go, as with QEMU's.
-    pub(super) fn trim(&self, offset: u64, length: u32) -> Result<(), Refused> {
+    pub(super) fn trim(&self, extent: Extent) {
         let size = self.bytes.len() as u64;
-        let Ok(extent) = Extent::new(offset, length.into()) else {
-            return Ok(());
-        };
-        if extent.end() > size {
-            return Err(Refused::Bounds);
-        }
         if let Some(clusters) = extent.shrunk_to_blocks(CLUSTER, size) {
             self.trimmed().insert(clusters);
         }
-        Ok(())
     }
 
     fn trimmed(&self) -> std::sync::MutexGuard<'_, ExtentSet> {
@@ -331,12 +317,12 @@ mod tests {
         disk.write(0, &[7; 200_000]);
         let bad = Extent::new(150_000, 1).unwrap();
         let export = disk.freeze(&Switch::default()).unreadable(bad);
-        assert_eq!(export.trim(1, 2 * 65536), Ok(()));
-        assert_eq!(export.read(0, 65536), Ok(&[7; 65536][..]));
-        assert_eq!(export.read(65535, 2), Err(Refused::Trimmed));
-        assert_eq!(export.read(131_072, 100), Ok(&[7; 100][..]));
-        assert_eq!(export.read(149_000, 2000), Err(Refused::Unreadable));
-        assert_eq!(export.read(199_999, 2), Err(Refused::Bounds));
-        assert_eq!(export.trim(131_072, 200_000), Err(Refused::Bounds));
+        let extent = |offset, length| Extent::new(offset, length).unwrap();
+        export.trim(extent(1, 2 * 65536));
+        assert_eq!(export.read(extent(0, 65536)), Ok(&[7; 65536][..]));
+        assert_eq!(export.read(extent(65535, 2)), Err(Refused::Trimmed));
+        assert_eq!(export.read(extent(131_072, 100)), Ok(&[7; 100][..]));
+        let touched = export.read(extent(149_000, 2000));
+        assert_eq!(touched, Err(Refused::Unreadable));
     }
 }

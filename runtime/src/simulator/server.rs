@@ -1,61 +1,21 @@
-//! An NBD server for [`Export`]s, on a unix socket: newstyle handshake, structured replies, block status, trim.
-//!
-//! It answers the requests of a connection in their order. Writes are refused as QEMU's snapshot-access refuses them.
+//! What the disks in memory have for the NBD server.
 
-use super::disk::{Export, Refused};
+use super::disk::{self, CLUSTER, Export};
 use crate::extent::{Extent, ExtentSet};
-use crate::nbd::wire::{
-    CHUNK_BLOCK_STATUS, CHUNK_ERROR_BIT, CHUNK_OFFSET_DATA, Command, FLAG_CAN_MULTI_CONN,
-    FLAG_FIXED_NEWSTYLE, FLAG_NO_ZEROES, FLAG_SEND_DF, FLAG_SEND_TRIM, INFO_BLOCK_SIZE,
-    INFO_EXPORT, INIT_MAGIC, MAX_PAYLOAD, MAX_STRING, Negotiation, OPTION_MAGIC,
-    OPTION_REPLY_MAGIC, REP_ACK, REP_ERROR, REP_INFO, REP_META_CONTEXT, REPLY_FLAG_DONE,
-    REQUEST_MAGIC, SIMPLE_REPLY_MAGIC, STRUCTURED_REPLY_MAGIC,
-};
-use bytes::{Buf, BufMut};
+use crate::nbd::server::{self, ALLOCATION, Bounds, DIRTY, HOLE, Refused};
+use crate::nbd::{ErrorCode, StatusRun};
 use std::io;
 use std::path::{Path, PathBuf};
-use std::sync::Arc;
-use tokio::io::{AsyncReadExt, AsyncWriteExt, BufReader};
-use tokio::net::unix::{OwnedReadHalf, OwnedWriteHalf};
-use tokio::net::{UnixListener, UnixStream};
-use tokio::task::JoinSet;
+use tokio::net::UnixListener;
 
-// What only a server needs of the protocol.
-const OPTION_ABORT: u32 = 2;
-const OPTION_LIST: u32 = 3;
-const OPTION_INFO: u32 = 6;
-const OPTION_LIST_META_CONTEXT: u32 = 9;
-const REP_SERVER: u32 = 2;
-const REP_ERROR_UNSUPPORTED: u32 = REP_ERROR | 1;
-const REP_ERROR_INVALID: u32 = REP_ERROR | 3;
-const REP_ERROR_UNKNOWN: u32 = REP_ERROR | 6;
-const FLAG_HAS_FLAGS: u16 = 1 << 0;
-const COMMAND_FLAG_ONE: u16 = 1 << 3;
-const WRITE: u16 = 1;
-const EIO: u32 = 5;
-const EINVAL: u32 = 22;
-const ENOTSUP: u32 = 95;
-
-/// Longest data of an option: two strings and a list of contexts.
-const MAX_OPTION: u32 = 4 * MAX_STRING as u32;
-
-/// Most runs in one answer to block status, so that clients have to ask again, as they have to with QEMU.
-const MAX_RUNS: usize = 256;
-
-const ALLOCATION: &str = "base:allocation";
-/// `NBD_STATE_HOLE` and `NBD_STATE_ZERO`.
-const HOLE: u32 = 3;
-/// `qemu:dirty-bitmap:…`, bit 0.
-const DIRTY: u32 = 1;
-
-/// What block size is best, in bytes; any is taken.
-const PREFERRED_BLOCK: u32 = 64 << 10;
+/// As many as QEMU's own takes, which a job counts on.
+const CLIENTS: usize = 100;
 
 /// A server that runs until it is dropped, which also ends its connections and removes its socket.
 #[derive(Debug)]
 pub struct Server {
     path: PathBuf,
-    _accepting: JoinSet<()>,
+    _server: server::Server,
 }
 
 impl Server {
@@ -63,18 +23,14 @@ impl Server {
     pub fn start(path: impl Into<PathBuf>, exports: Vec<Export>) -> io::Result<Self> {
         let path = path.into();
         let listener = UnixListener::bind(&path)?;
-        let exports = Arc::new(exports);
-        let mut accepting = JoinSet::new();
-        accepting.spawn(async move {
-            let mut connections = JoinSet::new();
-            while let Ok((stream, _)) = listener.accept().await {
-                connections.spawn(serve(stream, Arc::clone(&exports)));
-                while connections.try_join_next().is_some() {}
-            }
-        });
+        let bounds = Bounds {
+            clients: CLIENTS,
+            of_one_user: CLIENTS,
+            ..Bounds::default()
+        };
         Ok(Self {
             path,
-            _accepting: accepting,
+            _server: server::Server::start(listener, exports, bounds),
         })
     }
 
@@ -90,295 +46,64 @@ impl Drop for Server {
     }
 }
 
-/// A client that breaks the protocol or leaves ends only its own connection.
-async fn serve(stream: UnixStream, exports: Arc<Vec<Export>>) {
-    let (reader, writer) = stream.into_split();
-    let mut client = Client {
-        reader: BufReader::new(reader),
-        writer,
-        structured: false,
-        contexts: Vec::new(),
-    };
-    if let Ok(Some(export)) = client.negotiate(&exports).await {
-        while let Ok(true) = client.answer(export).await {}
-    }
-}
-
-struct Client {
-    reader: BufReader<OwnedReadHalf>,
-    writer: OwnedWriteHalf,
-    structured: bool,
-    /// Chosen by the client, in the order of their ids.
-    contexts: Vec<String>,
-}
-
-impl Client {
-    /// Until the client chose an export, or left.
-    async fn negotiate<'a>(&mut self, exports: &'a [Export]) -> io::Result<Option<&'a Export>> {
-        let mut greeting = Vec::new();
-        greeting.put_u64(INIT_MAGIC);
-        greeting.put_u64(OPTION_MAGIC);
-        greeting.put_u16(FLAG_FIXED_NEWSTYLE | FLAG_NO_ZEROES);
-        self.writer.write_all(&greeting).await?;
-        self.reader.read_u32().await?;
-        loop {
-            if self.reader.read_u64().await? != OPTION_MAGIC {
-                return Err(io::ErrorKind::InvalidData.into());
-            }
-            let option = self.reader.read_u32().await?;
-            let length = self.reader.read_u32().await?;
-            if length > MAX_OPTION {
-                return Err(io::ErrorKind::InvalidData.into());
-            }
-            let mut data = vec![0; length as usize];
-            self.reader.read_exact(&mut data).await?;
-            if let Some(export) = self.option(option, &data, exports).await? {
-                return Ok(Some(export));
-            }
-            if option == OPTION_ABORT {
-                return Ok(None);
-            }
-        }
+impl server::Export for Export {
+    fn name(&self) -> &str {
+        self.name()
     }
 
-    /// Answers one option; returns the export that it opened.
-    async fn option<'a>(
-        &mut self,
-        option: u32,
-        data: &[u8],
-        exports: &'a [Export],
-    ) -> io::Result<Option<&'a Export>> {
-        const GO: u32 = Negotiation::Go as u32;
-        const STRUCTURED_REPLY: u32 = Negotiation::StructuredReply as u32;
-        const SET_META_CONTEXT: u32 = Negotiation::SetMetaContext as u32;
-        let mut rest = data;
-        match option {
-            GO | OPTION_INFO => {
-                let Some(export) = find(take_string(&mut rest), exports) else {
-                    self.reply(option, REP_ERROR_UNKNOWN, &[]).await?;
-                    return Ok(None);
-                };
-                self.describe(option, export).await?;
-                return Ok((option == GO).then_some(export));
-            }
-            STRUCTURED_REPLY => {
-                self.structured = true;
-                self.reply(option, REP_ACK, &[]).await?;
-            }
-            SET_META_CONTEXT | OPTION_LIST_META_CONTEXT => {
-                let export = find(take_string(&mut rest), exports);
-                let (Some(export), true) = (export, self.structured) else {
-                    self.reply(option, REP_ERROR_INVALID, &[]).await?;
-                    return Ok(None);
-                };
-                let granted = wanted_contexts(&mut rest, export, option == SET_META_CONTEXT);
-                for (id, context) in (0u32..).zip(&granted) {
-                    let named = [&id.to_be_bytes()[..], context.as_bytes()].concat();
-                    self.reply(option, REP_META_CONTEXT, &named).await?;
-                }
-                self.reply(option, REP_ACK, &[]).await?;
-                if option == SET_META_CONTEXT {
-                    self.contexts = granted;
-                }
-            }
-            OPTION_LIST => {
-                for export in exports {
-                    let name = export.name().as_bytes();
-                    let listed = [&(name.len() as u32).to_be_bytes()[..], name].concat();
-                    self.reply(option, REP_SERVER, &listed).await?;
-                }
-                self.reply(option, REP_ACK, &[]).await?;
-            }
-            OPTION_ABORT => self.reply(option, REP_ACK, &[]).await?,
-            _ => self.reply(option, REP_ERROR_UNSUPPORTED, &[]).await?,
-        }
-        Ok(None)
+    fn size(&self) -> u64 {
+        self.bytes().len() as u64
     }
 
-    async fn describe(&mut self, option: u32, export: &Export) -> io::Result<()> {
-        let mut info = Vec::new();
-        info.put_u16(INFO_EXPORT);
-        info.put_u64(export.bytes().len() as u64);
-        info.put_u16(FLAG_HAS_FLAGS | FLAG_SEND_TRIM | FLAG_SEND_DF | FLAG_CAN_MULTI_CONN);
-        self.reply(option, REP_INFO, &info).await?;
-        let mut blocks = Vec::new();
-        blocks.put_u16(INFO_BLOCK_SIZE);
-        for size in [1, PREFERRED_BLOCK, MAX_PAYLOAD] {
-            blocks.put_u32(size);
-        }
-        self.reply(option, REP_INFO, &blocks).await?;
-        self.reply(option, REP_ACK, &[]).await
+    fn preferred_block(&self) -> u32 {
+        CLUSTER
     }
 
-    async fn reply(&mut self, option: u32, reply: u32, data: &[u8]) -> io::Result<()> {
-        let mut bytes = Vec::with_capacity(20 + data.len());
-        bytes.put_u64(OPTION_REPLY_MAGIC);
-        bytes.put_u32(option);
-        bytes.put_u32(reply);
-        bytes.put_u32(data.len() as u32); // a few names of at most MAX_STRING
-        bytes.put_slice(data);
-        self.writer.write_all(&bytes).await
+    fn can_trim(&self) -> bool {
+        true
     }
 
-    /// Answers one request; says whether there may be another.
-    async fn answer(&mut self, export: &Export) -> io::Result<bool> {
-        const READ: u16 = Command::Read as u16;
-        const DISCONNECT: u16 = Command::Disconnect as u16;
-        const TRIM: u16 = Command::Trim as u16;
-        const BLOCK_STATUS: u16 = Command::BlockStatus as u16;
-        if self.reader.read_u32().await? != REQUEST_MAGIC {
-            return Err(io::ErrorKind::InvalidData.into());
-        }
-        let flags = self.reader.read_u16().await?;
-        let command = self.reader.read_u16().await?;
-        let cookie = self.reader.read_u64().await?;
-        let offset = self.reader.read_u64().await?;
-        let length = self.reader.read_u32().await?;
-        match command {
-            DISCONNECT => return Ok(false),
-            READ if length <= MAX_PAYLOAD => match export.read(offset, length) {
-                Ok(bytes) => self.data(cookie, offset, bytes).await?,
-                Err(refused) => self.done(cookie, errno(refused)).await?,
-            },
-            TRIM => {
-                let trimmed = export.trim(offset, length);
-                self.done(cookie, trimmed.err().map_or(0, errno)).await?;
-            }
-            BLOCK_STATUS => {
-                let asked = Extent::new(offset, length.into()).ok();
-                match asked.filter(|asked| asked.end() <= export.bytes().len() as u64) {
-                    Some(asked) if !self.contexts.is_empty() => {
-                        let one = flags & COMMAND_FLAG_ONE != 0;
-                        self.status(cookie, export, asked, one).await?;
-                    }
-                    _ => self.done(cookie, EINVAL).await?,
-                }
-            }
-            WRITE if length <= MAX_PAYLOAD => {
-                let mut payload = vec![0; length as usize];
-                self.reader.read_exact(&mut payload).await?;
-                self.done(cookie, ENOTSUP).await?;
-            }
-            _ => self.done(cookie, EINVAL).await?,
-        }
-        Ok(true)
+    fn contexts(&self) -> Vec<String> {
+        let all = std::iter::once(ALLOCATION).chain(self.dirty_context());
+        all.map(str::to_owned).collect()
     }
 
-    async fn data(&mut self, cookie: u64, offset: u64, bytes: &[u8]) -> io::Result<()> {
-        let mut header = Vec::with_capacity(28);
-        if self.structured {
-            let length = 8 + bytes.len() as u32; // at most MAX_PAYLOAD
-            put_chunk(&mut header, true, CHUNK_OFFSET_DATA, cookie, length);
-            header.put_u64(offset);
-        } else {
-            put_simple(&mut header, 0, cookie);
-        }
-        self.writer.write_all(&header).await?;
-        self.writer.write_all(bytes).await
+    async fn read(&self, extent: Extent) -> Result<Vec<u8>, Refused> {
+        Ok(self.read(extent).map_err(refused)?.to_vec())
     }
 
-    /// One chunk for each context.
+    async fn trim(&self, extent: Extent) -> Result<(), Refused> {
+        self.trim(extent);
+        Ok(())
+    }
+
     async fn status(
-        &mut self,
-        cookie: u64,
-        export: &Export,
-        asked: Extent,
-        one: bool,
-    ) -> io::Result<()> {
-        let limit = if one { 1 } else { MAX_RUNS };
-        let mut bytes = Vec::new();
-        for (id, context) in (0u32..).zip(&self.contexts) {
-            let runs = if context == ALLOCATION {
-                runs(export.holes(), asked, HOLE, limit)
-            } else {
-                runs(&export.dirty(), asked, DIRTY, limit)
-            };
-            let last = id as usize + 1 == self.contexts.len();
-            let length = 4 + 8 * runs.len() as u32; // at most MAX_RUNS
-            put_chunk(&mut bytes, last, CHUNK_BLOCK_STATUS, cookie, length);
-            bytes.put_u32(id);
-            for (length, flags) in runs {
-                bytes.put_u32(length);
-                bytes.put_u32(flags);
-            }
-        }
-        self.writer.write_all(&bytes).await
-    }
-
-    /// Without data: all is well, or an error.
-    async fn done(&mut self, cookie: u64, error: u32) -> io::Result<()> {
-        let mut bytes = Vec::new();
-        if self.structured && error != 0 {
-            put_chunk(&mut bytes, true, CHUNK_ERROR_BIT | 1, cookie, 6);
-            bytes.put_u32(error);
-            bytes.put_u16(0);
-        } else {
-            put_simple(&mut bytes, error, cookie);
-        }
-        self.writer.write_all(&bytes).await
+        &self,
+        context: &str,
+        extent: Extent,
+        most: usize,
+    ) -> Result<Vec<StatusRun>, Refused> {
+        Ok(match context {
+            ALLOCATION => runs(self.holes(), extent, HOLE, most),
+            _ => runs(&self.dirty(), extent, DIRTY, most),
+        })
     }
 }
 
-fn put_chunk(into: &mut Vec<u8>, last: bool, kind: u16, cookie: u64, length: u32) {
-    into.put_u32(STRUCTURED_REPLY_MAGIC);
-    into.put_u16(if last { REPLY_FLAG_DONE } else { 0 });
-    into.put_u16(kind);
-    into.put_u64(cookie);
-    into.put_u32(length);
-}
-
-fn put_simple(into: &mut Vec<u8>, error: u32, cookie: u64) {
-    into.put_u32(SIMPLE_REPLY_MAGIC);
-    into.put_u32(error);
-    into.put_u64(cookie);
-}
-
-fn errno(refused: Refused) -> u32 {
+fn refused(refused: disk::Refused) -> Refused {
     match refused {
-        // What QEMU's snapshot-access says of both.
-        Refused::Bounds | Refused::Trimmed => EINVAL,
-        Refused::Unreadable => EIO,
+        // What QEMU's snapshot-access says of it.
+        disk::Refused::Trimmed => ErrorCode::Einval.into(),
+        disk::Refused::Unreadable => ErrorCode::Eio.into(),
     }
 }
 
-fn find<'a>(name: Option<&str>, exports: &'a [Export]) -> Option<&'a Export> {
-    exports.iter().find(|export| Some(export.name()) == name)
-}
-
-fn take_string<'a>(rest: &mut &'a [u8]) -> Option<&'a str> {
-    let length = rest.try_get_u32().ok()? as usize;
-    let (string, after) = rest.split_at_checked(length)?;
-    *rest = after;
-    std::str::from_utf8(string).ok()
-}
-
-/// The contexts that an export has and a client asks for; where it only wants a list, no question means all.
-fn wanted_contexts(rest: &mut &[u8], export: &Export, exactly: bool) -> Vec<String> {
-    let all = std::iter::once(ALLOCATION).chain(export.dirty_context());
-    let count = rest.try_get_u32().unwrap_or(0);
-    let queries: Vec<&str> = (0..count).map_while(|_| take_string(rest)).collect();
-    let asked = |context: &str| {
-        let matches = |query: &&str| {
-            *query == context || !exactly && query.ends_with(':') && context.starts_with(query)
-        };
-        !exactly && count == 0 || queries.iter().any(matches)
-    };
-    all.filter(|context| asked(context))
-        .map(str::to_owned)
-        .collect()
-}
-
-/// The lengths of `asked`, in turn in `set` and not, with `flag` for those in it.
-fn runs(set: &ExtentSet, asked: Extent, flag: u32, limit: usize) -> Vec<(u32, u32)> {
-    let mut all: Vec<(Extent, u32)> = set
-        .within(asked)
-        .map(|inside| (inside, flag))
-        .chain(set.gaps(asked).map(|outside| (outside, 0)))
-        .collect();
-    all.sort_unstable_by_key(|(extent, _)| extent.start());
-    all.truncate(limit);
-    // No longer than what was asked, which had 32 bits.
-    all.into_iter()
-        .map(|(extent, flags)| (extent.len() as u32, flags))
-        .collect()
+/// `asked`, in turn in `set` and not, with `flag` for what is in it.
+fn runs(set: &ExtentSet, asked: Extent, flag: u64, most: usize) -> Vec<StatusRun> {
+    let run = |flags| move |extent| StatusRun { extent, flags };
+    let inside = set.within(asked).map(run(flag));
+    let mut all: Vec<_> = inside.chain(set.gaps(asked).map(run(0))).collect();
+    all.sort_unstable_by_key(|run| run.extent.start());
+    all.truncate(most);
+    all
 }

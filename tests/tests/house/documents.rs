@@ -14,7 +14,7 @@ use serde_json::json;
 const FRONT_DOOR: usize = 150;
 
 /// Command lines that another test runs: the line, the file of that test, and words of it that would go with it.
-const RUN_ELSEWHERE: [(&str, &str, &str); 12] = [
+const RUN_ELSEWHERE: [(&str, &str, &str); 15] = [
     (
         "qemu-system-x86_64 … -qmp unix:/run/web.qmp,server=on,wait=off",
         "tests/src/libvirt.rs",
@@ -74,6 +74,21 @@ const RUN_ELSEWHERE: [(&str, &str, &str); 12] = [
         "fleecebox export web --mechanism file-handle",
         "tests/tests/backups/export.rs",
         "file-handle",
+    ),
+    (
+        "fleecebox serve BACKUP --archive /srv/backups",
+        "tests/tests/restore/serve.rs",
+        r#""serve", id"#,
+    ),
+    (
+        "nbdcopy 'nbd+unix:///scsi0?socket=…' scsi0.raw",
+        "tests/tests/restore/serve.rs",
+        r#"run("nbdcopy", &[&uri"#,
+    ),
+    (
+        "qemu-img create -f qcow2 -b 'nbd+unix:///scsi0?socket=…' -F raw overlay.qcow2",
+        "tests/tests/restore/serve.rs",
+        r#""-f", "qcow2", "-b""#,
     ),
 ];
 

@@ -1,6 +1,7 @@
 //! Where a restored volume can go.
 
 mod in_use;
+mod serve;
 mod targets;
 
 use std::fs::{self, File};
