@@ -220,7 +220,8 @@ fn tools_get_what_a_restore_gives(provider: &str) -> Result<()> {
     let order = scene.order(provider)?;
     let mut backups = vec![scene.backup(&order)?];
     for round in 1..3 {
-        scene.write("da", &[round * 7..round * 7 + 3])?;
+        let changed = round * 7..round * 7 + 3;
+        scene.write("da", std::slice::from_ref(&changed))?;
         // Two segments, and what was zero.
         let changed = [round * 11..round * 11 + 9, 1100..1105 + round, 2000..2002];
         scene.write("db", &changed)?;
