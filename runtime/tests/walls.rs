@@ -360,3 +360,34 @@ fn a_job_opens_by_a_path_only_what_is_listed() {
     let listed = JOBS_OWN.iter().map(|(file, _)| file.to_string());
     assert_eq!(opening, listed.collect());
 }
+
+/// What cargo would build, a line for each package with its features.
+fn built(what: &[&str]) -> BTreeSet<String> {
+    let mut tree = std::process::Command::new(env!("CARGO"));
+    tree.args(["tree", "--offline", "--locked", "--prefix", "none"]);
+    let told = tree.args(what).output().unwrap();
+    assert!(told.status.success(), "{told:?}");
+    let text = String::from_utf8(told.stdout).unwrap();
+    let marks = [" (*)", " (proc-macro)"];
+    let lines = text.lines().map(|line| {
+        let cut = |line: String, mark: &&str| line.replace(*mark, "");
+        marks.iter().fold(line.to_owned(), cut).trim().to_owned()
+    });
+    lines.filter(|line| !line.is_empty()).collect()
+}
+
+/// The longest part of a first build, by far: what the demonstration has built has to serve the tests.
+#[test]
+fn wasmtime_is_built_alike_for_the_programs_and_for_the_tests() {
+    let all = |edges| built(&["--workspace", "-e", edges, "-f", "{p} {f}"]);
+    let (programs, tests) = (all("normal,build"), all("normal,build,dev"));
+    let below = built(&["-p", "wasmtime", "-e", "normal,build", "-f", "{p}"]);
+    let is_below = |line: &&String| below.iter().any(|it| line.starts_with(&format!("{it} ")));
+    let otherwise = programs.symmetric_difference(&tests).filter(is_below);
+    assert_eq!(
+        otherwise.collect::<Vec<_>>(),
+        Vec::<&String>::new(),
+        "these features are turned on by what only tests need: let tests/Cargo.toml turn them on always"
+    );
+    assert!(below.len() > 20, "{below:?}");
+}
