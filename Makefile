@@ -79,9 +79,10 @@ soak: setup
 	@$(MAKE) build providers
 	cargo test --release --locked --workspace --test soak -- --seconds $(SECONDS) $(SEED:%=--seed %)
 
+# With the tests' program: one row stops it at a step.
 bench:
 	@tests/setup/packages.sh bench
-	@$(MAKE) programs providers
+	@$(MAKE) build providers
 	TMPDIR=$${FLEECEBOX_BENCH_FOLDER:-/dev/shm} cargo bench --locked --workspace --bench speed
 
 bench-languages:
