@@ -1,7 +1,7 @@
 //! `fleecebox restore`.
 
 use super::progress::Progress;
-use super::stored::Stored;
+use super::stored::{self, Stored};
 use super::{AllowWasi, Failure, Sandboxes, Session, Telling, places, text, words};
 use crate::archive::{Manifest, VolumeRecord};
 use crate::job::audit::{Job, Record};
@@ -71,7 +71,7 @@ impl Restore {
         record: &mut Record,
     ) -> Result<(), Failure> {
         let _slot = places::slot(session, reading.restores.tenant().as_ref())?;
-        let volumes = self.volumes(reading.manifest)?;
+        let volumes = stored::volumes(self.volume.as_slice(), &reading.manifest.record.volumes)?;
         let places = self.places(&volumes)?;
         let volumes: Vec<_> = volumes.into_iter().zip(places).collect();
         let cache = places::cache(session)?;
@@ -95,33 +95,6 @@ impl Restore {
         restored.map_err(Failure::of)?;
         tell(session, reading.manifest, &volumes, started);
         Ok(())
-    }
-
-    fn volumes<'a>(&self, manifest: &'a Manifest) -> Result<Vec<&'a VolumeRecord>, Failure> {
-        let Some(name) = &self.volume else {
-            return Ok(manifest.record.volumes.iter().collect());
-        };
-        match manifest
-            .record
-            .volumes
-            .iter()
-            .find(|volume| volume.name == *name)
-        {
-            Some(volume) => Ok(vec![volume]),
-            None => {
-                let known: Vec<&str> = manifest
-                    .record
-                    .volumes
-                    .iter()
-                    .map(|volume| volume.name.as_str())
-                    .collect();
-                Err(Failure::Mistake(anyhow!(
-                    "the backup holds no volume '{}' (there is {})",
-                    name.escape_debug(),
-                    known.join(", ")
-                )))
-            }
-        }
     }
 
     /// Where each volume goes.

@@ -2,7 +2,7 @@
 
 use super::progress::Progress;
 use super::socket::Socket;
-use super::stored::Stored;
+use super::stored::{self, Stored};
 use super::{AllowWasi, Failure, Sandboxes, Session, Status, places};
 use crate::archive::VolumeRecord;
 use crate::contract::with_causes;
@@ -74,7 +74,7 @@ impl Serve {
         record: &mut Record,
     ) -> Result<(), Failure> {
         let _slot = places::slot(session, reading.restores.tenant().as_ref())?;
-        let volumes = self.volumes(&reading.manifest.record.volumes)?;
+        let volumes = stored::volumes(&self.volumes, &reading.manifest.record.volumes)?;
         let cache = places::cache(session)?;
         let program = self.sandboxes.program();
         let mut socket = Socket::listen(session, self.socket.as_deref())?;
@@ -97,22 +97,6 @@ impl Serve {
         drop(socket);
         self.tell_end(session, served.ended);
         judge(&served)
-    }
-
-    fn volumes<'a>(&self, all: &'a [VolumeRecord]) -> Result<Vec<&'a VolumeRecord>, Failure> {
-        let names = || all.iter().map(|volume| volume.name.as_str());
-        for wanted in &self.volumes {
-            if !names().any(|name| name == wanted) {
-                return Err(Failure::Mistake(anyhow!(
-                    "the backup holds no volume '{}' (there is {})",
-                    wanted.escape_debug(),
-                    names().collect::<Vec<_>>().join(", ")
-                )));
-            }
-        }
-        let is_wanted =
-            |volume: &&VolumeRecord| self.volumes.is_empty() || self.volumes.contains(&volume.name);
-        Ok(all.iter().filter(is_wanted).collect())
     }
 
     fn tell_end(&self, session: &Session, ended: Ended) {

@@ -1,7 +1,7 @@
 //! The stored backup that a command is for, from its id.
 
 use super::{Failure, Session, places, text};
-use crate::archive::BackupId;
+use crate::archive::{BackupId, VolumeRecord};
 use crate::job::stored::{self, StoredBackup};
 use anyhow::anyhow;
 use clap::Args;
@@ -36,4 +36,23 @@ impl Stored {
         }
         Ok(found)
     }
+}
+
+/// The volumes of a backup that are `wanted`; all where none is named.
+pub(super) fn volumes<'a>(
+    wanted: &[String],
+    all: &'a [VolumeRecord],
+) -> Result<Vec<&'a VolumeRecord>, Failure> {
+    let names = || all.iter().map(|volume| volume.name.as_str());
+    for name in wanted {
+        if !names().any(|known| known == name) {
+            return Err(Failure::Mistake(anyhow!(
+                "the backup holds no volume '{}' (there is {})",
+                name.escape_debug(),
+                names().collect::<Vec<_>>().join(", ")
+            )));
+        }
+    }
+    let is_wanted = |volume: &&VolumeRecord| wanted.is_empty() || wanted.contains(&volume.name);
+    Ok(all.iter().filter(is_wanted).collect())
 }
